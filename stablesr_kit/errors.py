@@ -1,0 +1,25 @@
+"""What a user of the toolkit may catch. Every message says what was given, what was expected, what to do."""
+
+
+class StableSRKitError(Exception):
+    """Base of every error the toolkit raises about what it was given."""
+
+
+class ImageError(StableSRKitError, ValueError):
+    """A picture that cannot be read or restored: not an image, truncated, empty, too large, not finite."""
+
+
+class CheckpointError(StableSRKitError, ValueError):
+    """A checkpoint that cannot be used: another family, missing or unexpected keys, wrong shapes."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle that would run code when loaded."""
+
+
+class ModelNotFoundError(StableSRKitError, LookupError):
+    """A model name that is neither embedded, nor a folder, nor a repository that can be fetched."""
+
+
+class OutputError(StableSRKitError, OSError):
+    """A result that cannot be written: folder missing or read-only, disk full."""
