@@ -1,1 +1,1 @@
-
+"""Networks: they know no file, no sampler and no task."""
