@@ -1,4 +1,4 @@
-"""Controllable feature wrapping (CFW): fidelity of the LQ picture carried into the decoder (Wang et al. 2023, eq. 5)."""
+"""Controllable feature wrapping (CFW): the LQ picture's fidelity in the decoder (Wang et al. 2023, eq. 5)."""
 
 from typing import Self
 
@@ -22,8 +22,7 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         widths = [channels + i * growth_channels for i in range(5)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, channels if i == 4 else growth_channels, 3, padding=1)
-            for i, width in enumerate(widths)
+            nn.Conv2d(width, channels if i == 4 else growth_channels, 3, padding=1) for i, width in enumerate(widths)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,9 +84,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if len(channels) != len(levels):
-            raise ValueError(
-                f"channels names {len(channels)} levels, levels {len(levels)}; give one width per level"
-            )
+            raise ValueError(f"channels names {len(channels)} levels, levels {len(levels)}; give one width per level")
         self.fusion_layers = nn.ModuleDict(
             {
                 str(level): FusionLayer(width, num_rrdb, growth_channels, norm_num_groups)

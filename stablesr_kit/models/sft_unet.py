@@ -33,9 +33,7 @@ class SFTResnetBlock2D(ResnetBlock2D):
 
     sft_name: str
 
-    def forward(
-        self, input_tensor: Tensor, temb: Tensor | tuple[Tensor, SFTMaps], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | tuple[Tensor, SFTMaps], *args: Any, **kwargs: Any) -> Tensor:
         """Output (B, C, h, w); `temb` is the time embedding, or (time embedding, SFT maps)."""
         if not isinstance(temb, tuple):
             return super().forward(input_tensor, temb, *args, **kwargs)

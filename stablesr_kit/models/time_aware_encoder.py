@@ -1,4 +1,4 @@
-"""The adapter: time-aware encoder and SFT layers, all that StableSR trains beside a frozen UNet (Wang et al. 2023, sec. 3.1)."""
+"""The adapter: time-aware encoder and SFT layers, all that is trained beside the frozen UNet (Wang et al. 2023)."""
 
 from typing import Any, Self
 
@@ -71,9 +71,7 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         levels = len(block_out_channels)
         if len(down_block_types) != levels:
-            raise ValueError(
-                f"down_block_types names {len(down_block_types)} levels, block_out_channels {levels}"
-            )
+            raise ValueError(f"down_block_types names {len(down_block_types)} levels, block_out_channels {levels}")
         deepest = max(level for _, _, level in sft_blocks) + 1
         if deepest != levels:
             raise ValueError(
