@@ -23,3 +23,7 @@ class ModelNotFoundError(StableSRKitError, LookupError):
 
 class OutputError(StableSRKitError, OSError):
     """A result that cannot be written: folder missing or read-only, disk full."""
+
+
+class ConfigError(StableSRKitError, ValueError):
+    """A setting that means nothing here: an unknown name, a value out of its range."""

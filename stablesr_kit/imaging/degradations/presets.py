@@ -1,0 +1,81 @@
+"""Degradations by name."""
+
+from difflib import get_close_matches
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.imaging.degradations.classical import ClassicalConfig
+from stablesr_kit.imaging.degradations.second_order import SecondOrderConfig
+
+DegradationConfig = SecondOrderConfig | ClassicalConfig
+
+STABLESR_512 = SecondOrderConfig()
+STABLESR_768V = SecondOrderConfig(last_jpeg_quality=(60.0, 95.0), clean_probability=0.0, sharpen_target=False)
+STABLESR_FACE = ClassicalConfig(grey_probability=0.01, grey_target=True, clean_probability=0.005)
+
+CODEFORMER = ClassicalConfig(
+    blur_sigma=(1.0, 15.0), downsample=(4.0, 30.0), noise_sigma=(0.0, 20.0), jpeg_quality=(30.0, 80.0)
+)
+CODEFORMER_SMALL = ClassicalConfig(
+    blur_sigma=(0.1, 10.0), downsample=(1.0, 12.0), noise_sigma=(0.0, 15.0), jpeg_quality=(60.0, 100.0)
+)
+CODEFORMER_COLORIZATION = ClassicalConfig(
+    blur_sigma=(1.0, 15.0),
+    downsample=(4.0, 30.0),
+    noise_sigma=(0.0, 20.0),
+    jpeg_quality=(30.0, 80.0),
+    shift_probability=0.3,
+    grey_probability=0.01,
+    jitter_probability=0.3,
+)
+
+LIGHT = ClassicalConfig(
+    kernel_size=13,
+    blur_sigma=(0.2, 1.0),
+    downsample=(4.0, 4.0),
+    down_modes=("area", "bicubic"),
+    antialias=True,
+    noise_sigma=(0.0, 4.0),
+    jpeg_quality=(80.0, 100.0),
+    up_mode="bicubic",
+)
+BICUBIC = ClassicalConfig(
+    blur_sigma=None,
+    downsample=(4.0, 4.0),
+    down_modes=("bicubic",),
+    antialias=True,
+    noise_sigma=(0.0, 0.0),
+    jpeg_quality=None,
+    up_mode="bicubic",
+)
+AREA = ClassicalConfig(
+    blur_sigma=None,
+    downsample=(4.0, 4.0),
+    down_modes=("area",),
+    noise_sigma=(0.0, 0.0),
+    jpeg_quality=None,
+    up_mode="bicubic",
+)
+
+PRESETS: dict[str, DegradationConfig] = {
+    "stablesr-512": STABLESR_512,
+    "stablesr-768v": STABLESR_768V,
+    "stablesr-face": STABLESR_FACE,
+    "codeformer": CODEFORMER,
+    "codeformer-small": CODEFORMER_SMALL,
+    "codeformer-colorization": CODEFORMER_COLORIZATION,
+    "light": LIGHT,
+    "bicubic": BICUBIC,
+    "area": AREA,
+}
+"""Every named degradation. What each belongs to: StableSR's 512, 768v and face models; CodeFormer's stage II (also
+the large half of stage III), the small half of stage III and colourisation; and three for 4x: "light" (a clean
+photograph of today), "bicubic" and "area" (nothing but a smaller picture)."""
+
+
+def find_preset(name: str) -> DegradationConfig:
+    """The named degradation. Raises ConfigError that proposes the nearest name."""
+    if name in PRESETS:
+        return PRESETS[name]
+    nearest = get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ConfigError(f"no degradation is called {name!r}; {hint}known: {', '.join(PRESETS)}")
