@@ -1,1 +1,1 @@
-
+"""Schedules and guidance: they know no network."""
