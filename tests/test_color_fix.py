@@ -1,0 +1,92 @@
+"""Colour fix: reference tensors, the properties it exists for, and pictures of every size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stablesr_kit.errors import ImageError
+from stablesr_kit.imaging.color_fix import (
+    adain_color_fix,
+    apply_color_fix,
+    blur,
+    wavelet_color_fix,
+    wavelet_decomposition,
+)
+
+SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (15, 33), (64, 48)]
+
+
+def random_image(height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("folder", ["tests/goldens/stablesr", "../shared/goldens/stablesr/open"])
+def test_agrees_with_the_reference(folder: str) -> None:
+    from tests.parity_stablesr_colorfix import check_colorfix
+
+    root = Path(__file__).parents[1] / folder
+    if not (root / "colorfix.safetensors").exists():
+        pytest.skip(f"{folder} has no colorfix.safetensors")
+    results = list(check_colorfix(root))
+    assert len(results) >= 4
+    for name, difference, tolerance in results:
+        assert difference <= tolerance, name
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_blur_equals_a_dilated_convolution(height: int, width: int) -> None:
+    image = random_image(height, width)
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(3, 1, 3, 3) / 16
+    for radius in (1, 2, 16):
+        padded = F.pad(image, (radius,) * 4, mode="replicate")
+        expected = F.conv2d(padded, kernel, groups=3, dilation=radius)
+        torch.testing.assert_close(blur(image, radius), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("fix", [wavelet_color_fix, adain_color_fix])
+def test_an_image_that_is_its_own_reference_is_unchanged_at_every_size(fix, height: int, width: int) -> None:
+    image = random_image(height, width)
+    torch.testing.assert_close(fix(image, image), image, atol=1e-6, rtol=1e-6)
+
+
+def test_wavelet_takes_the_mean_colour_of_the_reference_and_keeps_the_detail_of_the_image() -> None:
+    image = random_image(40, 50)
+    shifted = image + torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
+    torch.testing.assert_close(wavelet_color_fix(shifted, image), image, atol=1e-6, rtol=0)
+    high, low = wavelet_decomposition(image)
+    torch.testing.assert_close(high + low, image)
+    assert low.std() < 0.1 * high.std()
+
+
+def test_adain_takes_mean_and_spread_of_the_reference() -> None:
+    image, reference = random_image(30, 20), random_image(30, 20, seed=1) * 0.5 + 0.2
+    fixed = adain_color_fix(image, reference)
+    torch.testing.assert_close(fixed.mean((-2, -1)), reference.mean((-2, -1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fixed.std((-2, -1)), reference.std((-2, -1)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single_and_returned_in_half(dtype: torch.dtype) -> None:
+    image, reference = random_image(20, 20), random_image(20, 20, seed=1)
+    for fix in (wavelet_color_fix, adain_color_fix):
+        fixed = fix(image.to(dtype), reference.to(dtype))
+        assert fixed.dtype == dtype
+        torch.testing.assert_close(fixed.float(), fix(image, reference), atol=3e-2, rtol=0)
+
+
+def test_none_and_unknown_methods() -> None:
+    image = random_image(4, 4)
+    assert apply_color_fix(image, image, "none") is image
+    with pytest.raises(ImageError, match="'lab' is not known; use 'wavelet'"):
+        apply_color_fix(image, image, "lab")  # type: ignore[arg-type]
+
+
+def test_a_reference_of_another_size_is_refused() -> None:
+    with pytest.raises(ImageError, match="resize the reference first"):
+        wavelet_color_fix(random_image(8, 8), random_image(4, 4))
+    with pytest.raises(ImageError, match="resize the reference first"):
+        adain_color_fix(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
