@@ -1,1 +1,44 @@
-"""Restore and enlarge real photographs with the prior of a frozen Stable Diffusion."""
+"""Restore and enlarge real photographs with the prior of a frozen Stable Diffusion.
+
+The names below are imported on first use: importing torch and diffusers takes seconds, asking for help must not.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler
+    from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+    from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+    from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+    from stablesr_kit.pipelines.stablesr import StableSRPipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ControllableFeatureWrapping",
+    "SFTUNet2DConditionModel",
+    "SpacedDDIMScheduler",
+    "SpacedDDPMScheduler",
+    "StableSRAdapter",
+    "StableSRPipeline",
+]
+
+_HOMES = {
+    "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
+    "SFTUNet2DConditionModel": "stablesr_kit.models.sft_unet",
+    "SpacedDDIMScheduler": "stablesr_kit.diffusion.spaced",
+    "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",
+    "StableSRAdapter": "stablesr_kit.models.time_aware_encoder",
+    "StableSRPipeline": "stablesr_kit.pipelines.stablesr",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

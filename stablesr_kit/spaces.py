@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def pixels_to_image(pixels: np.ndarray) -> Tensor:
     """Image (1, 3, H, W), float32, of one uint8 picture (H, W, 3)."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return unit_to_image(torch.tensor(pixels).permute(2, 0, 1)[None].float() / 255)
+
+
+def unit_to_image(unit: Tensor) -> Tensor:
+    """Image of a float tensor in [0, 1], the range in which diffusers takes and returns pictures."""
+    return unit * 2 - 1
 
 
 def image_to_pixels(image: Tensor) -> np.ndarray:

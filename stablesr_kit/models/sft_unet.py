@@ -4,6 +4,7 @@ import copy
 import functools
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import (
@@ -26,6 +27,12 @@ class SFTMaps(NamedTuple):
 
     modulation: Modulation
     maps: dict[str, tuple[Tensor, Tensor]]
+
+    def to(self, dtype: torch.dtype) -> "SFTMaps":
+        """The same maps in another precision."""
+        return SFTMaps(
+            self.modulation, {k: (gamma.to(dtype), beta.to(dtype)) for k, (gamma, beta) in self.maps.items()}
+        )
 
 
 class SFTResnetBlock2D(ResnetBlock2D):
@@ -80,6 +87,10 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: the UNet has residual blocks that SFT is not defined for (scale-shift norm, resampling blocks).
         """
+        if "forward" in vars(unet):
+            raise ValueError(
+                "the UNet has hooks (offloading, casting) on its forward; remove them, and set them up after"
+            )
         sft_unet = copy.copy(unet)
         sft_unet._modules = dict(unet._modules)
         sft_unet.__class__ = cls

@@ -44,7 +44,12 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
         hidden_channels: width inside an SFT layer.
         modulation: "spade" (released checkpoints) or "sft" (zero-initialised: an untrained adapter leaves the UNet's
             output bitwise unchanged).
+        cross_attention_dim: width of the UNet's text condition.
+        prompt_length: tokens of the empty prompt, which the adapter is trained with and therefore carries along as
+            `empty_prompt_embeds` (1, prompt_length, cross_attention_dim); 0 carries none.
     """
+
+    empty_prompt_embeds: Tensor | None
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm", "time_embedding"]
@@ -67,6 +72,8 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
         cond_channels: int = 256,
         hidden_channels: int = 128,
         modulation: Modulation = "spade",
+        cross_attention_dim: int = 1024,
+        prompt_length: int = 77,
     ) -> None:
         super().__init__()
         levels = len(block_out_channels)
@@ -123,6 +130,8 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
         self.sft_layers = nn.ModuleList(
             SFTLayer(cond_channels, hidden_channels, channels) for _, channels, _ in sft_blocks
         )
+        empty_prompt_embeds = torch.zeros(1, prompt_length, cross_attention_dim) if prompt_length else None
+        self.register_buffer("empty_prompt_embeds", empty_prompt_embeds)
         if modulation == "sft":
             for layer in self.sft_layers:
                 nn.init.zeros_(layer.gamma_beta.weight)
@@ -131,8 +140,13 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, **config: Any) -> Self:
-        """An untrained adapter for this UNet; `config` as the constructor, without `sft_blocks` and `in_channels`."""
-        return cls(sft_blocks=residual_blocks(unet), in_channels=unet.config.in_channels, **config)
+        """An untrained adapter for this UNet; `config` as the constructor, without what the UNet decides."""
+        return cls(
+            sft_blocks=residual_blocks(unet),
+            in_channels=unet.config.in_channels,
+            cross_attention_dim=unet.config.cross_attention_dim,
+            **config,
+        )
 
     def encode(self, lq_latents: Tensor, timestep: Tensor | float) -> list[Tensor]:
         """Features (b, cond_channels, h / 2**i, w / 2**i) of each level i.

@@ -1,1 +1,1 @@
-
+"""The pipelines people call, in the conventions of diffusers."""

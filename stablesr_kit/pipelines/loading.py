@@ -1,0 +1,59 @@
+"""Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from stablesr_kit.errors import ModelNotFoundError
+
+EMBEDDED = ("mini",)
+
+
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+
+
+def resolve_model(name_or_path: str | Path, variant: str | None = None, **kwargs: Any) -> Path:
+    """Folder with the files of a model; a hub repository is downloaded first.
+
+    DiffusionPipeline's own download refuses a repository that names third-party classes such as ours, hence the
+    snapshot. Of the keyword arguments, those of `HUB_ARGUMENTS` reach the hub.
+
+    Raises:
+        ModelNotFoundError: nothing of this name is embedded, on disk or on the hub.
+    """
+    if name_or_path in EMBEDDED:
+        return Path(str(resources.files("stablesr_kit"))) / "assets" / str(name_or_path)
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ModelNotFoundError(
+                f"{folder} holds no model_index.json, expected a pipeline folder; make one with `stablesr convert`"
+            )
+        return folder
+    if folder.is_file():
+        raise ModelNotFoundError(
+            f"{folder} is a file, expected a pipeline folder; make one with `stablesr convert {folder} -o DIR`"
+        )
+    return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+
+
+def _download(repository: str, variant: str | None, hub_arguments: dict[str, Any]) -> Path:
+    weights = f"*/*.{variant}*.safetensors*" if variant else "*/*.safetensors*"
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                allow_patterns=["*.json", "*.txt", weights],
+                ignore_patterns=None if variant else ["*.fp16.*", "*.bf16.*", "*.non_ema.*"],
+                **hub_arguments,
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelNotFoundError(
+            f"{repository!r} is neither an embedded model {EMBEDDED}, nor a folder, nor a hub repository that can be "
+            f"fetched; check the name ({reason})"
+        ) from error
