@@ -19,6 +19,7 @@ from stablesr_kit.imaging.degradations.jpeg import jpeg
 from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
 from stablesr_kit.imaging.degradations.noise import add_gaussian_noise, to_grey
 from stablesr_kit.imaging.degradations.resizing import ResizeMode, resize
+from stablesr_kit.imaging.degradations.strokes import draw_stroke_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class ClassicalConfig:
     """The quality q, rounded down; None: no JPEG."""
     up_mode: ResizeMode = "bilinear"
     """Way of enlarging the picture to its first size."""
+    stroke_probability: float = 0.0
+    """How often white brush strokes hide parts of the picture."""
     shift_probability: float = 0.0
     """How often each channel is shifted by up to 20 levels of 255."""
     grey_probability: float = 0.0
@@ -66,7 +69,7 @@ class ClassicalConfig:
             check_span("jpeg_quality", self.jpeg_quality, 1, 100)
         if not self.down_modes:
             raise ConfigError("down_modes is empty; name at least one of area, bilinear, bicubic")
-        for name in ("isotropic", "shift", "grey", "jitter", "clean"):
+        for name in ("isotropic", "stroke", "shift", "grey", "jitter", "clean"):
             check_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
 
 
@@ -76,6 +79,9 @@ def degrade_classical(image: Tensor, config: ClassicalConfig, generator: Generat
     for picture in image.split(1):
         is_grey = chance(config.grey_probability, generator)
         picture = _degraded_structure(picture, config, generator)
+        if chance(config.stroke_probability, generator):
+            mask = draw_stroke_mask(picture.shape[-2], picture.shape[-1], generator)
+            picture = torch.maximum(picture, mask.to(picture))
         if chance(config.shift_probability, generator):
             picture = shift_channels(picture, 20 / 255, generator)
         if is_grey:
@@ -98,7 +104,7 @@ def _degraded_structure(image: Tensor, config: ClassicalConfig, generator: Gener
     sigma = torch.tensor([uniform(config.noise_sigma, generator) / 255])
     image = add_gaussian_noise(image, sigma, torch.tensor([False]), generator)
     if config.jpeg_quality is not None:
-        image = _rounded(jpeg(_rounded(image), float(int(uniform(config.jpeg_quality, generator)))))
+        image = jpeg(image, float(int(uniform(config.jpeg_quality, generator))))
     return resize(image, (height, width), config.up_mode)
 
 

@@ -1,8 +1,7 @@
 """Baseline JPEG with 4:2:0 chroma, coded and decoded at once by tensor arithmetic, so that it runs on any device.
 
-It quantises as the standard does (ITU-T T.81, annex K tables, scaled by quality as libjpeg does) and differs from a
-file in three ways, all shared with the DiffJPEG that Real-ESRGAN trains with: the input is not rounded to 8 bit, the
-scaled tables are not rounded to integers, and a border beyond the picture is black.
+ITU-T T.81 with the tables of its annex K, scaled by quality, chroma averaged and interpolated as libjpeg does; the
+entropy coding, being lossless, is left out. No gradient passes the rounding.
 """
 
 import math
@@ -10,7 +9,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LUMA_TABLE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -42,27 +41,40 @@ YCBCR_TO_RGB = (
 
 
 def jpeg(image: Tensor, quality: Tensor | float, *, official_quirks: bool = False) -> Tensor:
-    """The picture after JPEG at `quality` (1 to 100, one number or one per picture, shape (B,)).
+    """The picture as a JPEG file of `quality` (1 to 100, one number or one per picture, shape (B,)) returns it.
 
-    image: (B, 3, H, W), RGB in [0, 1]; the result is clamped to [0, 1]. official_quirks transposes the luma table, as
-    DiffJPEG does: horizontal detail then loses what vertical detail loses in a file.
+    image: (B, 3, H, W), RGB in [0, 1], rounded to 8 bit first; the result holds 8-bit levels. official_quirks gives
+    the numbers of the DiffJPEG that Real-ESRGAN and StableSR train with: nothing but coefficients is rounded, the
+    luma table is transposed, blocks at the border are filled with black, chroma is repeated, quality 100 is not finite.
     """
     batch, _, height, width = image.shape
-    levels = F.pad(image.float(), (0, -width % 16, 0, -height % 16)) * 255
-    ycbcr = torch.einsum("dc,bchw->bdhw", levels.new_tensor(RGB_TO_YCBCR), levels)
-    factor = _table_factor(torch.as_tensor(quality).to(levels).expand(batch))
-    luma_table = levels.new_tensor(LUMA_TABLE)
-    luma_table = luma_table.T if official_quirks else luma_table
-    luma = _quantised(ycbcr[:, :1] - 128, luma_table * factor) + 128
-    chroma = _quantised(F.avg_pool2d(ycbcr[:, 1:], 2), levels.new_tensor(CHROMA_TABLE) * factor)
-    ycbcr = torch.cat([luma, chroma.repeat_interleave(2, -2).repeat_interleave(2, -1)], dim=1)
-    levels = torch.einsum("dc,bchw->bdhw", levels.new_tensor(YCBCR_TO_RGB), ycbcr)
-    return (levels[..., :height, :width] / 255).clamp(0, 1).to(image.dtype)
+    rounded = nn.Identity() if official_quirks else torch.round
+    levels = rounded(image.float() * 255)
+    if official_quirks:
+        levels = F.pad(levels, (0, -width % 16, 0, -height % 16))
+    else:
+        levels = F.pad(levels, (0, -width % 16, 0, height % 2), mode="replicate")
+    ycbcr = rounded(torch.einsum("dc,bchw->bdhw", levels.new_tensor(RGB_TO_YCBCR), levels))
+    luma, chroma = ycbcr[:, :1] - 128, F.avg_pool2d(ycbcr[:, 1:], 2)
+    # libjpeg fills up the last row of blocks after the chroma was averaged, but the last column before.
+    luma = F.pad(luma, (0, 0, 0, -luma.shape[-2] % 16), mode="replicate")
+    chroma = F.pad(chroma, (0, 0, 0, -chroma.shape[-2] % 8), mode="replicate")
 
+    # libjpeg's scaling of the tables: 50/q below quality 50, 2 - q/50 from there.
+    quality = torch.as_tensor(quality).to(levels).expand(batch).view(-1, 1, 1, 1, 1, 1)
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
+    luma_step = levels.new_tensor(LUMA_TABLE) * factor
+    chroma_step = levels.new_tensor(CHROMA_TABLE) * factor
+    if official_quirks:
+        luma_step = luma_step.transpose(-1, -2)
+    else:
+        luma_step, chroma_step = luma_step.round().clamp(1, 255), chroma_step.round().clamp(1, 255)
+    luma, chroma = _quantised(luma, luma_step) + 128, _quantised(chroma, chroma_step)
 
-def _table_factor(quality: Tensor) -> Tensor:
-    """What the tables are multiplied by (libjpeg): 50/q below quality 50, 2 - q/50 from there."""
-    return torch.where(quality < 50, 50 / quality, 2 - quality / 50).view(-1, 1, 1, 1, 1, 1)
+    chroma = F.interpolate(chroma, scale_factor=2, mode="nearest" if official_quirks else "bilinear")
+    ycbcr = torch.cat([luma, chroma], dim=1)[..., :height, :width]
+    levels = rounded(torch.einsum("dc,bchw->bdhw", levels.new_tensor(YCBCR_TO_RGB), ycbcr))
+    return (levels / 255).clamp(0, 1).to(image.dtype)
 
 
 def _quantised(planes: Tensor, step: Tensor) -> Tensor:

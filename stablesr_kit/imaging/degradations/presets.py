@@ -27,6 +27,9 @@ CODEFORMER_COLORIZATION = ClassicalConfig(
     grey_probability=0.01,
     jitter_probability=0.3,
 )
+CODEFORMER_INPAINTING = ClassicalConfig(
+    blur_sigma=None, downsample=(1.0, 1.0), noise_sigma=(0.0, 0.0), jpeg_quality=None, stroke_probability=1.0
+)
 
 LIGHT = ClassicalConfig(
     kernel_size=13,
@@ -63,13 +66,14 @@ PRESETS: dict[str, DegradationConfig] = {
     "codeformer": CODEFORMER,
     "codeformer-small": CODEFORMER_SMALL,
     "codeformer-colorization": CODEFORMER_COLORIZATION,
+    "codeformer-inpainting": CODEFORMER_INPAINTING,
     "light": LIGHT,
     "bicubic": BICUBIC,
     "area": AREA,
 }
 """Every named degradation. What each belongs to: StableSR's 512, 768v and face models; CodeFormer's stage II (also
-the large half of stage III), the small half of stage III and colourisation; and three for 4x: "light" (a clean
-photograph of today), "bicubic" and "area" (nothing but a smaller picture)."""
+the large half of stage III), the small half of stage III, colourisation and inpainting; and three for 4x: "light" (a
+clean photograph of today), "bicubic" and "area" (nothing but a smaller picture)."""
 
 
 def find_preset(name: str) -> DegradationConfig:
