@@ -1,6 +1,6 @@
 """Degrading once: I_l = {[(I_h (x) k) down_r + n] JPEG_q} up_r, the model of the blind face-restoration papers.
 
-Li et al. 2020 (DFDNet), Wang et al. 2021 (GFP-GAN, equation 3), Zhou et al. 2022 (CodeFormer, equation 9). Pictures
+Li et al. 2020 (DFDNet), Wang et al. 2021 (GFP-GAN), Zhou et al. 2022 (CodeFormer). Pictures
 are (B, 3, H, W) in [0, 1] here. Every picture of a batch is drawn for itself.
 """
 

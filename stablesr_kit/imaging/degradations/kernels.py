@@ -2,7 +2,7 @@
 
 The families are those of blind super-resolution: Gaussian, generalised Gaussian and plateau (Liu et al. 2020,
 "Estimating generalized Gaussian blur kernels for out-of-focus image deblurring"; Wang et al. 2021, "Real-ESRGAN",
-section 3.1), and the circular sinc low-pass that stands for ringing (Real-ESRGAN, equation 6).
+section 3.1), and the circular sinc low-pass that stands for ringing (Real-ESRGAN, section 3.3).
 """
 
 import math
