@@ -1,7 +1,7 @@
 """A pool of training pairs, so that a batch mixes pictures that were degraded at different times.
 
 Pictures degraded together share some draws (`degradations.second_order`); the pool breaks that up (Wang et al. 2021,
-Real-ESRGAN, section 4.1).
+Real-ESRGAN).
 """
 
 import torch

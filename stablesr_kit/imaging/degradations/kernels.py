@@ -1,8 +1,8 @@
 """Blur kernels: float64 tensors (size, size), indexed [y, x], that sum to one.
 
 The families are those of blind super-resolution: Gaussian, generalised Gaussian and plateau (Liu et al. 2020,
-"Estimating generalized Gaussian blur kernels for out-of-focus image deblurring"; Wang et al. 2021, "Real-ESRGAN",
-section 3.1), and the circular sinc low-pass that stands for ringing (Real-ESRGAN, section 3.3).
+"Estimating generalized Gaussian blur kernels for out-of-focus image deblurring"; Wang et al. 2021, "Real-ESRGAN"),
+and the circular sinc low-pass that stands for ringing (Real-ESRGAN).
 """
 
 import math

@@ -1,9 +1,9 @@
-"""Degrading twice: the model of Real-ESRGAN (Wang et al. 2021, section 3.2) with the settings of StableSR.
+"""Degrading twice: the model of Real-ESRGAN (Wang et al. 2021) with the settings of StableSR.
 
 Blur, resizing, noise and JPEG happen once for the camera and once for the editing and the network; ringing (sinc)
 ends it. Pictures are (B, 3, H, W) in [0, 1] here. Drawn per picture: kernels, noise strength, JPEG quality. Drawn
 once per batch, because the pictures must keep one size: resizing, which noise, whether to blur again, last order.
-The one deviation from the official code: JPEG is that of a file, not DiffJPEG's (see `jpeg`).
+Unlike in the official code, JPEG is that of a file, not DiffJPEG's (see `jpeg`).
 """
 
 import math
