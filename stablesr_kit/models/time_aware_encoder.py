@@ -163,9 +163,8 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
         taps[-1] = self.mid_block(h, emb)
         return [block(tap, emb) for block, tap in zip(self.feature_blocks, taps, strict=True)]
 
-    def forward(self, lq_latents: Tensor, timestep: Tensor | float) -> SFTMaps:
-        """SFT maps of every residual block at one timestep; arguments as `encode`."""
-        features = self.encode(lq_latents, timestep)
+    def modulate(self, features: list[Tensor]) -> SFTMaps:
+        """SFT maps of every residual block, from the features of each level."""
         maps = {}
         for (name, _, level), layer in zip(self.config.sft_blocks, self.sft_layers, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -173,3 +172,7 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
             else:
                 maps[name] = layer(features[level])
         return SFTMaps(self.config.modulation, maps)
+
+    def forward(self, lq_latents: Tensor, timestep: Tensor | float) -> SFTMaps:
+        """SFT maps of every residual block at one timestep; arguments as `encode`."""
+        return self.modulate(self.encode(lq_latents, timestep))

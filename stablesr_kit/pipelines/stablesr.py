@@ -334,7 +334,15 @@ class StableSRPipeline(
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(lq_latents, noise, timesteps[:1].repeat(len(noise)))
 
-    def predict(self, latents: Tensor, timestep: Tensor | int, lq_latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor | int,
+        lq_latents: Tensor,
+        prompt_embeds: Tensor,
+        guidance_scale: float = 1.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
         """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
 
         latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (2B, ...) with the negative ones
@@ -346,14 +354,14 @@ class StableSRPipeline(
             torch.cat([latents] * branches),
             timestep,
             encoder_hidden_states=prompt_embeds,
-            cross_attention_kwargs=self.cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs,
             sft=sft,
             return_dict=False,
         )[0]
         if branches == 1:
             return prediction
         uncond, cond = prediction.chunk(2)
-        return classifier_free_guidance(uncond, cond, self.guidance_scale)
+        return classifier_free_guidance(uncond, cond, guidance_scale)
 
     def decode_latents(self, latents: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
         """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); `features` of `encode_image` unless w is 0.
@@ -548,7 +556,9 @@ class StableSRPipeline(
                 if self.interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, t)
-                prediction = self.predict(model_input, t, lq_latents, prompt_embeds)
+                prediction = self.predict(
+                    model_input, t, lq_latents, prompt_embeds, self.guidance_scale, cross_attention_kwargs
+                )
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:

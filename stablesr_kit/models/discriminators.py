@@ -1,0 +1,34 @@
+"""Discriminators of adversarial training."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches (Isola et al. 2017), its layers normalised spectrally (Miyato et al. 2018).
+
+    Args:
+        in_channels: channels of the picture.
+        base_channels: width of the first layer; doubled with every halving of the picture.
+        num_halvings: layers of stride 2.
+    """
+
+    def __init__(self, in_channels: int = 3, base_channels: int = 32, num_halvings: int = 2) -> None:
+        super().__init__()
+        widths = [base_channels * 2**i for i in range(num_halvings + 1)]
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv2d(before, width, 4, stride=2, padding=1))
+            for before, width in zip([in_channels, *widths], widths[:-1], strict=False)
+        )
+        self.layers.append(spectral_norm(nn.Conv2d(widths[-2], widths[-1], 3, padding=1)))
+        self.to_logits = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, 1, h, w), positive for what looks real, and the features of every layer; image (B, C, H, W)."""
+        features = []
+        h = image
+        for layer in self.layers:
+            h = F.leaky_relu(layer(h), 0.2)
+            features.append(h)
+        return self.to_logits(h), features
