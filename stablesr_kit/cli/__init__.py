@@ -1,1 +1,47 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that help is instant."""
 
+import logging
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from stablesr_kit.cli.convert import convert, inspect
+from stablesr_kit.cli.doctor import doctor
+from stablesr_kit.cli.restore import restore
+
+app = typer.Typer(
+    name="stablesr",
+    help="Restore and enlarge real photographs with the prior of a frozen Stable Diffusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (restore, convert, inspect, doctor):
+    app.command()(command)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"stablesr-kit {metadata.version('stablesr-kit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """The entry point of `stablesr`."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken pictures get our one line, not the decoder's log
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("stablesr_kit").addHandler(notes)
+    app()

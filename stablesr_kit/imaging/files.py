@@ -84,7 +84,7 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
     Raises ImageError if there is no such file, or it is not a picture, truncated, empty, or too large.
     """
     if not path.exists():
-        raise ImageError(f"{path}: no such file; check the name")
+        raise ImageError(f"{path}: no such file or folder; check the name")
     if not path.is_file():
         raise ImageError(f"{path}: a folder or device, not a picture; give a picture file")
     # A broken file can make Pillow warn about its metadata; the user gets our one line instead.
@@ -144,11 +144,13 @@ def check_output(path: Path, source: Picture | None = None) -> None:
 def list_images(inputs: Iterable[Path]) -> list[Path]:
     """The files given, and the pictures directly in the folders given, sorted by name; each path once.
 
-    In folders, hidden files and files without a picture's suffix are skipped. Raises ImageError for a folder without a
-    picture. Files are returned as given: whether they are pictures shows when they are read.
+    In folders, hidden files and files without a picture's suffix are skipped. Files are returned as given: whether they
+    are pictures shows when they are read. Raises ImageError for what does not exist and for a folder without a picture.
     """
     found: dict[Path, None] = {}
     for given in inputs:
+        if not given.exists():
+            raise ImageError(f"{given}: no such file or folder; check the name")
         if not given.is_dir():
             found[given] = None
             continue

@@ -1,0 +1,120 @@
+"""`stablesr doctor`: what this machine offers, and what is broken."""
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import typer
+
+from stablesr_kit.cli.messages import one_line
+
+DISTRIBUTION = "stablesr-kit"
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    subject: str
+    value: str
+    is_problem: bool = False
+
+
+def doctor() -> None:
+    """Show what this machine offers and what is broken.
+
+    Versions, devices, memory, disk, and whether the embedded model loads. Exit status: 0 all that is needed works, 1
+    something is broken.
+    """
+    problems = 0
+    for examine in (_python, _packages, _devices, _memory, _model):
+        for finding in _findings(examine):
+            problems += finding.is_problem
+            mark = "PROBLEM " if finding.is_problem else ""
+            typer.echo(f"{finding.subject:<14} {mark}{one_line(finding.value)}")
+    if problems:
+        typer.echo(f"{problems} problem{'s' if problems > 1 else ''} found", err=True)
+        raise typer.Exit(1)
+    typer.echo("all that is needed works")
+
+
+def _findings(examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings; whatever breaks while looking is itself a finding, since a doctor must not die of the patient."""
+    try:
+        yield from examine()
+    except Exception as error:
+        yield Finding(examine.__name__.strip("_"), f"{type(error).__name__}: {error}", is_problem=True)
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}")
+
+
+def _packages() -> Iterator[Finding]:
+    """Installed versions of all direct dependencies, against what the package asks for."""
+    from packaging.requirements import Requirement
+
+    yield Finding(DISTRIBUTION, metadata.version(DISTRIBUTION))
+    extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    for line in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(line)
+        is_core = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        is_wanted = is_core or any(
+            requirement.marker and requirement.marker.evaluate({"extra": extra}) for extra in extras if extra != "dev"
+        )
+        if not is_wanted:
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing = "not installed" if is_core else "not installed (optional)"
+            yield Finding(requirement.name, missing, is_problem=is_core)
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        wanted = "" if fits else f", but {requirement.specifier} is needed: `pip install '{requirement}'`"
+        yield Finding(requirement.name, version + wanted, is_problem=is_core and not fits)
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: float16 is used"
+        yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {bf16}")
+    if torch.backends.mps.is_available():
+        yield Finding("mps", "available")
+    if torch.cuda.device_count() == 0:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        yield Finding("cuda", f"no device ({built})")
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield Finding("memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}")
+    disk = shutil.disk_usage(Path.cwd())
+    yield Finding("disk", f"{disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} in {Path.cwd()}")
+
+
+def _model() -> Iterator[Finding]:
+    from stablesr_kit import StableSRPipeline
+
+    began = time.perf_counter()
+    pipeline = StableSRPipeline.from_pretrained("mini")
+    seconds = time.perf_counter() - began
+    parameters = sum(
+        parameter.numel()
+        for component in pipeline.components.values()
+        if hasattr(component, "parameters")
+        for parameter in component.parameters()
+    )
+    parts = ", ".join(sorted(key for key, component in pipeline.components.items() if component is not None))
+    yield Finding("model", f"mini: {parameters / 1e6:.1f} M parameters, loaded in {seconds:.1f} s ({parts})")

@@ -1,0 +1,33 @@
+"""How the command line speaks: results on stdout; notes and errors on stderr, one line each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+from stablesr_kit.errors import ModelNotFoundError, StableSRKitError
+
+
+def one_line(message: object) -> str:
+    """The message on one line, without control characters (file names and foreign errors may hold some)."""
+    text = " ".join(str(message).split())
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def usage_error(message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit status 2: nothing was done, the call must change."""
+    typer.echo(f"error: {one_line(message)}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def failing_in_one_line() -> Iterator[None]:
+    """Turns the errors a user can cause into one line on stderr; exit status 2 for a wrong model name, else 1."""
+    try:
+        yield
+    except ModelNotFoundError as error:
+        usage_error(str(error))
+    except StableSRKitError as error:
+        typer.echo(f"error: {one_line(error)}", err=True)
+        raise typer.Exit(1) from error
