@@ -1,0 +1,147 @@
+"""Options of a training program: frozen dataclasses filled by a YAML file and by `--key value` flags."""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from stablesr_kit.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig:
+    """What every program has in common."""
+
+    output_dir: str
+    """Folder of everything the program writes; its resolved options are there too, as config.yaml."""
+    seed: int = 0
+    """Seed of the initial weights, of the crops and of the noise."""
+
+    def save(self, path: Path) -> None:
+        """Write every option, the defaults too, as YAML."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ProgramConfig):
+    """What every training run has in common: how long it lasts, how it steps, when it saves."""
+
+    mixed_precision: str = "bf16"
+    """Precision of the networks' arithmetic under autocast: no, fp16 or bf16; the weights stay in float32."""
+    train_batch_size: int = 8
+    """Samples per process and step."""
+    max_train_steps: int
+    """Optimizer steps of the whole run; the learning rate's schedule ends there."""
+    learning_rate: float = 1e-4
+    """Highest learning rate."""
+    final_learning_rate: float = 0.0
+    """Learning rate that the decay ends at."""
+    lr_warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from zero."""
+    lr_decay_fraction: float = 1.0
+    """Last part of the run over which the learning rate falls along a half cosine; 1 means from the warm-up on."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of the gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of the squared gradients."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this total norm."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights; the average is what is saved as the result."""
+    checkpointing_steps: int = 1000
+    """A checkpoint is written every so many steps, and at the end."""
+    checkpoints_total_limit: int = 2
+    """Older checkpoints beyond this number are deleted."""
+    resume_from_checkpoint: str | None = "latest"
+    """Checkpoint folder to continue from; latest takes the newest whole one; None starts afresh."""
+    logging_steps: int = 50
+    """The mean loss of every so many steps goes to the log."""
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ConfigError(f"mixed_precision={self.mixed_precision!r} must be no, fp16 or bf16")
+        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.lr_decay_fraction <= 1:
+            raise ConfigError(f"lr_decay_fraction={self.lr_decay_fraction} must lie in (0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+
+
+Config = TypeVar("Config", bound=ProgramConfig)
+
+
+def load_config(kind: type[Config], arguments: Sequence[str]) -> Config:
+    """Options of a program from its command line `--config FILE [--key value ...]`; a flag overrides the file.
+
+    Environment variables in values (`$DATA/photos`) are expanded. Raises ConfigError.
+    """
+    values = dict(_flags(arguments))
+    file = values.pop("config", None)
+    merged: dict[str, Any] = {}
+    if file is not None:
+        content = yaml.safe_load(Path(str(file)).read_text())
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file} holds no `key: value` lines")
+        merged |= content
+    merged |= values
+
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in merged:
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0)[0]
+            raise ConfigError(f"unknown option {key!r}; did you mean {nearest!r}?")
+    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in merged]:
+        raise ConfigError(f"{', '.join(missing)} must be given, in --config FILE or as --{missing[0]} VALUE")
+    return kind(**{key: _convert(key, value, hints[key]) for key, value in merged.items()})
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Pairs (key, value) of `--key value` and `--key=value`."""
+    pairs: list[tuple[str, Any]] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise ConfigError(f"expected --key value, got {word!r}")
+        key, has_value, text = word[2:].partition("=")
+        if not has_value:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(f"--{key} needs a value")
+            text = following
+        pairs.append((key, yaml.safe_load(text)))
+    return pairs
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """The YAML value as the field's type: paths expanded, integers as floats where asked, lists as tuples."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        hint = next(option for option in hint.__args__ if option is not type(None))
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(key, item, typing.get_args(hint)[0]) for item in value)
+    if origin is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    elif isinstance(value, str) and origin is str:
+        return os.path.expanduser(os.path.expandvars(value))
+    elif isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}={value!r} must be {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,109 @@
+"""Pairs of a good crop and its degraded version, of photographs or of latents computed beforehand."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.imaging.degradations import Pair, find_preset, make_pair
+from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.training.photos import random_crop
+
+
+class DegradedCrops(Dataset[Pair]):
+    """Pairs (lq, hq), each (3, crop_px, crop_px) in [-1, 1]; the low-quality one is enlarged to the size of the other.
+
+    The degradation of a pair is drawn by the weights of the presets' names in `degradations`. Item i is a function of
+    (seed, i) alone. `versions` successive items share their crop and differ in its degradation.
+    """
+
+    def __init__(
+        self,
+        photos: list[np.ndarray],
+        crop_px: int,
+        degradations: Mapping[str, float],
+        seed: int,
+        versions: int = 1,
+    ) -> None:
+        self.photos = photos
+        self.crop_px = crop_px
+        self.presets = [find_preset(name) for name in degradations]
+        self.probabilities = np.array(list(degradations.values())) / sum(degradations.values())
+        self.seed = seed
+        self.versions = versions
+
+    def __getitem__(self, index: int) -> Pair:
+        crop_draws = np.random.default_rng((self.seed, index // self.versions))
+        pixels = random_crop(self.photos, self.crop_px, crop_draws)
+        draws = np.random.default_rng((self.seed, index // self.versions, 1 + index % self.versions))
+        preset = self.presets[draws.choice(len(self.presets), p=self.probabilities)]
+        generator = torch.Generator().manual_seed(int(draws.integers(2**62)))
+        lq, hq = make_pair(pixels_to_image(pixels), preset, generator)
+        return Pair(lq[0], hq[0])
+
+
+class CachedLatents(Dataset[Pair]):
+    """Random square parts of the latent pairs that cache_latents.py has written.
+
+    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached.
+    """
+
+    def __init__(self, file: str | Path, crop: int, seed: int) -> None:
+        tensors = load_file(file)
+        self.hq, self.lq = tensors["hq"], tensors["lq"]  # (N, C, h, w), (N, versions, C, h, w)
+        if crop > min(self.hq.shape[-2:]):
+            raise ConfigError(f"latent_crop={crop} is larger than the cached latents, {tuple(self.hq.shape[-2:])}")
+        self.crop = crop
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Pair:
+        random = np.random.default_rng((self.seed, index))
+        which, version = random.integers(self.lq.shape[0]), random.integers(self.lq.shape[1])
+        top = random.integers(self.hq.shape[-2] - self.crop + 1)
+        left = random.integers(self.hq.shape[-1] - self.crop + 1)
+        part = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+        return Pair(self.lq[which, version][part].float(), self.hq[which][part].float())
+
+
+class RestoredCrop(NamedTuple):
+    """What fusion layers learn from: pictures (3, crop_px, crop_px) in [-1, 1] and the latent (C, h, w) between."""
+
+    lq: Tensor
+    latent: Tensor
+    hq: Tensor
+
+
+class RestoredCrops(Dataset[RestoredCrop]):
+    """Random square parts of the samples that generate_cfw_data.py has written.
+
+    Item i is a function of (seed, i) alone. Raises ConfigError when the parts do not fit the samples.
+    """
+
+    def __init__(self, file: str | Path, crop_px: int, seed: int) -> None:
+        tensors = load_file(file)
+        self.hq, self.lq, self.latents = tensors["hq"], tensors["lq"], tensors["latents"]
+        side_px = min(self.hq.shape[1:3])
+        self.factor = side_px // self.latents.shape[-1]
+        if crop_px % self.factor or crop_px > side_px:
+            raise ConfigError(f"resolution={crop_px} must be a multiple of {self.factor} of at most {side_px}")
+        self.crop_px = crop_px
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> RestoredCrop:
+        random = np.random.default_rng((self.seed, index))
+        which, factor = random.integers(len(self.hq)), self.factor
+        size = self.crop_px // factor
+        top = random.integers(self.latents.shape[-2] - size + 1)
+        left = random.integers(self.latents.shape[-1] - size + 1)
+        rows, columns = slice(top * factor, (top + size) * factor), slice(left * factor, (left + size) * factor)
+        return RestoredCrop(
+            pixels_to_image(self.lq[which, rows, columns].numpy())[0],
+            self.latents[which, :, top : top + size, left : left + size].float(),
+            pixels_to_image(self.hq[which, rows, columns].numpy())[0],
+        )

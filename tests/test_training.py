@@ -1,0 +1,198 @@
+"""The parts of a training run: options, data that depend on the index alone, losses, checkpoints."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stablesr_kit.errors import ConfigError, ImageError
+from stablesr_kit.models.feature_wrapping import (
+    ControllableFeatureWrapping,
+    decode_with_features,
+    encode_with_features,
+)
+from stablesr_kit.training.config import RunConfig, load_config
+from stablesr_kit.training.losses import (
+    feature_matching_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    reconstruction_loss,
+)
+from stablesr_kit.training.pairs import DegradedCrops
+from stablesr_kit.training.photos import RandomCrops, load_photos, make_loader
+from stablesr_kit.training.run import RunningMean, learning_rate
+from stablesr_kit.training.small_autoencoder import (
+    build_small_autoencoder,
+    fold_latent_statistics,
+    start_fusion_silent,
+)
+from stablesr_kit.training.small_unet import stratified_timesteps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleConfig(RunConfig):
+    scales: tuple[float, ...] = (1.0,)
+    folder: str | None = None
+
+
+@pytest.fixture
+def photos() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (80, 96, 3), dtype=np.uint8) for _ in range(3)]
+
+
+def test_flags_override_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: out\nmax_train_steps: 10\nlearning_rate: 1e-3\nscales: [1, 0.5]\n")
+    config = load_config(ExampleConfig, ["--config", str(file), "--max_train_steps=20", "--folder", "photos"])
+    assert (config.max_train_steps, config.learning_rate, config.scales) == (20, 1e-3, (1.0, 0.5))
+    assert (config.folder, config.seed) == ("photos", 0)
+
+
+def test_a_saved_config_loads_as_the_same_config(tmp_path: Path) -> None:
+    config = ExampleConfig(output_dir="out", max_train_steps=3, scales=(1.0, 0.5))
+    config.save(tmp_path / "config.yaml")
+    assert load_config(ExampleConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learnin_rate", "1"], "did you mean 'learning_rate'"),
+        (["--output_dir", "out"], "max_train_steps must be given"),
+        (["--output_dir", "out", "--max_train_steps", "many"], "max_train_steps='many' must be int"),
+        (["--output_dir", "out", "--max_train_steps", "0"], "at least 1"),
+        (["--output_dir"], "needs a value"),
+        (["output_dir"], "expected --key value"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_to_do(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(ExampleConfig, flags)
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_its_end() -> None:
+    config = ExampleConfig(
+        output_dir="out",
+        max_train_steps=100,
+        learning_rate=1.0,
+        final_learning_rate=0.1,
+        lr_warmup_steps=10,
+        lr_decay_fraction=0.5,
+    )
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10:51] == pytest.approx([1.0] * 41)
+    assert rates[75] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_crops_depend_on_seed_and_index_alone(photos: list[np.ndarray]) -> None:
+    first, again, other = (RandomCrops(photos, 32, seed) for seed in (0, 0, 1))
+    assert torch.equal(first[7], again[7])
+    assert not torch.equal(first[7], first[8])
+    assert not torch.equal(first[7], other[7])
+
+
+def test_a_loader_resumed_after_some_steps_gives_the_remaining_batches(photos: list[np.ndarray]) -> None:
+    crops = RandomCrops(photos, 16, 0)
+    whole = list(make_loader(crops, 2, step=0, max_steps=5))
+    rest = list(make_loader(crops, 2, step=3, max_steps=5))
+    assert len(whole) == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_versions_of_a_pair_share_the_crop_and_differ_in_damage(photos: list[np.ndarray]) -> None:
+    pairs = DegradedCrops(photos, 64, {"light": 1.0}, seed=0, versions=2)
+    first, second, next_crop = pairs[0], pairs[1], pairs[2]
+    assert torch.equal(first.hq, second.hq)
+    assert not torch.equal(first.lq, second.lq)
+    assert not torch.equal(first.hq, next_crop.hq)
+    assert first.lq.shape == first.hq.shape == (3, 64, 64)
+
+
+def test_photos_are_scaled_and_unreadable_files_skipped(
+    tmp_path: Path, photos: list[np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"photo_{i}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    loaded = load_photos(tmp_path, min_side_px=40, scales=(1.0, 0.5, 0.25), favourites=("photo_0*",))
+    assert [photo.shape for photo in loaded[:4]] == [(80, 96, 3), (80, 96, 3), (40, 48, 3), (40, 48, 3)]
+    assert len(loaded) == 8
+    assert "broken.jpg" in caplog.text
+
+
+def test_a_folder_without_large_enough_photos_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "small.png")
+    with pytest.raises(ImageError, match="at least 64 px"):
+        load_photos(tmp_path, min_side_px=64)
+
+
+def test_reconstruction_loss_is_zero_for_equal_pictures_and_sees_a_colour_cast() -> None:
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    cast = image.clone()
+    cast[:, 0] += 0.1
+    assert reconstruction_loss(image, image) == 0
+    # L1 0.1 / 3; halves of: no gradient, colour 0.1 / 2, block means 0.1 / 3
+    assert reconstruction_loss(cast, image).item() == pytest.approx(0.1 / 3 + 0.5 * (0.1 / 2 + 0.1 / 3), rel=1e-4)
+
+
+def test_hinge_losses_are_those_of_the_paper() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert hinge_generator_loss(fake).item() == pytest.approx(1.0)
+
+
+def test_feature_matching_does_not_depend_on_the_size_of_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
+    once, larger = feature_matching_loss([fake], [real]), feature_matching_loss([fake * 10], [real * 10])
+    torch.testing.assert_close(once, larger)
+
+
+def test_folding_normalises_latents_and_keeps_reconstructions() -> None:
+    torch.manual_seed(0)
+    vae = build_small_autoencoder((8, 16), 4, 1).double()
+    image = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(image).latent_dist
+        reconstruction = vae.decode(before.mean).sample
+        latents = before.mean
+        fold_latent_statistics(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+        after = vae.encode(image).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, reconstruction)
+    torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(after.mean.std(dim=(0, 2, 3)), torch.ones(4, dtype=torch.float64))
+    # the posterior is as wide as before, in units of the latent
+    expected = before.std / latents.std(dim=(0, 2, 3))[:, None, None]
+    torch.testing.assert_close(after.std, expected)
+
+
+def test_silent_fusion_hardly_changes_the_plain_decode() -> None:
+    torch.manual_seed(0)
+    vae = build_small_autoencoder((8, 16, 16), 4, 1)
+    cfw = ControllableFeatureWrapping.from_vae(vae, num_rrdb=1, growth_channels=4)
+    start_fusion_silent(cfw)
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        posterior, features = encode_with_features(vae, image, (1, 2))
+        plain = vae.decode(posterior.mean).sample
+        wrapped = decode_with_features(vae, cfw, posterior.mean, features, 1.0)
+    assert (plain - wrapped).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_stratified_timesteps_take_one_from_each_part_of_the_schedule() -> None:
+    timesteps = stratified_timesteps(10, 1000, torch.device("cpu"))
+    assert [t // 100 for t in timesteps.tolist()] == list(range(10))
+
+
+def test_running_means_count_each_loss_for_itself() -> None:
+    losses = RunningMean()
+    losses.add(a=torch.tensor(1.0))
+    losses.add(a=torch.tensor(3.0), b=torch.tensor(5.0))
+    assert losses.read() == "a 2.0000 b 5.0000"
+    assert losses.read() == ""

@@ -1,0 +1,52 @@
+"""Put trained parts together as a pipeline that `StableSRPipeline.from_pretrained` loads.
+
+python training/assemble_pipeline.py --config configs/mini/pipeline.yaml
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.pipelines.stablesr import StableSRPipeline
+from stablesr_kit.training.config import ProgramConfig, load_config
+from stablesr_kit.training.small_unet import build_small_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleConfig(ProgramConfig):
+    """Options of this program."""
+
+    pretrained_vae: str
+    """Folder of the autoencoder."""
+    pretrained_unet: str
+    """Folder of the UNet."""
+    pretrained_adapter: str
+    """Folder of the adapter."""
+    pretrained_cfw: str | None = None
+    """Folder of the fusion layers; None leaves them out."""
+    default_steps: int = 4
+    """Number of steps of a call that names none."""
+
+
+def main(config: AssembleConfig) -> None:
+    """Write the pipeline to output_dir, its weights in float16."""
+    cfw = None
+    if config.pretrained_cfw is not None:
+        cfw = ControllableFeatureWrapping.from_pretrained(config.pretrained_cfw)
+    pipeline = StableSRPipeline(
+        vae=AutoencoderKL.from_pretrained(config.pretrained_vae),
+        unet=UNet2DConditionModel.from_pretrained(config.pretrained_unet),
+        adapter=StableSRAdapter.from_pretrained(config.pretrained_adapter),
+        scheduler=build_small_scheduler(),
+        cfw=cfw,
+        default_steps=config.default_steps,
+    )
+    pipeline.to(torch.float16).save_pretrained(config.output_dir)
+
+
+if __name__ == "__main__":
+    main(load_config(AssembleConfig, sys.argv[1:]))
