@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.metrics import PristineStatistics, gmsd, niqe, psnr, ssim
+from stablesr_kit.evaluation.metrics import PristineStatistics, gmsd, niqe, psnr, ssim
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
 BORDER_PX = 4
