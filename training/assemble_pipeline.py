@@ -3,8 +3,10 @@
 python training/assemble_pipeline.py --config configs/mini/pipeline.yaml
 """
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -46,6 +48,12 @@ def main(config: AssembleConfig) -> None:
         default_steps=config.default_steps,
     )
     pipeline.to(torch.float16).save_pretrained(config.output_dir)
+
+    # where the parts were trained is nobody's business
+    for file in Path(config.output_dir).glob("*/config.json"):
+        options = json.loads(file.read_text())
+        options.pop("_name_or_path", None)
+        file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

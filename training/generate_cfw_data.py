@@ -50,7 +50,7 @@ def main(config: CFWDataConfig) -> None:
     """Write output_dir/samples.safetensors: hq, lq (N, H, W, 3) uint8 and latents (N, C, h, w) float16."""
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32).to(device)
+    pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     photos = load_photos(
         config.train_data_dir,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -90,4 +91,6 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Loader of the batches that a run has still to see after `step` steps of all its processes."""
     samples = batch_size * processes
-    return DataLoader(dataset, batch_size, sampler=Consecutive(step * samples, max_steps * samples))
+    remaining = Consecutive(step * samples, max_steps * samples)
+    # a generator of its own: otherwise starting the loader would move the noise of a resumed run
+    return DataLoader(dataset, batch_size, sampler=remaining, generator=torch.Generator())
