@@ -3,8 +3,10 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from stablesr_kit import ControllableFeatureWrapping, SpacedDDPMScheduler, StableSRAdapter, StableSRPipeline
 from stablesr_kit.cli import app
+from tests import official_layout
 
 
 def stablesr(*arguments: object) -> Result:
@@ -241,6 +244,26 @@ def test_what_only_one_picture_cannot_have_fails_that_picture(model: Path, photo
     ] * 2
 
 
+def test_a_damaged_model_is_one_line(model: Path, photos: Path, tmp_path: Path) -> None:
+    damages = {"unet": "unet/diffusion_pytorch_model.safetensors", "index": "model_index.json"}
+    for name, file in damages.items():
+        copy = tmp_path / name
+        shutil.copytree(model, copy)
+        (copy / file).write_bytes((copy / file).read_bytes()[:100])
+        result = stablesr("restore", photos / "grey.png", "-o", tmp_path / "out", "--model", copy)
+        assert result.exit_code == 1
+        lines = error_lines(result)
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {copy}: the model cannot be loaded (")
+
+
+def test_a_fresh_process_restores(model: Path, photos: Path, tmp_path: Path) -> None:
+    program = "from stablesr_kit.cli import main; main()"
+    command = [sys.executable, "-c", program, "restore", photos / "grey.png", "-o", "out.png", "--model", model]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1 restored: out.png\n", "")
+
+
 def test_a_folder_without_pictures_fails(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = stablesr("restore", tmp_path / "empty", "-o", tmp_path / "out")
@@ -285,3 +308,85 @@ def test_options_reach_the_model(arguments: tuple[object, ...], model: Path, pho
     assert (default.exit_code, chosen.exit_code) == (0, 0), error_lines(chosen)
     pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("default.png", "chosen.png")]
     assert not np.array_equal(*pixels)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small StableSR and its CFW in the official layout, a pickle with code in it, and a file of another kind."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    networks = official_layout.tiny_networks()
+    state = official_layout.official_checkpoint(networks, official_layout.tiny_text_encoder())
+    torch.save({"state_dict": state}, folder / "stablesr_000117.ckpt")
+    torch.save({"state_dict": official_layout.official_cfw_checkpoint(networks)}, folder / "vqgan_cfw_00011.ckpt")
+    torch.save({"state_dict": state, "callback": print}, folder / "code.ckpt")
+    (folder / "notes.txt").write_text("not weights")
+    return folder
+
+
+def test_inspect_says_what_a_file_is(checkpoints: Path, model: Path) -> None:
+    result = stablesr("inspect", checkpoints / "stablesr_000117.ckpt")
+    assert result.exit_code == 0
+    assert "a complete StableSR checkpoint" in result.stdout
+    assert "stablesr convert stablesr_000117.ckpt -o DIR" in result.stdout
+    assert "a StableSR pipeline folder" in stablesr("inspect", model).stdout
+
+
+def test_convert_makes_a_folder_that_restores(checkpoints: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "converted"
+    cfw = checkpoints / "vqgan_cfw_00011.ckpt"
+    result = stablesr("convert", checkpoints / "stablesr_000117.ckpt", "--cfw", cfw, "-o", folder)
+    assert error_lines(result) == []
+    assert result.stdout == f"converted: {folder}\n"
+    assert os.listdir(tmp_path / "models") == ["converted"]
+    picture = ("restore", photos / "colour.jpg", "--steps", 2, "--model", folder, "-o")
+    assert stablesr(*picture, tmp_path / "restored.png").exit_code == 0
+    assert Image.open(tmp_path / "restored.png").size == (52, 40)
+
+    again = stablesr("convert", checkpoints / "stablesr_000117.ckpt", "-o", folder)
+    assert again.exit_code == 2
+    assert error_lines(again) == [f"error: -o {folder} exists; choose a new or an empty folder"]
+
+
+def test_without_cfw_only_w_0_is_left(checkpoints: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    assert stablesr("convert", checkpoints / "stablesr_000117.ckpt", "-o", folder).exit_code == 0
+    picture = ("restore", photos / "colour.jpg", "--steps", 2, "--model", folder, "-o", tmp_path / "restored.png")
+    result = stablesr(*picture)
+    assert result.exit_code == 2
+    assert error_lines(result)[0].startswith(
+        "error: --w 0.5 needs feature wrapping (CFW), which this model lacks; give --w 0"
+    )
+    assert stablesr(*picture, "--w", 0).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("code.ckpt", "code.ckpt needs more than tensors"),
+        ("notes.txt", "notes.txt is not a weight file"),
+        ("missing.ckpt", "cannot be read"),
+        ("vqgan_cfw_00011.ckpt", "give it as cfw"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    name: str, message: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    result = stablesr("convert", checkpoints / name, "-o", tmp_path / "converted")
+    assert result.exit_code == 1
+    lines = error_lines(result)
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+    if name != "vqgan_cfw_00011.ckpt":
+        assert (stablesr("inspect", checkpoints / name).exit_code, list(tmp_path.iterdir())) == (1, [])
+
+
+def test_doctor_reports_versions_and_whether_the_embedded_model_loads() -> None:
+    result = stablesr("doctor")
+    for subject in ("python", "torch", "diffusers", "xformers", "cpu", "memory", "disk"):
+        assert re.search(rf"^{subject} +\S", result.stdout, re.MULTILINE), subject
+    if not (resources.files("stablesr_kit") / "assets/mini/model_index.json").is_file():
+        assert result.exit_code == 1
+        pytest.skip("the embedded model is not there yet")
+    assert re.search(r"^model +mini: [0-9.]+ M parameters, loaded in", result.stdout, re.MULTILINE), result.stdout
+    assert result.exit_code == 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stablesr_kit.cli.messages import failing_in_one_line, usage_error
+from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
 from stablesr_kit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ TensorsOnly = Annotated[
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint.")], tensors_only: TensorsOnly = False
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, or a pipeline folder.")],
+    tensors_only: TensorsOnly = False,
 ) -> None:
     """Say what a checkpoint is."""
     with failing_in_one_line():
@@ -57,6 +58,7 @@ def convert(
         from stablesr_kit import StableSRPipeline
         from stablesr_kit.checkpoints import convert_checkpoint
 
+        quieten_libraries()
         components = convert_checkpoint(
             checkpoint, cfw=cfw, base=base, prediction_type=prediction_type, tensors_only=tensors_only
         )

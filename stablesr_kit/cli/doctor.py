@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import typer
 
-from stablesr_kit.cli.messages import one_line
+from stablesr_kit.cli.messages import one_line, quieten_libraries
 
 DISTRIBUTION = "stablesr-kit"
 
@@ -107,6 +107,7 @@ def _memory() -> Iterator[Finding]:
 def _model() -> Iterator[Finding]:
     from stablesr_kit import StableSRPipeline
 
+    quieten_libraries()
     began = time.perf_counter()
     pipeline = StableSRPipeline.from_pretrained("mini")
     seconds = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """How the command line speaks: results on stdout; notes and errors on stderr, one line each."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -31,3 +32,13 @@ def failing_in_one_line() -> Iterator[None]:
     except StableSRKitError as error:
         typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+def quieten_libraries() -> None:
+    """No bars for loading and saving unless stderr is a terminal, where they show that a large model takes a while."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

@@ -13,8 +13,8 @@ import typer
 from PIL import Image
 from tqdm import tqdm
 
-from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
-from stablesr_kit.errors import ImageError, OutputError, StableSRKitError
+from stablesr_kit.cli.messages import failing_in_one_line, one_line, quieten_libraries, usage_error
+from stablesr_kit.errors import CheckpointError, ImageError, OutputError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, check_output, list_images, read_picture, side_by_side, write_picture
 
 if TYPE_CHECKING:
@@ -203,18 +203,20 @@ def make_folder(folder: Path) -> None:
 
 
 def load_pipeline(model: str, device_name: str, dtype_name: DtypeName) -> "StableSRPipeline":
-    """The model on its device."""
+    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged."""
     device = choose_device(device_name)
     dtype = choose_dtype(dtype_name, device)
 
-    from diffusers.utils import logging
-
     from stablesr_kit import StableSRPipeline
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype).to(device)
-    return pipeline
+    quieten_libraries()
+    try:
+        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+    except StableSRKitError:
+        raise
+    except (OSError, ValueError) as error:  # how diffusers says that files are missing, cut short or foreign
+        raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
+    return pipeline.to(device)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -265,7 +267,7 @@ def run(
 ) -> None:
     """Restore one picture after the other, with a bar over the pictures and one over the steps of each."""
     is_quiet = not sys.stderr.isatty()
-    for job in tqdm(jobs, unit="picture", disable=is_quiet or len(jobs) == 1):
+    for job in tqdm(jobs, unit="picture", leave=False, disable=is_quiet or len(jobs) == 1):
         pipeline.set_progress_bar_config(
             desc=job.source.name, unit="step", leave=False, position=int(len(jobs) > 1), disable=is_quiet
         )
