@@ -1,0 +1,104 @@
+"""Bring every way the same weights are stored to one form: sections with the official names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stablesr_kit.checkpoints.key_maps import PREFIXES, Section
+from stablesr_kit.checkpoints.reading import RawCheckpoint
+from stablesr_kit.errors import CheckpointError
+
+WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict")
+"""Where training programs put the weights, in order of preference."""
+
+WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
+"""What DistributedDataParallel and torch.compile put into names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The tensors of a file, section by section."""
+
+    path: Path
+    sections: Mapping[Section, dict[str, Tensor]]
+    """Names as in the official checkpoints, without the prefix of their section. A section that is empty is absent."""
+    notes: tuple[str, ...]
+    """What was unwrapped or renamed to get here."""
+
+    def full_names(self) -> dict[str, Tensor]:
+        """Every tensor under its official name."""
+        return {
+            PREFIXES[section] + name: tensor for section, part in self.sections.items() for name, tensor in part.items()
+        }
+
+
+def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
+    """The sections of a file.
+
+    `use_ema` takes the running averages that some training runs keep beside the weights of the UNet (and of SPADE).
+
+    Raises `CheckpointError` if the file holds no tensor, or no averages though they are asked for.
+    """
+    notes = []
+    content: Mapping[str, object] = raw.content
+    for wrapper in WRAPPERS:
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping):
+            content = inner
+            notes.append(f"weights found under {wrapper!r}")
+            break
+    tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"{raw.path.name} holds no tensors by name; found {', '.join(map(str, content)) or 'nothing'}"
+        )
+    return section(raw.path, tensors, use_ema=use_ema, notes=tuple(notes))
+
+
+def section(
+    path: Path, tensors: Mapping[str, Tensor], *, use_ema: bool = False, notes: tuple[str, ...] = ()
+) -> Checkpoint:
+    """Tensors by name, sorted into sections."""
+    tensors = {WRAPPED_MODULE.sub("", name): tensor for name, tensor in tensors.items()}
+    if "encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors:
+        tensors = {_full_vae_name(name): tensor for name, tensor in tensors.items()}
+        notes = (*notes, "an autoencoder's names without prefix")
+    if use_ema:
+        tensors = _averages(path, tensors)
+        notes = (*notes, "running averages taken")
+    sections: dict[Section, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part = section_of(name)
+        sections.setdefault(part, {})[name.removeprefix(PREFIXES[part])] = tensor
+    return Checkpoint(path=path, sections=sections, notes=notes)
+
+
+def section_of(name: str) -> Section:
+    """The section a full official name belongs to."""
+    if name.startswith(PREFIXES["unet"]):
+        return "spade" if ".spade." in name else "unet"
+    for part in ("encoder", "fusion", "vae", "text"):
+        if name.startswith(PREFIXES[part]):
+            return part
+    return "other"
+
+
+def _full_vae_name(name: str) -> str:
+    is_vae = name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    return PREFIXES["vae"] + name if is_vae else name
+
+
+def _averages(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with those of the UNet replaced by their running averages (LDM stores these without dots)."""
+    prefix = PREFIXES["unet"]
+    averaged = {
+        name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(prefix)
+    }
+    missing = [name for name, average in averaged.items() if average not in tensors]
+    if missing or not averaged:
+        raise CheckpointError(f"{path.name} holds no running averages of the UNet; leave use_ema out")
+    used = set(averaged.values())
+    return {name: tensors[averaged.get(name, name)] for name in tensors if name not in used}

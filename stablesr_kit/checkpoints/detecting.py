@@ -1,0 +1,274 @@
+"""What a checkpoint is, and every hyperparameter that its names and shapes tell."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from stablesr_kit.checkpoints.canonical import Checkpoint
+from stablesr_kit.errors import CheckpointError
+
+Family = Literal[
+    "stablesr",
+    "stablesr extract",
+    "cfw",
+    "stable diffusion",
+    "autoencoder",
+    "diffusers weights",
+    "unsupported diffusion",
+    "lora",
+    "codeformer",
+    "vqgan",
+    "vqgan discriminator",
+    "real-esrgan",
+    "retinaface",
+    "parsenet",
+    "yolov5-face",
+    "unknown",
+]
+
+Config = dict[str, Any]
+
+SIGNATURES: tuple[tuple[Family, str, str], ...] = (
+    ("unsupported diffusion", "a Stable Diffusion XL or refiner checkpoint", r"^conditioner\.embedders\."),
+    ("unsupported diffusion", "a ControlNet checkpoint", r"^control_model\."),
+    ("lora", "a LoRA", r"(\.lora_(down|up|A|B)\.|^lora_(unet|te)_)"),
+    ("codeformer", "a CodeFormer checkpoint (face restoration)", r"^idx_pred_layer\.1\.weight$"),
+    ("vqgan", "a VQGAN of CodeFormer (faces)", r"^quantize\.(embedding|codebook)\."),
+    ("vqgan discriminator", "the discriminator of a VQGAN", r"^main\.0\.weight$"),
+    ("real-esrgan", "a Real-ESRGAN or ESRGAN network", r"^(body|RRDB_trunk)\.0\.rdb1\."),
+    ("retinaface", "a RetinaFace detector", r"^BboxHead\.0\."),
+    ("parsenet", "a ParseNet face parser", r"^out_mask_conv\."),
+    ("yolov5-face", "a YOLOv5-face detector", r"^model\.\d+\.(conv|stem_1)\."),
+    ("diffusers weights", "weights of one diffusers model", r"^(encoder\.)?(down_blocks\.|conv_norm_out\.)"),
+)
+"""Checkpoints without the sections of Stable Diffusion: (family, description, a name that gives it away)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """What a checkpoint is, and the diffusers config of each part it holds (None: not in this file)."""
+
+    family: Family
+    description: str
+    unet: Config | None = None
+    vae: Config | None = None
+    text: Config | None = None
+    adapter: Config | None = None
+    cfw: Config | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hints:
+    """What shapes do not tell; None means the value of the released models of the same kind."""
+
+    unet_head_channels: int | None = None
+    """Channels per attention head of the UNet; 64 in Stable Diffusion 2."""
+    unet_heads: int | None = None
+    """Attention heads of the UNet, at every level; 8 in Stable Diffusion 1."""
+    encoder_heads: int | None = None
+    """Attention heads of the time-aware encoder; 4 in every release."""
+    text_heads: int | None = None
+    """Attention heads of the text encoder; one per 64 channels in every CLIP."""
+    latent_size: int | None = None
+    """Side of the latents the model was trained on; 96 for the 768v models, else 64."""
+
+
+class Level(NamedTuple):
+    """One resolution of a network that halves its input level by level."""
+
+    channels: int
+    layers: int
+    has_attention: bool
+
+
+def detect(checkpoint: Checkpoint, hints: Hints | None = None) -> Detection:
+    """The family of a checkpoint and the configs of its parts.
+
+    Raises `CheckpointError` if a part has a shape that no model of its family has.
+    """
+    hints = hints or Hints()
+    sections = checkpoint.sections
+    named = _by_signature(checkpoint)
+    if named is not None:
+        return named
+    unet, spade, encoder = (sections.get(part) for part in ("unet", "spade", "encoder"))
+    vae, fusion, text = (sections.get(part) for part in ("vae", "fusion", "text"))
+    try:
+        parts: dict[str, Config | None] = {
+            "unet": unet_config(unet, hints) if unet else None,
+            "vae": vae_config(vae, sections.get("other", {}), hints) if vae else None,
+            "text": text_config(text, hints) if text else None,
+            "adapter": adapter_config(spade, encoder, hints) if spade and encoder else None,
+            "cfw": cfw_config(fusion) if fusion else None,
+        }
+    except LookupError as error:  # a name that its family always has is absent, or its tensor has too few dimensions
+        raise CheckpointError(f"{checkpoint.path.name} has names of Stable Diffusion, but is incomplete") from error
+    if parts["adapter"] and parts["unet"]:
+        return Detection(family="stablesr", description="a complete StableSR checkpoint", **parts)
+    if parts["adapter"]:
+        return Detection(family="stablesr extract", description="a web-UI extract of StableSR", **parts)
+    if parts["unet"]:
+        kind = "2" if parts["unet"]["use_linear_projection"] else "1"
+        return Detection(family="stable diffusion", description=f"a Stable Diffusion {kind}.x checkpoint", **parts)
+    if parts["cfw"]:
+        return Detection(family="cfw", description="an autoencoder with CFW", **parts)
+    if parts["vae"]:
+        return Detection(family="autoencoder", description="an autoencoder of Stable Diffusion", **parts)
+    return Detection(family="unknown", description="a checkpoint of unknown kind", **parts)
+
+
+def _by_signature(checkpoint: Checkpoint) -> Detection | None:
+    names = checkpoint.full_names()
+    vae = checkpoint.sections.get("vae", {})
+    for family, description, pattern in SIGNATURES:
+        candidates = vae if family == "diffusers weights" and vae else names
+        if any(re.search(pattern, name) for name in candidates):
+            return Detection(family=family, description=description)
+    return None
+
+
+def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:
+    """Arguments of UNet2DConditionModel. `unet`: official names without prefix."""
+    if "label_emb.0.0.weight" in unet or "label_emb.weight" in unet:
+        raise CheckpointError("the UNet has class conditioning (XL, unCLIP, x4 upscaler); use Stable Diffusion 1 or 2")
+    levels = _levels(unet, "the UNet")
+    channels = [level.channels for level in levels]
+    key = _first(unet, r"\.attn2\.to_k\.weight$", "the UNet has no cross attention")
+    use_linear = unet[_first(unet, r"\.proj_in\.weight$", "the UNet has no transformer")].ndim == 2
+    if hints.unet_head_channels:
+        heads = [max(1, width // hints.unet_head_channels) for width in channels]
+    elif hints.unet_heads or not use_linear:
+        heads = [hints.unet_heads or 8] * len(channels)
+    else:
+        heads = [max(1, width // 64) for width in channels]
+    return {
+        "sample_size": hints.latent_size or 64,
+        "in_channels": unet["input_blocks.0.0.weight"].shape[1],
+        "out_channels": _shape(unet, "out.2.weight", "the UNet")[0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": levels[0].layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if level.has_attention else "DownBlock2D" for level in levels),
+        "up_block_types": tuple(
+            "CrossAttnUpBlock2D" if level.has_attention else "UpBlock2D" for level in reversed(levels)
+        ),
+        "transformer_layers_per_block": 1 + max(_indices(unet, r"\.transformer_blocks\.(\d+)\."), default=0),
+        "cross_attention_dim": unet[key].shape[1],
+        "attention_head_dim": heads,  # diffusers means the number of heads by it
+        "use_linear_projection": use_linear,
+    }
+
+
+def adapter_config(spade: Mapping[str, Tensor], encoder: Mapping[str, Tensor], hints: Hints) -> Config:
+    """Arguments of StableSRAdapter beyond those the UNet decides; official names without prefix."""
+    levels = _levels(encoder, "the time-aware encoder")
+    shared = spade[_first(spade, r"\.spade\.mlp_shared\.0\.weight$", "the SPADE layers lack their shared convolution")]
+    return {
+        "block_out_channels": tuple(level.channels for level in levels),
+        "down_block_types": tuple("AttnDownBlock2D" if level.has_attention else "DownBlock2D" for level in levels),
+        "layers_per_block": levels[0].layers,
+        "num_attention_heads": hints.encoder_heads or 4,
+        "cond_channels": shared.shape[1],
+        "hidden_channels": shared.shape[0],
+        "modulation": "spade",
+    }
+
+
+def vae_config(vae: Mapping[str, Tensor], other: Mapping[str, Tensor], hints: Hints) -> Config:
+    """Arguments of AutoencoderKL. `vae`: official names without prefix; `other`: may hold the latent's scale."""
+    count = 1 + max(_indices(vae, r"^encoder\.down\.(\d+)\."), default=-1)
+    if not count:
+        raise CheckpointError("the autoencoder has no encoder; StableSR needs a complete autoencoder")
+    channels = tuple(_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", "the autoencoder")[0] for i in range(count))
+    scale = other.get("scale_factor")
+    latent_channels = _shape(vae, "decoder.conv_in.weight", "the autoencoder")[1]
+    return {
+        "sample_size": (hints.latent_size or 64) * 2 ** (count - 1),
+        "block_out_channels": channels,
+        "layers_per_block": 1 + max(_indices(vae, r"^encoder\.down\.0\.block\.(\d+)\."), default=0),
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "latent_channels": latent_channels,
+        "scaling_factor": 0.18215 if scale is None or scale.is_meta else float(scale),
+        "use_quant_conv": "quant_conv.weight" in vae,
+        "use_post_quant_conv": "post_quant_conv.weight" in vae,
+    }
+
+
+def cfw_config(fusion: Mapping[str, Tensor]) -> Config:
+    """Arguments of ControllableFeatureWrapping. `fusion`: names after `decoder.fusion_layer_`."""
+    levels = tuple(sorted(_indices(fusion, r"^(\d+)\.")))
+    first = f"{levels[0]}.encode_enc_2.0.rdb1.conv1.weight"
+    return {
+        "channels": tuple(_shape(fusion, f"{level}.encode_enc_3.conv1.weight", "CFW")[0] for level in levels),
+        "levels": levels,
+        "num_rrdb": 1 + max(_indices(fusion, r"^\d+\.encode_enc_2\.(\d+)\."), default=-1),
+        "growth_channels": _shape(fusion, first, "CFW")[0],
+    }
+
+
+def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
+    """Arguments of CLIPTextConfig. `text`: official names without prefix, in open_clip's or transformers' layout."""
+    is_open_clip = "model.ln_final.weight" in text
+    if is_open_clip:
+        layers = max(_indices(text, r"^model\.transformer\.resblocks\.(\d+)\."), default=0)  # the last is unused
+        positions, tokens = text["model.positional_embedding"], text["model.token_embedding.weight"]
+        width_key = r"^model\.transformer\.resblocks\.0\.mlp\.c_fc\.weight$"
+    else:
+        layers = 1 + max(_indices(text, r"\.encoder\.layers\.(\d+)\."), default=-1)
+        positions, tokens = (
+            text[_first(text, rf"{kind}_embedding\.weight$", "the text encoder has no embedding")]
+            for kind in ("position", "token")
+        )
+        width_key = r"\.layers\.0\.mlp\.fc1\.weight$"
+    hidden = tokens.shape[1]
+    return {
+        "vocab_size": tokens.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": text[_first(text, width_key, "the text encoder has no layers")].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": hints.text_heads or max(1, hidden // 64),
+        "max_position_embeddings": positions.shape[0],
+        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "projection_dim": hidden,
+        "bos_token_id": tokens.shape[0] - 2,
+        "eos_token_id": tokens.shape[0] - 1,
+        "pad_token_id": 0 if is_open_clip else tokens.shape[0] - 1,
+    }
+
+
+def _levels(part: Mapping[str, Tensor], what: str) -> list[Level]:
+    """Levels of an LDM-like network, in the order of `input_blocks`."""
+    _shape(part, "input_blocks.0.0.weight", what)
+    levels = [Level(0, 0, False)]
+    for n in range(1, 1 + max(_indices(part, r"^input_blocks\.(\d+)\."))):
+        if f"input_blocks.{n}.0.op.weight" in part:
+            levels.append(Level(0, 0, False))
+        else:
+            channels = _shape(part, f"input_blocks.{n}.0.out_layers.3.weight", what)[0]
+            has_attention = f"input_blocks.{n}.1.norm.weight" in part
+            levels[-1] = Level(channels, levels[-1].layers + 1, has_attention)
+    if len({level.layers for level in levels}) != 1:
+        raise CheckpointError(
+            f"{what} has {[level.layers for level in levels]} blocks per level; expected the same number"
+        )
+    return levels
+
+
+def _indices(names: Mapping[str, Tensor], pattern: str) -> set[int]:
+    return {int(match[1]) for match in (re.search(pattern, name) for name in names) if match}
+
+
+def _first(names: Mapping[str, Tensor], pattern: str, otherwise: str) -> str:
+    for name in names:
+        if re.search(pattern, name):
+            return name
+    raise CheckpointError(otherwise)
+
+
+def _shape(part: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
+    if name not in part:
+        raise CheckpointError(f"{what} lacks {name}; the file is incomplete or of another family")
+    return tuple(part[name].shape)

@@ -1,0 +1,233 @@
+"""Say what a file or folder is, without building anything from it."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stablesr_kit.checkpoints.assembling import left_over
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize
+from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
+from stablesr_kit.checkpoints.key_maps import Section
+from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
+from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
+from stablesr_kit.errors import CheckpointError
+
+USES: Mapping[str, str] = {
+    "stablesr": "stablesr convert {name} -o DIR",
+    "stablesr extract": "stablesr convert {name} --base STABLE_DIFFUSION -o DIR",
+    "cfw": "stablesr convert STABLESR.ckpt --cfw {name} -o DIR",
+    "stable diffusion": "stablesr convert EXTRACT --base {name} -o DIR",
+    "pipeline": "stablesr restore PHOTO -o OUT --model {name}",
+    "base": "stablesr convert EXTRACT --base {name} -o DIR",
+}
+"""The command that takes a checkpoint of each kind."""
+
+TITLES: Mapping[str, str] = {
+    "unet": "UNet",
+    "spade": "SFT layers (spade)",
+    "encoder": "time-aware encoder",
+    "vae": "autoencoder",
+    "fusion": "CFW",
+    "text": "text encoder",
+    "other": "other",
+}
+
+
+SUMMARY = (
+    *("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "use_linear_projection"),
+    *("num_attention_heads", "cond_channels", "hidden_channels", "modulation", "latent_channels", "scaling_factor"),
+    *("hidden_size", "num_hidden_layers", "channels", "levels", "num_rrdb", "growth_channels"),
+)
+"""The fields of a config that tell models apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport:
+    """What is known about a checkpoint; `str` of it is for people."""
+
+    path: Path
+    kind: str
+    """Family of the checkpoint; "pipeline" and "base" are folders in diffusers' layout."""
+    description: str
+    format: str
+    size_bytes: int
+    dtypes: tuple[str, ...]
+    parts: Mapping[str, int]
+    """Numbers in each part."""
+    configs: Mapping[str, Config]
+    """The diffusers config of each part that has one."""
+    prediction: Prediction | None
+    """None: it has no UNet, or only measuring would tell (`convert` does)."""
+    command: str | None
+    """The command that takes it."""
+    missing: tuple[str, ...]
+    """What it needs beside it, and why."""
+    notes: tuple[str, ...]
+    sha256: str | None
+
+    def __str__(self) -> str:
+        lines = [
+            ("format", f"{self.format}, {_megabytes(self.size_bytes)}, {' and '.join(self.dtypes)}"),
+            *(("holds", f"{part}: {_millions(numbers)}") for part, numbers in self.parts.items()),
+            *(("config", f"{part}: {_summary(config)}") for part, config in self.configs.items()),
+        ]
+        if "unet" in self.configs or self.prediction:
+            lines.append(("predicts", str(self.prediction or "no name tells; convert measures it")))
+        lines += [("needs", what) for what in self.missing]
+        lines += [("note", note) for note in self.notes]
+        lines += [("sha256", self.sha256)] if self.sha256 else []
+        lines += [("use", self.command)] if self.command else []
+        return "\n".join([f"{self.path}: {self.description}", *(f"  {label:9} {text}" for label, text in lines)])
+
+
+def inspect_checkpoint(
+    path: str | Path, *, hints: Hints | None = None, tensors_only: bool = False, sha256: bool = False
+) -> CheckpointReport:
+    """What a weight file or a folder in diffusers' layout is. Arguments as `convert_checkpoint`.
+
+    Raises `CheckpointError` for what is neither.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _inspect_folder(path)
+    raw = read_checkpoint(path, tensors_only=tensors_only)
+    checkpoint = canonicalize(raw)
+    found = detect(checkpoint, hints)
+    sections = checkpoint.sections
+    configs = {name: getattr(found, name) for name in ("unet", "vae", "text", "adapter", "cfw")}
+    command = USES.get(found.family)
+    return CheckpointReport(
+        path=path,
+        kind=found.family,
+        description=found.description,
+        format=raw.format,
+        size_bytes=path.stat().st_size,
+        dtypes=_dtypes(sections),
+        parts={TITLES[part]: sum(map(Tensor.numel, tensors.values())) for part, tensors in sections.items()},
+        configs={name: config for name, config in configs.items() if config is not None},
+        prediction=prediction_from_name(path.name) if found.unet or found.adapter else None,
+        command=command.format(name=path.name) if command else None,
+        missing=tuple(_missing(found)),
+        notes=tuple(_notes(raw, checkpoint, found)),
+        sha256=_sha256(path) if sha256 else None,
+    )
+
+
+def _missing(found: Detection) -> list[str]:
+    needs = []
+    if found.family == "stablesr extract":
+        needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds the adapter alone")
+    if found.family == "cfw":
+        needs.append("a StableSR checkpoint: it holds the decoder's part alone")
+    if found.adapter is not None and found.cfw is None:
+        needs.append("vqgan_cfw_00011.ckpt (--cfw) for w above 0")
+    if found.family == "stablesr" and found.text is not None:
+        needs.append("a tokenizer for prompts; without prompts nothing")
+    return needs
+
+
+def _notes(raw: RawCheckpoint, checkpoint: Checkpoint, found: Detection) -> list[str]:
+    notes = list(checkpoint.notes)
+    facts = [f"{key} {raw.content[key]}" for key in ("epoch", "global_step") if isinstance(raw.content.get(key), int)]
+    if facts:
+        notes.append(f"training run: {', '.join(facts)}")
+    if raw.placeholders:
+        notes.append(f"replaced by placeholders, nothing was run: {', '.join(raw.placeholders)}")
+    known = {part for part, config in (("unet", found.unet), ("vae", found.vae), ("text", found.text)) if config}
+    if known or found.adapter or found.cfw:
+        unknown = left_over(checkpoint.sections.get("other", {}))
+        if unknown:
+            notes.append(f"not understood: {', '.join(unknown)}")
+    return notes
+
+
+def _inspect_folder(folder: Path) -> CheckpointReport:
+    """A pipeline in diffusers' layout, by its JSON files and the headers of its weights."""
+    index = _json(folder / "model_index.json")
+    if index is None:
+        raise CheckpointError(f"{folder} holds no model_index.json; expected a weight file or a pipeline folder")
+    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    weights = {name: sorted((folder / name).glob("*.safetensors")) for name in names}
+    headers = {name: [_header(file) for file in files] for name, files in weights.items() if files}
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json") or {}
+    is_ours = "adapter" in names
+    needed = ("unet", "vae", "scheduler")
+    kind = "pipeline" if is_ours else "base" if all(name in names for name in needed) else "unknown"
+    command = USES.get(kind)
+    return CheckpointReport(
+        path=folder,
+        kind=kind,
+        description="a StableSR pipeline folder" if is_ours else f"a folder of {index.get('_class_name', 'diffusers')}",
+        format="diffusers folder",
+        size_bytes=sum(file.stat().st_size for files in weights.values() for file in files),
+        dtypes=tuple(sorted({dtype for header in headers.values() for file in header for dtype in file})),
+        parts={name: sum(sum(file.values()) for file in files) for name, files in headers.items()},
+        configs={name: config for name in headers if (config := _json(folder / name / "config.json"))},
+        prediction=Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
+        if "prediction_type" in scheduler
+        else None,
+        command=command.format(name=folder) if command else None,
+        missing=tuple(f"{name}, which is absent" for name in needed if name not in names),
+        notes=(),
+        sha256=None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is a JSON {type(content).__name__}; expected named fields")
+    return content
+
+
+def _header(path: Path) -> Counter[str]:
+    """Dtype -> how many numbers of it a safetensors file holds."""
+    numbers: Counter[str] = Counter()
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                numbers[part.get_dtype()] += math.prod(part.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error})") from error
+    return numbers
+
+
+def _dtypes(sections: Mapping[Section, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    tensors = itertools.chain.from_iterable(part.values() for part in sections.values())
+    return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _summary(config: Config) -> str:
+    return ", ".join(f"{key} {_value(config[key])}" for key in SUMMARY if config.get(key) is not None)
+
+
+def _value(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"

@@ -1,0 +1,191 @@
+"""Names of other people's checkpoints, as data. Modules map to modules: {ours: theirs}; tensors below them keep their
+names, except for the children listed here."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Section = Literal["unet", "spade", "encoder", "vae", "fusion", "text", "other"]
+
+PREFIXES: Mapping[Section, str] = {
+    "unet": "model.diffusion_model.",
+    "spade": "model.diffusion_model.",
+    "encoder": "structcond_stage_model.",
+    "vae": "first_stage_model.",
+    "fusion": "first_stage_model.decoder.fusion_layer_",
+    "text": "cond_stage_model.",
+    "other": "",
+}
+"""What the released StableSR checkpoints put before the names of each part."""
+
+IGNORED: Mapping[str, str] = {
+    r"betas|(alphas|sqrt_alphas|sqrt_one_minus_alphas|log_one_minus_alphas|sqrt_recip_alphas|sqrt_recipm1_alphas)_cumprod"
+    r"|alphas_cumprod_prev|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights": (
+        "the noise schedule, which the scheduler computes"
+    ),
+    r"logvar": "a learned weight of the training loss",
+    r"loss\..*": "LPIPS, discriminator and weights of the loss of CFW training",
+    r"scale_factor": "read into the autoencoder's config",
+    r"model_ema\..*": "running averages of the weights, which use_ema=True takes instead",
+    r"cond_stage_model\.model\.(text_projection|logit_scale)": "compares texts with pictures, after the last layer",
+    r"cond_stage_model\.model\.attn_mask|cond_stage_model\..*embeddings\.position_ids": "a constant",
+}
+"""Full names (regular expressions) that may be left over, each with the reason."""
+
+RESNET: Mapping[str, str] = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+"""A residual block of the UNet and of the time-aware encoder."""
+
+VAE_RESNET: Mapping[str, str] = {"conv_shortcut": "nin_shortcut"}
+
+VAE_ATTENTION: Mapping[str, str] = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+FUSION_RESNET: Mapping[str, str] = {"conv_shortcut": "conv_out"}
+
+OPEN_CLIP: Mapping[str, str] = {
+    "embeddings.token_embedding.weight": "model.token_embedding.weight",
+    "embeddings.position_embedding.weight": "model.positional_embedding",
+    "final_layer_norm.weight": "model.ln_final.weight",
+    "final_layer_norm.bias": "model.ln_final.bias",
+}
+"""Tensors of the text tower of open_clip; its layers are in OPEN_CLIP_LAYER."""
+
+OPEN_CLIP_LAYER: Mapping[str, str] = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+OPEN_CLIP_LAST_LAYER = r"cond_stage_model\.model\.transformer\.resblocks\.{last}\..*"
+"""The last layer of open_clip: Stable Diffusion 2 reads the output of the one before."""
+
+Modules = Mapping[str, tuple[str, Mapping[str, str]]]
+"""Our module -> (their module, {our child: their child})."""
+
+
+def translate(name: str, modules: Modules) -> str:
+    """Their name of our tensor. Raises KeyError if no module of the map holds it."""
+    module = name.rpartition(".")[0]
+    while module not in modules:
+        if not module:
+            raise KeyError(name)
+        module = module.rpartition(".")[0]
+    theirs, children = modules[module]
+    return f"{theirs}.{rename_child(name[len(module) + 1 :], children)}"
+
+
+def rename_child(name: str, children: Mapping[str, str]) -> str:
+    """The name with its first part replaced, if `children` has it."""
+    for ours, theirs in children.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def unet_modules(config: Mapping[str, Any]) -> Modules:
+    """UNet2DConditionModel to the LDM UNet, for a UNet of this diffusers config."""
+    has_attention = ["CrossAttn" in block for block in config["down_block_types"]]
+    layers, last = config["layers_per_block"], len(has_attention) - 1
+    modules = _encoder_side(has_attention, layers)
+    modules |= {
+        "time_embedding.linear_1": ("time_embed.0", {}),
+        "time_embedding.linear_2": ("time_embed.2", {}),
+        "conv_norm_out": ("out.0", {}),
+        "conv_out": ("out.2", {}),
+    }
+    for i, with_attention in enumerate(reversed(has_attention)):
+        for j in range(layers + 1):
+            theirs = f"output_blocks.{i * (layers + 1) + j}"
+            modules[f"up_blocks.{i}.resnets.{j}"] = (f"{theirs}.0", RESNET)
+            if with_attention:
+                modules[f"up_blocks.{i}.attentions.{j}"] = (f"{theirs}.1", {})
+        if i < last:
+            modules[f"up_blocks.{i}.upsamplers.0.conv"] = (f"{theirs}.{1 + with_attention}.conv", {})
+    return modules
+
+
+def time_aware_encoder_modules(config: Mapping[str, Any]) -> Modules:
+    """StableSRAdapter, without its SFT layers, to the structcond encoder, for an adapter of this config."""
+    has_attention = ["Attn" in block for block in config["down_block_types"]]
+    modules = _encoder_side(has_attention, config["layers_per_block"])
+    modules |= {
+        "time_embedding.linear_1": ("time_embed.0", {}),
+        "time_embedding.linear_2": ("time_embed.2", {}),
+    }
+    modules |= {f"feature_blocks.{i}": (f"fea_tran.{i}", RESNET) for i in range(len(has_attention))}
+    return {
+        ours: (theirs, {"group_norm": "norm", "to_out.0": "proj_out"} if ".attentions." in ours else children)
+        for ours, (theirs, children) in modules.items()
+    }
+
+
+def _encoder_side(has_attention: list[bool], layers: int) -> dict[str, tuple[str, Mapping[str, str]]]:
+    """First convolution, down blocks and middle, which the UNet and the time-aware encoder share."""
+    modules: dict[str, tuple[str, Mapping[str, str]]] = {
+        "conv_in": ("input_blocks.0.0", {}),
+        "mid_block.resnets.0": ("middle_block.0", RESNET),
+        "mid_block.attentions.0": ("middle_block.1", {}),
+        "mid_block.resnets.1": ("middle_block.2", RESNET),
+    }
+    for i, with_attention in enumerate(has_attention):
+        first = 1 + i * (layers + 1)
+        for j in range(layers):
+            modules[f"down_blocks.{i}.resnets.{j}"] = (f"input_blocks.{first + j}.0", RESNET)
+            if with_attention:
+                modules[f"down_blocks.{i}.attentions.{j}"] = (f"input_blocks.{first + j}.1", {})
+        modules[f"down_blocks.{i}.downsamplers.0.conv"] = (f"input_blocks.{first + layers}.0.op", {})
+    return modules
+
+
+def vae_modules(config: Mapping[str, Any]) -> Modules:
+    """AutoencoderKL to the LDM autoencoder, for an autoencoder of this diffusers config."""
+    modules: dict[str, tuple[str, Mapping[str, str]]] = {
+        "quant_conv": ("quant_conv", {}),
+        "post_quant_conv": ("post_quant_conv", {}),
+    }
+    for side in ("encoder", "decoder"):
+        modules |= {
+            f"{side}.conv_in": (f"{side}.conv_in", {}),
+            f"{side}.conv_norm_out": (f"{side}.norm_out", {}),
+            f"{side}.conv_out": (f"{side}.conv_out", {}),
+            f"{side}.mid_block.resnets.0": (f"{side}.mid.block_1", VAE_RESNET),
+            f"{side}.mid_block.attentions.0": (f"{side}.mid.attn_1", VAE_ATTENTION),
+            f"{side}.mid_block.resnets.1": (f"{side}.mid.block_2", VAE_RESNET),
+        }
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    for i in range(levels):
+        for j in range(layers):
+            modules[f"encoder.down_blocks.{i}.resnets.{j}"] = (f"encoder.down.{i}.block.{j}", VAE_RESNET)
+        modules[f"encoder.down_blocks.{i}.downsamplers.0"] = (f"encoder.down.{i}.downsample", {})
+        for j in range(layers + 1):
+            modules[f"decoder.up_blocks.{i}.resnets.{j}"] = (f"decoder.up.{levels - 1 - i}.block.{j}", VAE_RESNET)
+        modules[f"decoder.up_blocks.{i}.upsamplers.0"] = (f"decoder.up.{levels - 1 - i}.upsample", {})
+    return modules
+
+
+def fusion_modules(config: Mapping[str, Any]) -> Modules:
+    """ControllableFeatureWrapping to the fusion layers, for a CFW of this config."""
+    modules: dict[str, tuple[str, Mapping[str, str]]] = {}
+    for level in config["levels"]:
+        ours = f"fusion_layers.{level}"
+        modules[f"{ours}.merge"] = (f"{level}.encode_enc_1", FUSION_RESNET)
+        modules[f"{ours}.refine"] = (f"{level}.encode_enc_3", FUSION_RESNET)
+        for i in range(config["num_rrdb"]):
+            for j in range(3):
+                for k in range(5):
+                    theirs = f"{level}.encode_enc_2.{i}.rdb{j + 1}.conv{k + 1}"
+                    modules[f"{ours}.rrdbs.{i}.blocks.{j}.convs.{k}"] = (theirs, {})
+    return modules
