@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 IMAGE ?=
 OUT ?= results
 ARGS ?=
-DEMO := results/demo/astronaut_128.png
+DEMO := results/demo/astronaut.png
 # Through the environment, so that file names may hold spaces and quotes.
 export IMAGE OUT
 
