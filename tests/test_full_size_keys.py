@@ -13,7 +13,7 @@ from stablesr_kit.checkpoints.detecting import detect
 from stablesr_kit.checkpoints.key_maps import PREFIXES
 from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_unet, build_vae
 
-LISTS = Path(__file__).parent / "goldens" / "stablesr"
+LISTS = Path(__file__).parent / "goldens" / "full_size"
 
 
 def official(part: str) -> dict[str, Tensor]:

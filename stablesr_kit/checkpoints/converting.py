@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from stablesr_kit.checkpoints.assembling import complain, left_over
@@ -29,6 +29,8 @@ from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 
 logger = logging.getLogger(__name__)
+
+STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 
 SLOTS: Mapping[str, str] = {
     "stablesr": "give it as the checkpoint",
@@ -159,7 +161,17 @@ def convert(
         "cfw": fusion,
         "text_encoder": foundation.text_encoder,
         "tokenizer": foundation.tokenizer,
+        "default_steps": 4 if "turbo" in main.path.name else 200,  # what the authors use
+        "min_size_px": _trained_size_px(foundation.unet, vae),
     }
+
+
+def _trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+    """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
+    if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
+        return 0
+    side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return side
 
 
 def _slot(found: Detection) -> str:

@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.guidance import classifier_free_guidance
 from stablesr_kit.imaging.color_fix import ColorFix, apply_color_fix
 from stablesr_kit.imaging.padding import pad_to
@@ -126,6 +127,16 @@ class StableSRPipeline(
             ModelNotFoundError: there is no such model here or on the hub.
         """
         return super().from_pretrained(resolve_model(pretrained_model_name_or_path, **kwargs), **kwargs)
+
+    @classmethod
+    def from_original(cls, checkpoint: str | Path, **kwargs: Any) -> Self:
+        """Build a pipeline from an official checkpoint; keyword arguments as `convert_checkpoint` (cfw, base, ...).
+
+        Raises:
+            CheckpointError: the file is of another family, or a tensor is missing, left over or of another shape.
+            UnsafeCheckpointError: the file would run code.
+        """
+        return cls(**convert_checkpoint(checkpoint, **kwargs))
 
     # The steps of a call, in order.
 
