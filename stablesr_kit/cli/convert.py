@@ -55,10 +55,11 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         usage_error(f"-o {output} exists; choose a new or an empty folder")
     with failing_in_one_line():
+        quieten_libraries()
+
         from stablesr_kit import StableSRPipeline
         from stablesr_kit.checkpoints import convert_checkpoint
 
-        quieten_libraries()
         components = convert_checkpoint(
             checkpoint, cfw=cfw, base=base, prediction_type=prediction_type, tensors_only=tensors_only
         )

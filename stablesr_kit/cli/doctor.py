@@ -105,9 +105,10 @@ def _memory() -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
+    quieten_libraries()
+
     from stablesr_kit import StableSRPipeline
 
-    quieten_libraries()
     began = time.perf_counter()
     pipeline = StableSRPipeline.from_pretrained("mini")
     seconds = time.perf_counter() - began

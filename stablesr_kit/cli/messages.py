@@ -35,10 +35,15 @@ def failing_in_one_line() -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """No bars for loading and saving unless stderr is a terminal, where they show that a large model takes a while."""
+    """No advice from transformers and diffusers, and bars for loading and saving only on a terminal.
+
+    To be called before the first import of a pipeline: importing already warns of optional packages.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()

@@ -207,9 +207,10 @@ def load_pipeline(model: str, device_name: str, dtype_name: DtypeName) -> "Stabl
     device = choose_device(device_name)
     dtype = choose_dtype(dtype_name, device)
 
+    quieten_libraries()
+
     from stablesr_kit import StableSRPipeline
 
-    quieten_libraries()
     try:
         pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
     except StableSRKitError:
