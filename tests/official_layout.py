@@ -79,16 +79,16 @@ def tiny_networks(
     }
 
 
-def tiny_text_encoder(*, width: int = 24, heads: int = 2, layers: int = 2, act: str = "gelu") -> CLIPTextModel:
+def tiny_text_encoder(*, act: str = "gelu", vocab: int = 60, length: int = 7) -> CLIPTextModel:
     """A random text encoder; "gelu" as open_clip, "quick_gelu" as the CLIP of Stable Diffusion 1."""
-    vocab = 60
+    width = 24
     config = CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=7,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
         hidden_act=act,
         projection_dim=width,
         bos_token_id=vocab - 2,

@@ -178,6 +178,15 @@ def test_the_text_encoder_of_stable_diffusion_1_pads_with_end(tmp_path: Path, ne
         assert torch.allclose(embed_empty_prompt(converted["text_encoder"]), expected, atol=1e-6)
 
 
+def test_text_encoders_of_clips_size_come_with_its_tokenizer(tmp_path: Path, networks: dict[str, Any]) -> None:
+    text_encoder = official.tiny_text_encoder(vocab=49408, length=77)
+    state = official.official_checkpoint(networks, text_encoder)
+    converted = convert_checkpoint(save(state, tmp_path / "stablesr_000117.ckpt"), hints=HINTS)
+    tokens = converted["tokenizer"]("", padding="max_length", max_length=77).input_ids
+    assert tokens == [49406, 49407] + [0] * 75
+    assert converted["adapter"].empty_prompt_embeds.shape == (1, 77, text_encoder.config.hidden_size)
+
+
 def test_running_averages_are_taken_on_request(tmp_path: Path, networks: dict[str, Any]) -> None:
     state = official.official_checkpoint(networks)
     averages = {

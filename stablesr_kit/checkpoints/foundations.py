@@ -13,6 +13,7 @@ from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Detection
 from stablesr_kit.checkpoints.networks import build_text_encoder, build_unet, build_vae
 from stablesr_kit.checkpoints.prediction import Prediction
+from stablesr_kit.checkpoints.tokenizer import VOCABULARY_SIZE, clip_tokenizer
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 
@@ -32,11 +33,16 @@ class Foundation:
 def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, dtype: torch.dtype) -> Foundation:
     """From the sections of a StableSR or Stable Diffusion checkpoint that holds a UNet."""
     assert detection.unet is not None
+    tokenizer = None
+    if detection.text is not None and detection.text["vocab_size"] == VOCABULARY_SIZE:
+        tokenizer = clip_tokenizer(
+            pads_with_zero=detection.text["pad_token_id"] == 0, length=detection.text["max_position_embeddings"]
+        )
     return Foundation(
         unet=build_unet(checkpoint, detection.unet, dtype),
         vae=build_vae(checkpoint, detection.vae, dtype) if detection.vae else None,
         text_encoder=build_text_encoder(checkpoint, detection.text, dtype) if detection.text else None,
-        tokenizer=None,
+        tokenizer=tokenizer,
         prediction=None,
     )
 

@@ -130,8 +130,8 @@ def _missing(found: Detection) -> list[str]:
         needs.append("a StableSR checkpoint: it holds the decoder's part alone")
     if found.adapter is not None and found.cfw is None:
         needs.append("vqgan_cfw_00011.ckpt (--cfw) for w above 0")
-    if found.family == "stablesr" and found.text is not None:
-        needs.append("a tokenizer for prompts; without prompts nothing")
+    if found.family == "stablesr" and found.text is None:
+        needs.append("prompt_embeds at every call: it has no text encoder")
     return needs
 
 
@@ -208,7 +208,8 @@ def _header(path: Path) -> Counter[str]:
 
 
 def _dtypes(sections: Mapping[Section, Mapping[str, Tensor]]) -> tuple[str, ...]:
-    tensors = itertools.chain.from_iterable(part.values() for part in sections.values())
+    networks = (tensors for part, tensors in sections.items() if part != "other" or len(sections) == 1)
+    tensors = itertools.chain.from_iterable(part.values() for part in networks)
     return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
