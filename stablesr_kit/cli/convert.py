@@ -58,12 +58,11 @@ def convert(
         quieten_libraries()
 
         from stablesr_kit import StableSRPipeline
-        from stablesr_kit.checkpoints import convert_checkpoint
 
-        components = convert_checkpoint(
+        pipeline = StableSRPipeline.from_original(
             checkpoint, cfw=cfw, base=base, prediction_type=prediction_type, tensors_only=tensors_only
         )
-        save_whole(StableSRPipeline(**components), output)
+        save_whole(pipeline, output)
     typer.echo(f"converted: {output}")
 
 
