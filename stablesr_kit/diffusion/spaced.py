@@ -201,11 +201,11 @@ class SpacedDDIMScheduler(SpacedDDPMScheduler):
         model_output: Tensor,
         timestep: Tensor | int,
         sample: Tensor,
-        eta: float = 0.0,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         denoised_fn: Callable[[Tensor, int], Tensor] | None = None,
         return_dict: bool = True,
+        eta: float = 0.0,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """x at the next kept timestep; arguments as `SpacedDDPMScheduler.step`, eta 0 deterministic to 1 like DDPM."""
         index = self.index_of(timestep)

@@ -127,15 +127,14 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
             )
             for channels in block_out_channels
         )
-        self.sft_layers = nn.ModuleList(
-            SFTLayer(cond_channels, hidden_channels, channels) for _, channels, _ in sft_blocks
-        )
+        sft_layers = [SFTLayer(cond_channels, hidden_channels, channels) for _, channels, _ in sft_blocks]
+        self.sft_layers = nn.ModuleList(sft_layers)
         empty_prompt_embeds = torch.zeros(1, prompt_length, cross_attention_dim) if prompt_length else None
         self.register_buffer("empty_prompt_embeds", empty_prompt_embeds)
         if modulation == "sft":
-            for layer in self.sft_layers:
-                nn.init.zeros_(layer.gamma_beta.weight)
-                nn.init.zeros_(layer.gamma_beta.bias)
+            for layer in sft_layers:
+                for parameter in layer.gamma_beta.parameters():
+                    nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
     @classmethod
