@@ -262,6 +262,17 @@ def test_files_in_the_wrong_place_are_told_where_they_belong(files: dict[str, Pa
         assert "\n" not in str(caught.value)
 
 
+def test_an_extract_does_not_go_onto_a_base_of_another_depth(tmp_path: Path, files: dict[str, Path]) -> None:
+    other = official.tiny_networks(widths=(32, 32, 64), has_attention=(True, True, False))
+    base = save(official.official_unet(other["unet"]) | official.official_vae(other["vae"]), tmp_path / "sd_512.ckpt")
+    with pytest.raises(CheckpointError, match="adapter: no such network.*2 levels, the UNet has 3"):
+        convert_checkpoint(files["extract"], base=base, hints=HINTS)
+    wider = official.tiny_networks(widths=(64, 64))
+    base = save(official.official_unet(wider["unet"]) | official.official_vae(wider["vae"]), tmp_path / "sd_512.ckpt")
+    with pytest.raises(CheckpointError, match=r"adapter: other shapes.*input_blocks\.1\.0\.spade"):
+        convert_checkpoint(files["extract"], base=base, hints=HINTS)
+
+
 def test_an_autoencoder_that_differs_from_the_one_of_cfw_is_named(
     tmp_path: Path, files: dict[str, Path], networks: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,8 +41,11 @@ def assemble(
 
     Raises `CheckpointError`, which names every missing tensor, every one left over and every wrong shape.
     """
-    with init_empty_weights():
-        network = build()
+    try:
+        with init_empty_weights():
+            network = build()
+    except ValueError as error:
+        raise CheckpointError(f"{what}: no such network can be made ({error})") from error
     own = own or {}
     expected = network.state_dict()
     plan = plan_for([name for name in expected if name not in own])

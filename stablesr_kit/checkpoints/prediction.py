@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 
+from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
+
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -43,27 +45,28 @@ def prediction_from_name(name: str) -> Prediction | None:
 def measure_prediction(unet: UNet2DConditionModel) -> Prediction | None:
     """What the weights themselves do with pure noise, or None if they are not those of a trained model.
 
-    At the last timestep x is all noise, so an epsilon model returns x, and a velocity model returns the picture it
-    expects, with hardly any of x. At a middle timestep both recognise noise (v = sqrt(a) eps - sqrt(1 - a) x0), which
-    an untrained network does not.
+    At the last timestep x is all noise: an epsilon model returns it, a velocity model returns the picture it expects,
+    with hardly any of x. At an early timestep both know noise when they see it, since v = sqrt(a) eps - sqrt(1 - a) x0
+    (Salimans and Ho 2022, app. D); an untrained network does not.
     """
+    alphas_cumprod = SpacedDDPMScheduler().alphas_cumprod
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, unet.config.in_channels, 16, 16, generator=generator)
-    context = torch.zeros(4, 77, unet.config.cross_attention_dim)
+    context = torch.zeros(4, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
 
-    def share_of_noise(timestep: int, noise_level: float) -> tuple[float, float]:
-        """(regression coefficient, correlation) of the output with the noise."""
-        x = (noise_level * noise).to(unet.dtype)
-        output = unet(x, timestep, context.to(unet.dtype)).sample.float().flatten()
+    def response(timestep: int) -> tuple[float, float]:
+        """(regression coefficient, correlation) of the output with the noise, where nothing but noise is in x."""
+        x = (1 - alphas_cumprod[timestep]).sqrt() * noise
+        output = unet(x.to(unet.dtype), timestep, context).sample.float().flatten()
         both = torch.stack([output, noise.flatten()])
-        return (output @ noise.flatten() / noise.square().sum()).item(), torch.corrcoef(both)[0, 1].item()
+        return (both.prod(dim=0).sum() / noise.square().sum()).item(), torch.corrcoef(both)[0, 1].item()
 
-    last, _ = share_of_noise(999, 0.9977)
-    _, middle = share_of_noise(300, 0.64)
+    last, _ = response(999)
     if last > 0.8:
         return Prediction("epsilon", "measured: the UNet returns pure noise as it is", True)
-    if abs(last) < 0.4 and middle > 0.4:
-        return Prediction("v_prediction", "measured: the UNet turns pure noise into a picture", True)
+    _, early = response(200)
+    if abs(last) < 0.4 and early > 0.4:
+        return Prediction("v_prediction", "measured: the UNet makes a picture of pure noise", True)
     return None
 
 
