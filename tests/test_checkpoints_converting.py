@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "widths": (32, 32, 32, 64),
         "has_attention": (True, True, True, False),
         "head_channels": 16,
+        "layers": 2,
+        "encoder_heads": 2,
     },
     "convolutional projections": {"linear": False},
     "one encoder head": {"encoder_heads": 1},
@@ -237,6 +239,9 @@ def test_surplus_tensors_outside_the_networks_are_named_and_may_be_allowed(
     with pytest.raises(CheckpointError, match=r"not understood: my_head\.weight"):
         convert_checkpoint(full, hints=HINTS)
     assert convert_checkpoint(full, hints=HINTS, ignore=[r"my_head\..*"])["adapter"] is not None
+    state = official.official_checkpoint(networks) | {"structcond_stage_model.extra.weight": torch.ones(2)}
+    full = save(state, tmp_path / "stablesr_000117.ckpt")
+    assert convert_checkpoint(full, hints=HINTS, ignore=[r"structcond_stage_model\.extra\..*"])["adapter"] is not None
 
 
 def test_an_error_about_many_tensors_is_short_but_complete(tmp_path: Path, networks: dict[str, Any]) -> None:
@@ -259,6 +264,17 @@ def test_files_in_the_wrong_place_are_told_where_they_belong(files: dict[str, Pa
     ):
         with pytest.raises(CheckpointError, match=message) as caught:
             convert_checkpoint(**arguments, hints=HINTS)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+def test_a_base_folder_that_cannot_be_read_is_named(tmp_path: Path, files: dict[str, Path]) -> None:
+    for name in ("unet", "vae", "scheduler"):
+        (tmp_path / "base" / name).mkdir(parents=True)
+    for text in (None, "{"):
+        if text is not None:
+            (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="base cannot be read") as caught:
+            convert_checkpoint(files["extract"], base=tmp_path / "base", hints=HINTS)
         assert "\n" not in str(caught.value)
 
 

@@ -1,13 +1,15 @@
 """What a UNet predicts: by name, by config, or by what it does with noise."""
 
+import json
 import logging
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, convert_checkpoint
@@ -109,3 +111,13 @@ def test_an_extract_on_the_wrong_base_is_refused(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "webui_768v_139.ckpt", **arguments)
     forced = convert_checkpoint(tmp_path / "webui_768v_139.ckpt", prediction_type="v_prediction", **arguments)
     assert forced["scheduler"].config.prediction_type == "v_prediction"
+
+
+def test_the_embedded_model_predicts_what_its_scheduler_says() -> None:
+    """A UNet that was really trained."""
+    folder = resources.files("stablesr_kit") / "assets" / "mini"
+    if not (folder / "unet" / "config.json").is_file():
+        pytest.skip("the embedded model is not here")
+    measured = measure_prediction(UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert measured is not None and measured.type == scheduler["prediction_type"]

@@ -131,6 +131,7 @@ def test_the_list_of_safe_names_is_as_before_after_reading(tmp_path: Path, light
     assert torch.serialization.get_safe_globals() == before
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_plain_pickles_and_torchscript_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"weights": np.ones(3)}))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stablesr_kit.checkpoints.assembling import Options
 from stablesr_kit.checkpoints.canonical import section
 from stablesr_kit.checkpoints.detecting import Hints, detect
 from stablesr_kit.checkpoints.networks import build_text_encoder, embed_empty_prompt
@@ -36,7 +37,7 @@ def ours(tower: Any) -> Any:
     checkpoint = section(Path("official.ckpt"), state | {"cond_stage_model.model.attn_mask": tower.attn_mask})
     config = detect(checkpoint, Hints(text_heads=2)).text
     assert config is not None
-    return build_text_encoder(checkpoint, config)
+    return build_text_encoder(checkpoint, config, Options())
 
 
 def penultimate(tower: Any, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -18,6 +18,14 @@ NAMED = 12
 """How many names an error message lists. All of them are in a note on the error."""
 
 
+class Options(NamedTuple):
+    """How every network of a conversion is assembled."""
+
+    dtype: torch.dtype = torch.float32
+    ignore: tuple[str, ...] = ()
+    """Regular expressions of full names that may be left over, beside `IGNORED`."""
+
+
 def assemble(
     build: Callable[[], Network],
     plan_for: Callable[[list[str]], Plan],
@@ -26,8 +34,7 @@ def assemble(
     what: str,
     prefix: str = "",
     own: Mapping[str, Tensor] | None = None,
-    ignored: Iterable[str] = (),
-    dtype: torch.dtype = torch.float32,
+    options: Options,
 ) -> Network:
     """The network, in eval mode. Where dtype allows, its parameters are the given tensors, not copies of them.
 
@@ -37,7 +44,6 @@ def assemble(
         tensors: official names, without `prefix`.
         what: the network's name in messages.
         own: tensors of ours that have no counterpart.
-        ignored: regular expressions of full names that may be left over, beside `IGNORED`.
 
     Raises `CheckpointError`, which names every missing tensor, every one left over and every wrong shape.
     """
@@ -51,7 +57,9 @@ def assemble(
     plan = plan_for([name for name in expected if name not in own])
     wanted = dict.fromkeys(source for recipe in plan.values() for source in recipe.sources)
     complain(f"{what}: missing from the file", [prefix + name for name in wanted if name not in tensors])
-    complain(f"{what}: not understood", left_over([prefix + name for name in tensors if name not in wanted], ignored))
+    complain(
+        f"{what}: not understood", left_over([prefix + name for name in tensors if name not in wanted], options.ignore)
+    )
 
     weights, wrong = dict(own), []
     for name, recipe in plan.items():
@@ -63,7 +71,7 @@ def assemble(
         except (RuntimeError, IndexError):  # the shapes do not even fit each other
             is_right = False
         if is_right:
-            weights[name] = tensor.to(dtype).reshape(shape).contiguous()
+            weights[name] = tensor.to(options.dtype).reshape(shape).contiguous()
         else:
             given = (f"{prefix}{source} {tuple(tensors[source].shape)}" for source in recipe.sources)
             wrong.append(f"{', '.join(given)} for {tuple(shape)}")

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import complain, left_over
+from stablesr_kit.checkpoints.assembling import Options, complain, left_over
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, section
 from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
 from stablesr_kit.checkpoints.foundations import Foundation, foundation_of_checkpoint, foundation_of_folder
@@ -143,20 +143,21 @@ def convert(
     hints = hints or Hints()
     if hints.latent_size is None and "768" in main.path.name:
         hints = replace(hints, latent_size=96)
+    options = Options(dtype, tuple(ignore))
     found = detect(main, hints)
     if found.adapter is None:
         raise CheckpointError(f"{main.path.name} is {found.description}, not StableSR; {_slot(found)}")
-    foundation = _foundation(main, found, base, hints, dtype)
+    foundation = _foundation(main, found, base, hints, options)
     prediction = _prediction(prediction_type, foundation, [main, *([base] if isinstance(base, Checkpoint) else [])])
     embeds = None
     if foundation.text_encoder is not None:
         embeds = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
-    fusion, vae = _fusion_and_vae(main, found, cfw, foundation.vae, hints, ignore, dtype)
-    complain(f"{main.path.name}: not understood", left_over(main.sections.get("other", {}), ignore))
+    fusion, vae = _fusion_and_vae(main, found, cfw, foundation.vae, hints, options)
+    complain(f"{main.path.name}: not understood", left_over(main.sections.get("other", {}), options.ignore))
     return {
         "vae": vae,
         "unet": foundation.unet,
-        "adapter": build_adapter(main, found.adapter, foundation.unet, embeds, dtype),
+        "adapter": build_adapter(main, found.adapter, foundation.unet, embeds, options),
         "scheduler": SpacedDDPMScheduler(prediction_type=prediction.type),
         "cfw": fusion,
         "text_encoder": foundation.text_encoder,
@@ -179,25 +180,25 @@ def _slot(found: Detection) -> str:
 
 
 def _foundation(
-    main: Checkpoint, found: Detection, base: Checkpoint | Path | None, hints: Hints, dtype: torch.dtype
+    main: Checkpoint, found: Detection, base: Checkpoint | Path | None, hints: Hints, options: Options
 ) -> Foundation:
     """The frozen networks below the adapter of `main`."""
     if found.unet is not None:
         if base is not None:
             raise CheckpointError(f"{main.path.name} holds its own Stable Diffusion; leave base (--base) out")
-        return foundation_of_checkpoint(main, found, dtype)
+        return foundation_of_checkpoint(main, found, options)
     if base is None:
         raise CheckpointError(
             f"{main.path.name} is {found.description}: it holds the adapter alone; give the Stable Diffusion 2.1 it "
             "belongs to as base (--base), a checkpoint or a diffusers folder"
         )
     if isinstance(base, Path):
-        return foundation_of_folder(base, dtype)
+        return foundation_of_folder(base, options.dtype)
     base_found = detect(base, hints)
     if base_found.unet is None or base_found.adapter is not None:
         raise CheckpointError(f"{base.path.name} is {base_found.description}, not a Stable Diffusion to stand on")
-    complain(f"{base.path.name}: not understood", left_over(base.sections.get("other", {})))
-    return foundation_of_checkpoint(base, base_found, dtype)
+    complain(f"{base.path.name}: not understood", left_over(base.sections.get("other", {}), options.ignore))
+    return foundation_of_checkpoint(base, base_found, options)
 
 
 def _prediction(given: PredictionType | None, foundation: Foundation, files: list[Checkpoint]) -> Prediction:
@@ -227,23 +228,22 @@ def _fusion_and_vae(
     cfw: Checkpoint | None,
     vae: AutoencoderKL | None,
     hints: Hints,
-    ignore: Iterable[str],
-    dtype: torch.dtype,
+    options: Options,
 ) -> tuple[ControllableFeatureWrapping | None, AutoencoderKL]:
     """The fusion layers, and the autoencoder to use with them."""
     if cfw is None:
         if vae is None:
             raise CheckpointError(f"{main.path.name} has no autoencoder; give vqgan_cfw_00011.ckpt as cfw (--cfw)")
-        return (build_cfw(main, found.cfw, dtype) if found.cfw else None), vae
+        return (build_cfw(main, found.cfw, options) if found.cfw else None), vae
     cfw_found = detect(cfw, hints)
     if cfw_found.family != "cfw" or cfw_found.cfw is None:
         raise CheckpointError(f"{cfw.path.name} is {cfw_found.description}, not CFW; {_slot(cfw_found)}")
     if found.cfw is not None:
         raise CheckpointError(f"{main.path.name} holds its own CFW; leave cfw (--cfw) out")
-    complain(f"{cfw.path.name}: not understood", left_over(cfw.sections.get("other", {}), ignore))
-    fusion = build_cfw(cfw, cfw_found.cfw, dtype)
+    complain(f"{cfw.path.name}: not understood", left_over(cfw.sections.get("other", {}), options.ignore))
+    fusion = build_cfw(cfw, cfw_found.cfw, options)
     if cfw_found.vae is not None:
-        own_vae = build_vae(cfw, cfw_found.vae, dtype)
+        own_vae = build_vae(cfw, cfw_found.vae, options)
         if vae is not None:
             _compare(vae, own_vae, cfw.path.name)
         vae = own_vae

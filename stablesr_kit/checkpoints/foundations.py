@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPTextModel
 
+from stablesr_kit.checkpoints.assembling import Options
 from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Detection
 from stablesr_kit.checkpoints.networks import build_text_encoder, build_unet, build_vae
@@ -30,7 +31,7 @@ class Foundation:
     """What the UNet predicts, where a config says so."""
 
 
-def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, dtype: torch.dtype) -> Foundation:
+def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, options: Options) -> Foundation:
     """From the sections of a StableSR or Stable Diffusion checkpoint that holds a UNet."""
     assert detection.unet is not None
     tokenizer = None
@@ -39,9 +40,9 @@ def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, dtype
             pads_with_zero=detection.text["pad_token_id"] == 0, length=detection.text["max_position_embeddings"]
         )
     return Foundation(
-        unet=build_unet(checkpoint, detection.unet, dtype),
-        vae=build_vae(checkpoint, detection.vae, dtype) if detection.vae else None,
-        text_encoder=build_text_encoder(checkpoint, detection.text, dtype) if detection.text else None,
+        unet=build_unet(checkpoint, detection.unet, options),
+        vae=build_vae(checkpoint, detection.vae, options) if detection.vae else None,
+        text_encoder=build_text_encoder(checkpoint, detection.text, options) if detection.text else None,
         tokenizer=tokenizer,
         prediction=None,
     )
@@ -55,8 +56,8 @@ def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
         raise CheckpointError(
             f"{folder} lacks {', '.join(sorted(lacking))}; expected a Stable Diffusion 1 or 2 folder of diffusers"
         )
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     try:
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         unet = SFTUNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True, dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, dtype=dtype)
         text_encoder = tokenizer = None

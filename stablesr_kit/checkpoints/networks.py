@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from stablesr_kit.checkpoints import key_maps, plans
-from stablesr_kit.checkpoints.assembling import assemble
+from stablesr_kit.checkpoints.assembling import Options, assemble
 from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Config
 from stablesr_kit.checkpoints.key_maps import PREFIXES
@@ -17,7 +17,7 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel, residual_block
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
 
-def build_unet(checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torch.float32) -> SFTUNet2DConditionModel:
+def build_unet(checkpoint: Checkpoint, config: Config, options: Options) -> SFTUNet2DConditionModel:
     """The UNet without SPADE; its keys are those of the stock class."""
     return assemble(
         lambda: SFTUNet2DConditionModel(**config),
@@ -25,11 +25,11 @@ def build_unet(checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torc
         checkpoint.sections["unet"],
         what="UNet",
         prefix=PREFIXES["unet"],
-        dtype=dtype,
+        options=options,
     )
 
 
-def build_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+def build_vae(checkpoint: Checkpoint, config: Config, options: Options) -> AutoencoderKL:
     """The autoencoder without fusion layers."""
     return assemble(
         lambda: AutoencoderKL(**config),
@@ -37,13 +37,11 @@ def build_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torch
         checkpoint.sections["vae"],
         what="autoencoder",
         prefix=PREFIXES["vae"],
-        dtype=dtype,
+        options=options,
     )
 
 
-def build_cfw(
-    checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torch.float32
-) -> ControllableFeatureWrapping:
+def build_cfw(checkpoint: Checkpoint, config: Config, options: Options) -> ControllableFeatureWrapping:
     """The fusion layers."""
     return assemble(
         lambda: ControllableFeatureWrapping(**config),
@@ -51,7 +49,7 @@ def build_cfw(
         checkpoint.sections["fusion"],
         what="CFW",
         prefix=PREFIXES["fusion"],
-        dtype=dtype,
+        options=options,
     )
 
 
@@ -60,7 +58,7 @@ def build_adapter(
     config: Config,
     unet: SFTUNet2DConditionModel,
     empty_prompt_embeds: Tensor | None,
-    dtype: torch.dtype = torch.float32,
+    options: Options,
 ) -> StableSRAdapter:
     """Time-aware encoder and SFT layers, for the UNet they were trained with."""
     length = 0 if empty_prompt_embeds is None else empty_prompt_embeds.shape[1]
@@ -75,23 +73,25 @@ def build_adapter(
             for name, tensor in checkpoint.sections[part].items()
         },
         what="adapter",
-        own={} if empty_prompt_embeds is None else {"empty_prompt_embeds": empty_prompt_embeds.to(dtype)},
-        dtype=dtype,
+        own={} if empty_prompt_embeds is None else {"empty_prompt_embeds": empty_prompt_embeds.to(options.dtype)},
+        options=options,
     )
 
 
-def build_text_encoder(checkpoint: Checkpoint, config: Config, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Options) -> CLIPTextModel:
     """CLIP's text encoder up to the layer that Stable Diffusion reads."""
     text = checkpoint.sections["text"]
     is_open_clip = "model.ln_final.weight" in text
+    if is_open_clip:
+        unused = key_maps.OPEN_CLIP_LAST_LAYER.format(last=config["num_hidden_layers"])
+        options = options._replace(ignore=(*options.ignore, unused))
     return assemble(
         lambda: CLIPTextModel(CLIPTextConfig(**config)),
         plans.open_clip_text if is_open_clip else lambda names: plans.clip_text(names, text),
         text,
         what="text encoder",
         prefix=PREFIXES["text"],
-        ignored=[key_maps.OPEN_CLIP_LAST_LAYER.format(last=config["num_hidden_layers"])] if is_open_clip else [],
-        dtype=dtype,
+        options=options,
     )
 
 
