@@ -113,7 +113,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
 
     def forward(self, level: int, encoder_features: Tensor, decoder_features: Tensor, w: float) -> Tensor:
         """Wrapped decoder features (b, C, h, w) of one fused level."""
-        layer = self.fusion_layers[str(level)]
+        layer = dict(zip(self.config.levels, self.fusion_layers.values(), strict=True))[level]
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             correction = self._gradient_checkpointing_func(layer, encoder_features, decoder_features)
         else:
@@ -162,7 +162,7 @@ def decode_with_features(
         for resnet in block.resnets:
             h = resnet(h, temb=None)
         if level in cfw.config.levels:
-            h = cfw(level, features[level], h, w)
+            h = cfw(level, features[level].to(cfw.dtype), h.to(cfw.dtype), w).to(h.dtype)
         for upsampler in block.upsamplers or ():
             h = upsampler(h)
     return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))

@@ -75,23 +75,31 @@ class _SFTCarrier(nn.Module):
 class SFTUNet2DConditionModel(UNet2DConditionModel):
     """UNet2DConditionModel with one more argument, `sft`. Keys and config are those of the stock class."""
 
-    @functools.wraps(UNet2DConditionModel.__init__)  # ConfigMixin reads the signature
+    time_embed_act: Any  # the carrier, once this class has it
+
+    @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # ConfigMixin reads the signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         UNet2DConditionModel.__init__(self, *args, **kwargs)
         self._accept_sft()
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel) -> Self:
-        """The same UNet, sharing every parameter and module with `unet`, able to take SFT maps.
+        """The same UNet, sharing parameters and modules with `unet`, able to take SFT maps; itself if it is already.
 
         Raises:
-            ValueError: the UNet has residual blocks that SFT is not defined for (scale-shift norm, resampling blocks).
+            ValueError: the UNet is compiled or has hooks, or residual blocks that SFT is not defined for (scale-shift
+                norm, resampling blocks).
         """
-        if "forward" in vars(unet):
+        bare = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module
+        if isinstance(bare, cls):
+            return unet
+        if bare is not unet or "forward" in vars(unet):
             raise ValueError(
-                "the UNet has hooks (offloading, casting) on its forward; remove them, and set them up after"
+                "the UNet is compiled or has hooks (offloading, casting) on its forward; "
+                "give the plain UNet, and compile or offload it after"
             )
         sft_unet = copy.copy(unet)
+        sft_unet._compiled_call_impl = None  # of `unet.compile()`: it would call the stock forward
         sft_unet._modules = dict(unet._modules)
         sft_unet.__class__ = cls
         sft_unet._accept_sft()
@@ -136,6 +144,10 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
             self.time_embed_act.sft = None
 
 
+# diffusers decides by the class's name: block weights of LoRA, `_class_name` in the config that stock classes read.
+SFTUNet2DConditionModel.__name__ = UNet2DConditionModel.__name__
+
+
 def residual_blocks(unet: UNet2DConditionModel) -> list[tuple[str, int, int]]:
     """(name, output channels, level) of every residual block; level i works at 1 / 2**i of the latent's size."""
     last = len(unet.config.block_out_channels) - 1
@@ -143,7 +155,7 @@ def residual_blocks(unet: UNet2DConditionModel) -> list[tuple[str, int, int]]:
     parts += [("mid_block", unet.mid_block, last)]
     parts += [(f"up_blocks.{i}", block, last - i) for i, block in enumerate(unet.up_blocks)]
     return [
-        (f"{part}.resnets.{j}", resnet.conv2.out_channels, level)
+        (f"{part}.resnets.{j}", resnet.out_channels, level)
         for part, block, level in parts
         for j, resnet in enumerate(block.resnets)
     ]
