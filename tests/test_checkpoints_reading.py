@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import sys
 import types
 import zipfile
@@ -177,6 +178,26 @@ def test_a_truncated_file_is_named_in_one_line(tmp_path: Path, kind: str, share:
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch before 1.6", "safetensors"])
+def test_damage_anywhere_is_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "weights.ckpt"
+    small = {f"layer.{i}": torch.ones(2, 2) for i in range(8)}
+    if kind == "safetensors":
+        save_file(small, path)
+    else:
+        torch.save({"state_dict": small}, path, _use_new_zipfile_serialization=kind == "torch")
+    whole, generator = path.read_bytes(), random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice((1, 3, 20))):
+            damaged[generator.randrange(min(len(damaged), 1500))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
 
 
 def test_missing_files_folders_archives_and_bare_tensors_are_named(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def assemble(
     try:
         with init_empty_weights():
             network = build()
-    except ValueError as error:
-        raise CheckpointError(f"{what}: no such network can be made ({error})") from error
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # the config, read from a broken file, makes no sense
+        raise CheckpointError(f"{what}: no such network can be made ({' '.join(str(error).split())})") from error
     own = own or {}
     expected = network.state_dict()
     plan = plan_for([name for name in expected if name not in own])

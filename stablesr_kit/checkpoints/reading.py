@@ -6,7 +6,6 @@ objects beside the weights (a Lightning file names the class of every callback):
 placeholders, which accept anything and do nothing. No name from a file is ever imported.
 """
 
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from stablesr_kit.errors import CheckpointError, UnsafeCheckpointError
 
@@ -112,17 +111,19 @@ def read_checkpoint(path: str | Path, *, tensors_only: bool = False) -> RawCheck
         placeholders = _placeholders(path, tensors_only) if file_format == "torch" else {}
         with torch.serialization.safe_globals(list(placeholders.values())):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=file_format == "torch")
+    except CheckpointError:
+        raise
     except UnpicklingError as error:
         raise UnsafeCheckpointError(
             f"{path.name} needs more than tensors ({_first_sentence(error)}) and was not loaded; "
             "ask for a .safetensors file, or for one that holds the state dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, struct.error, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle is a wrong program: there is no telling how it fails
         raise CheckpointError(
             f"{path.name} is damaged or cut short ({_first_sentence(error)}); download it again"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path.name} holds a {type(content).__name__}; expected tensors by name (a state dict)")
     return RawCheckpoint(path=path, format=file_format, content=content, placeholders=tuple(sorted(placeholders)))
