@@ -51,6 +51,9 @@ class DecoderConfig(RunConfig):
     """Folder of the autoencoder to start from."""
     latent_noise: float = 0.0
     """Deviation of noise added to the latents: what a diffusion model hands over is never exact."""
+    trained_share: float = 1.0
+    """What is saved is this share of the trained decoder and the rest of the one it started from (network
+    interpolation, Wang et al. 2018, ESRGAN): between clean and textured."""
     adversarial_weight: float = 0.02
     """Weight of the generator's loss against the discriminator."""
     feature_matching_weight: float = 0.5
@@ -75,6 +78,7 @@ def main(config: DecoderConfig) -> None:
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    first_parameters = [parameter.detach().to(accelerator.device, copy=True) for parameter in parameters]
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -162,9 +166,12 @@ def main(config: DecoderConfig) -> None:
         if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             save_checkpoint(accelerator, config, step)
 
-    # the result: the averaged decoder beside the encoder it belongs to
+    # the result: the averaged decoder, mixed with the first one, beside the encoder it belongs to
     if accelerator.is_main_process:
         ema.copy_to(parameters)
+        with torch.no_grad():
+            for parameter, first in zip(parameters, first_parameters, strict=True):
+                parameter.lerp_(first, 1 - config.trained_share)
         accelerator.unwrap_model(vae).save_pretrained(Path(config.output_dir) / "vae")
 
 
