@@ -88,7 +88,10 @@ class SpacedDDPMScheduler(DDPMScheduler):
             timestep_spacing=timestep_spacing,
             clip_sample=False,
         )
-        power = {"scaled_linear": 2, "linear": 1}[beta_schedule]
+        powers = {"scaled_linear": 2, "linear": 1}
+        if beta_schedule not in powers:
+            raise ValueError(f"beta_schedule={beta_schedule!r} is given, expected 'scaled_linear' or 'linear'")
+        power = powers[beta_schedule]
         betas = np.linspace(beta_start ** (1 / power), beta_end ** (1 / power), num_train_timesteps) ** power
         self.betas = torch.from_numpy(betas).float()
         self.alphas = 1 - self.betas
@@ -122,8 +125,16 @@ class SpacedDDPMScheduler(DDPMScheduler):
         self.posterior = Posterior.of(self.alphas_cumprod[self.timesteps.flip(0).cpu()])
 
     def index_of(self, timestep: Tensor | int) -> int:
-        """Position of a kept timestep in `posterior`, 0 for the last one visited."""
-        return len(self.timesteps) - 1 - int((self.timesteps == int(timestep)).nonzero()[0])
+        """Position of a kept timestep in `posterior`, 0 for the last one visited.
+
+        Raises:
+            ValueError: the timestep is not kept.
+        """
+        positions = (self.timesteps == int(timestep)).nonzero()
+        if len(positions) == 0:
+            kept = f"{len(self.timesteps)} from {self.timesteps[0]} to {self.timesteps[-1]}"
+            raise ValueError(f"timestep={int(timestep)} is given, expected one that set_timesteps kept ({kept})")
+        return len(self.timesteps) - 1 - int(positions[0])
 
     def predict_x0(self, model_output: Tensor, alpha_cumprod: float, sample: Tensor) -> Tensor:
         """Denoised latent from the network's output (Ho et al. 2020, eq. 15; Salimans and Ho 2022, app. D)."""
