@@ -96,7 +96,7 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
                 # Pillow reduces 16-bit colour on loading; until then the decoder's raw mode ("RGB;16B") tells.
                 is_deep = _is_deep_grey(image) or any(";16" in str(tile[3]) for tile in image.tile)
                 image.load()
-                return _picture(image, is_deep)
+                return as_picture(image, is_deep)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
         except PermissionError as error:
@@ -110,6 +110,45 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         # Decoders meet broken files with OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
         except Exception as error:
             raise ImageError(f"{path}: truncated or damaged ({error}); get a whole copy of it") from error
+
+
+def as_picture(image: Image.Image, is_deep: bool = False) -> Picture:
+    """The picture in a Pillow image of any mode, as if it were read from a file.
+
+    is_deep: the file it came from had more than 8 bits per channel, which `notes` then says.
+
+    Raises ImageError if the colour mode is not supported, or grey values are out of range.
+    """
+    if not (image.mode in _COLOUR_MODES or _is_grey(image)):
+        raise ImageError(f"colour mode {image.mode} is not supported; convert it to RGB first")
+    notes = []
+    # The second picture in a phone's JPEG (MPO) is a depth or gain map, not a frame.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        notes.append("only its first frame or page is used")
+    if is_deep:
+        notes.append("more than 8 bits per channel are reduced to 8")
+    profile: bytes | None = image.info.get("icc_profile")
+    try:
+        exif = _descriptive_exif(image)
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF is free-form bytes: any parser error means it is not readable
+        exif = None
+        notes.append("EXIF cannot be read and is left out")
+    is_grey = _is_grey(image)
+    if image.mode == "CMYK":
+        rgb, alpha, profile = _cmyk_to_srgb(image, profile), None, None
+    else:
+        image = _eight_bit(image)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        rgb = image.convert("RGB")
+    return Picture(
+        rgb=rgb,
+        alpha=alpha,
+        is_grey=is_grey,
+        icc_profile=profile if profile and _is_profile_of(profile, b"GRAY" if is_grey else b"RGB ") else None,
+        exif=exif,
+        notes=tuple(notes),
+    )
 
 
 def write_picture(path: Path, restored: Image.Image, source: Picture) -> None:
@@ -183,39 +222,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
             f"{width}x{height} is {width * height / 1e6:.0f} million pixels, "
             f"more than the limit of {max_pixels / 1e6:g}; scale or crop it first"
         )
-
-
-def _picture(image: Image.Image, is_deep: bool) -> Picture:
-    if not (image.mode in _COLOUR_MODES or _is_grey(image)):
-        raise ImageError(f"colour mode {image.mode} is not supported; convert it to RGB first")
-    notes = []
-    # The second picture in a phone's JPEG (MPO) is a depth or gain map, not a frame.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        notes.append("only its first frame or page is used")
-    if is_deep:
-        notes.append("more than 8 bits per channel are reduced to 8")
-    profile: bytes | None = image.info.get("icc_profile")
-    try:
-        exif = _descriptive_exif(image)
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is free-form bytes: any parser error means it is not readable
-        exif = None
-        notes.append("EXIF cannot be read and is left out")
-    is_grey = _is_grey(image)
-    if image.mode == "CMYK":
-        rgb, alpha, profile = _cmyk_to_srgb(image, profile), None, None
-    else:
-        image = _eight_bit(image)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        rgb = image.convert("RGB")
-    return Picture(
-        rgb=rgb,
-        alpha=alpha,
-        is_grey=is_grey,
-        icc_profile=profile if profile and _is_profile_of(profile, b"GRAY" if is_grey else b"RGB ") else None,
-        exif=exif,
-        notes=tuple(notes),
-    )
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -6,21 +6,26 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
+from stablesr_kit.imaging.files import as_picture
 from stablesr_kit.spaces import pixels_to_image, unit_to_image
 
 Picture = PIL.Image.Image | np.ndarray | Tensor
 
+# The value of white in each type of number.
+_WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1, "bool": 1}
 
-def to_image(picture: Picture | list[Picture]) -> Tensor:
+
+def to_image(picture: Picture | list[Picture] | tuple[Picture, ...] | None) -> Tensor:
     """Image batch (B, 3, H, W), float32, in [-1, 1].
 
-    picture: a PIL image of any mode; an array (H, W), (H, W, 3) or (B, H, W, 3), uint8 or float in [0, 1]; a tensor
-    (3, H, W) or (B, 3, H, W), float in [0, 1]; or a list of these, all of one size.
+    picture: a PIL image, read as `stablesr restore` reads a file: upright, grey of 16 bits scaled, transparency left
+    out; an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W), (C, H, W) or (B, C, H, W); or a list of these, all
+    of one size. C is 3 (RGB) or 1 (grey). Numbers are uint8, uint16, or floating point in [0, 1].
 
     Raises:
-        ImageError: empty, not finite, out of range, not three channels, or of different sizes.
+        ImageError: empty, not finite, out of range, of other channels or numbers, or of different sizes.
     """
-    pictures = picture if isinstance(picture, list) else [picture]
+    pictures = picture if isinstance(picture, list | tuple) else [picture]
     if not pictures:
         raise ImageError("an empty list is given, expected at least one picture")
     batch = [_one_to_image(one) for one in pictures]
@@ -30,24 +35,43 @@ def to_image(picture: Picture | list[Picture]) -> Tensor:
     return torch.cat(batch)
 
 
-def _one_to_image(picture: Picture) -> Tensor:
+def _one_to_image(picture: Picture | None) -> Tensor:
     if isinstance(picture, PIL.Image.Image):
-        return pixels_to_image(np.asarray(picture.convert("RGB")))
+        if 0 in picture.size:
+            raise ImageError(f"an image of {picture.width}x{picture.height} pixels is given, expected at least one")
+        try:
+            rgb = as_picture(picture).rgb
+        except (OSError, SyntaxError) as error:  # Pillow decodes a file only when its pixels are needed
+            raise ImageError(f"the picture's file is truncated or damaged ({error}); get a whole copy of it") from error
+        return pixels_to_image(np.asarray(rgb))
+    if not isinstance(picture, np.ndarray | Tensor):
+        raise ImageError(
+            f"{type(picture).__name__} is given, expected a PIL image, an array or a tensor; "
+            "open files with PIL.Image.open"
+        )
+    shape, dtype = tuple(picture.shape), str(picture.dtype).removeprefix("torch.")
     if isinstance(picture, np.ndarray):
-        array = np.stack([picture] * 3, axis=-1) if picture.ndim == 2 else picture
-        unit = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array
-        tensor = torch.from_numpy(np.ascontiguousarray(unit))
-        tensor = tensor.movedim(-1, -3) if tensor.ndim >= 3 else tensor
-    elif isinstance(picture, Tensor):
-        tensor = picture
+        dtype = picture.dtype.name  # whatever the byte order
+    if dtype not in _WHITE:
+        raise ImageError(f"numbers of type {dtype} are given, expected uint8, uint16, or floating point in [0, 1]")
+    if isinstance(picture, np.ndarray):
+        tensor = torch.from_numpy(picture.astype(np.float32, order="C"))
+        tensor = tensor.movedim(-1, -3) if tensor.ndim > 2 else tensor
     else:
-        raise ImageError(f"{type(picture).__name__} is given, expected a PIL image, an array or a tensor")
+        tensor = picture.float()
+    tensor = tensor[None] if tensor.ndim == 2 else tensor
     tensor = tensor[None] if tensor.ndim == 3 else tensor
-    if tensor.ndim != 4 or tensor.shape[1] != 3:
-        raise ImageError(f"a picture of shape {tuple(picture.shape)} is given, expected three channels (RGB)")
+    if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
+        raise ImageError(
+            f"a picture of shape {shape} is given, expected three channels or one, "
+            "(H, W, 3) in arrays and (3, H, W) in tensors; convert it to RGB"
+        )
     if tensor.numel() == 0:
-        raise ImageError(f"a picture of shape {tuple(picture.shape)} is given, expected at least one pixel")
-    low, high = tensor.min().item(), tensor.max().item()
+        raise ImageError(f"a picture of shape {shape} is given, expected at least one pixel")
+    unit = tensor / _WHITE[dtype]
+    low, high = unit.min().item(), unit.max().item()
     if not (-1e-3 <= low and high <= 1 + 1e-3):  # NaN fails here too
-        raise ImageError(f"values from {low:.4g} to {high:.4g} are given, expected finite ones in [0, 1]")
-    return unit_to_image(tensor.float())
+        raise ImageError(
+            f"values from {low:.4g} to {high:.4g} are given, expected finite ones in [0, 1]; scale them, or give uint8"
+        )
+    return unit_to_image(unit).expand(-1, 3, -1, -1)
