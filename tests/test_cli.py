@@ -380,6 +380,16 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         assert (stablesr("inspect", checkpoints / name).exit_code, list(tmp_path.iterdir())) == (1, [])
 
 
+def test_a_surplus_tensor_may_be_ignored_by_name(checkpoints: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoints / "stablesr_000117.ckpt", weights_only=True)
+    content["state_dict"]["surprise.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "surplus.ckpt")
+    convert = ("convert", tmp_path / "surplus.ckpt", "-o", tmp_path / "converted")
+    assert "surprise.weight" in error_lines(stablesr(*convert))[0]
+    assert stablesr(*convert, "--ignore", "surprise(").exit_code == 2
+    assert stablesr(*convert, "--ignore", r"surprise\..*").exit_code == 0
+
+
 def test_doctor_reports_versions_and_whether_the_embedded_model_loads() -> None:
     result = stablesr("doctor")
     for subject in ("python", "torch", "diffusers", "xformers", "cpu", "memory", "disk"):

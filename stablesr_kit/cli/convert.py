@@ -1,6 +1,7 @@
 """`stablesr convert` and `stablesr inspect`: checkpoints in other layouts."""
 
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -47,6 +48,9 @@ def convert(
         typer.Option(help="What the UNet predicts.", show_default="found out"),
     ] = None,
     tensors_only: TensorsOnly = False,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Names of tensors that may be left over; repeatable.")
+    ] = None,
 ) -> None:
     """Turn an official checkpoint into a pipeline folder.
 
@@ -54,13 +58,23 @@ def convert(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         usage_error(f"-o {output} exists; choose a new or an empty folder")
+    for pattern in ignore or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            usage_error(f"--ignore {pattern!r} is no regular expression ({error}); escape dots and brackets with \\")
     with failing_in_one_line():
         quieten_libraries()
 
         from stablesr_kit import StableSRPipeline
 
         pipeline = StableSRPipeline.from_original(
-            checkpoint, cfw=cfw, base=base, prediction_type=prediction_type, tensors_only=tensors_only
+            checkpoint,
+            cfw=cfw,
+            base=base,
+            prediction_type=prediction_type,
+            tensors_only=tensors_only,
+            ignore=ignore or (),
         )
         save_whole(pipeline, output)
     typer.echo(f"converted: {output}")

@@ -55,7 +55,9 @@ class FusionLayer(nn.Module):
 
     def forward(self, encoder_features: Tensor, decoder_features: Tensor) -> Tensor:
         """Correction (b, C, h, w) of two features (b, C, h, w)."""
-        h = self.merge(torch.cat([encoder_features, decoder_features], dim=1), None)
+        h = torch.cat([encoder_features, decoder_features], dim=1)
+        # the many narrow convolutions take half the time in this layout (bfloat16 on CPU)
+        h = self.merge(h.contiguous(memory_format=torch.channels_last), None)
         return self.refine(self.rrdbs(h), None)
 
 
