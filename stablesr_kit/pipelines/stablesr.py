@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -55,7 +55,9 @@ EXAMPLE_DOC_STRING = """
 Start = Literal["lq", "noise"] | int
 OutputType = Literal["pil", "np", "pt", "latent"]
 Generators = torch.Generator | list[torch.Generator] | None
-StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+StepCallback: TypeAlias = (
+    Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+)
 
 
 @dataclass
@@ -77,7 +79,8 @@ class StableSRPipeline(
         adapter: time-aware encoder and SFT layers.
         scheduler: `SpacedDDPMScheduler` reproduces StableSR; any scheduler of diffusers works.
         cfw: controllable feature wrapping; None allows w = 0 only.
-        text_encoder, tokenizer: needed for prompts only; without a prompt the adapter's stored embedding is used.
+        text_encoder, tokenizer: needed for prompts only; without them the adapter's stored embedding of the empty
+            prompt is used.
         default_steps: number of steps if the call names none.
         min_size_px: smaller results are restored on a canvas padded to this size, since a UNet trained on large
             pictures fails on tiny ones.
@@ -100,8 +103,6 @@ class StableSRPipeline(
         min_size_px: int = 0,
     ) -> None:
         super().__init__()
-        if unet is not None and not isinstance(unet, SFTUNet2DConditionModel):
-            unet = SFTUNet2DConditionModel.from_unet(unet)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -111,11 +112,19 @@ class StableSRPipeline(
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        if unet is not None:  # keys and config are the stock ones, so any pipeline may load the folder
-            self.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
         self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any pipeline; a stock UNet is made able to take SFT maps.
+
+        It is saved as the stock one, whose keys and config it has, so that any pipeline may load the folder.
+        """
+        is_unet = name == "unet" and value is not None
+        super().__setattr__(name, SFTUNet2DConditionModel.from_unet(value) if is_unet else value)
+        if is_unet:
+            self.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -148,6 +157,7 @@ class StableSRPipeline(
         height: int | None,
         width: int | None,
         num_inference_steps: int | None,
+        num_images_per_prompt: int,
         start: Start,
         color_fix: str,
         output_type: str,
@@ -180,12 +190,17 @@ class StableSRPipeline(
             raise ValueError(f"height={height}, width={width} is given, expected at least one pixel each")
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} is given, expected at least 1")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} is given, expected at least 1")
         if not (start in ("lq", "noise") or (isinstance(start, int) and start >= 0)):
             raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")
         if color_fix not in get_args(ColorFix):
             raise ValueError(f"color_fix={color_fix!r} is given, expected one of {get_args(ColorFix)}")
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type!r} is given, expected one of {get_args(OutputType)}")
+        for text in (prompt, negative_prompt):
+            if text is not None and not isinstance(text, str | list):
+                raise ValueError(f"a prompt {text!r} is given, expected text or a list of texts")
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("prompt and prompt_embeds exclude each other; give one of them")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -211,21 +226,16 @@ class StableSRPipeline(
     ) -> tuple[Tensor, Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds), each (len(prompt) * num_images_per_prompt, tokens, channels).
 
-        No prompt means the empty one: its embedding comes from the adapter, or, if that carries none, from the text
-        encoder. The second is None without guidance.
+        No prompt means the empty one: its embedding comes from the text encoder, so that LoRA layers and new tokens
+        count, or, if there is none, from the adapter. The second is None without guidance.
 
         Raises:
             ValueError: there is a prompt but no text encoder and tokenizer.
         """
-        if lora_scale is not None and self.text_encoder is not None:
-            self._lora_scale = lora_scale
-            scale_lora_layers(self.text_encoder, lora_scale)
         if prompt_embeds is None:
-            prompt_embeds = self._embed(prompt, clip_skip)
+            prompt_embeds = self._embed(prompt, device, lora_scale, clip_skip)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative_prompt_embeds = self._embed(negative_prompt, clip_skip)
-        if lora_scale is not None and self.text_encoder is not None:
-            unscale_lora_layers(self.text_encoder, lora_scale)
+            negative_prompt_embeds = self._embed(negative_prompt, device, lora_scale, clip_skip)
 
         dtype = self.unet.dtype if self.unet is not None else prompt_embeds.dtype
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
@@ -234,11 +244,13 @@ class StableSRPipeline(
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
-    def _embed(self, prompt: str | list[str] | None, clip_skip: int | None) -> Tensor:
-        stored = self.adapter.empty_prompt_embeds if self.adapter is not None else None
-        if prompt is None and stored is not None:
-            return stored
+    def _embed(
+        self, prompt: str | list[str] | None, device: torch.device, lora_scale: float | None, clip_skip: int | None
+    ) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
+            stored = self.adapter.empty_prompt_embeds if self.adapter is not None else None
+            if prompt in (None, "") and stored is not None:
+                return stored
             raise ValueError(
                 f"prompt={prompt!r} needs the components text_encoder and tokenizer, which this pipeline lacks; "
                 "load them, or give no prompt"
@@ -252,15 +264,21 @@ class StableSRPipeline(
             return_tensors="pt",
         )
         with_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        outputs = self.text_encoder(
-            tokens.input_ids.to(self.text_encoder.device),
-            attention_mask=tokens.attention_mask.to(self.text_encoder.device) if with_mask else None,
-            output_hidden_states=clip_skip is not None,
-        )
+        if lora_scale is not None:
+            scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            outputs = self.text_encoder(
+                tokens.input_ids.to(device),
+                attention_mask=tokens.attention_mask.to(device) if with_mask else None,
+                output_hidden_states=clip_skip is not None,
+            )
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
         if clip_skip is None:
             return outputs[0]
         # transformers 5 moved the tower one level up
-        tower = getattr(self.text_encoder, "text_model", self.text_encoder)
+        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
         return tower.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
 
     def upsample(
@@ -318,7 +336,13 @@ class StableSRPipeline(
             reached = (kept <= start).nonzero()
             if len(reached) == 0:
                 raise ValueError(f"start={start} lies below the last timestep {kept[-1].item():g}; give more steps")
-            first = int(reached[0])
+            order = getattr(self.scheduler, "order", 1)  # Heun and its like visit a timestep `order` times
+            first = math.ceil(int(reached[0]) / order) * order
+            if first > 0 and isinstance(self.scheduler, PNDMScheduler):
+                raise ValueError(
+                    f"start={start} is given, but PNDMScheduler can only run from its first timestep, {kept[0]}; "
+                    "take another scheduler, for instance UniPCMultistepScheduler.from_config"
+                )
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         return kept[first:]
@@ -356,15 +380,15 @@ class StableSRPipeline(
     ) -> Tensor:
         """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
 
-        latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (2B, ...) with the negative ones
-        first, which turns guidance on. The adapter runs once for both.
+        latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with
+        the negative ones first, which turns guidance on. The adapter runs once for both.
         """
         sft = self.adapter(lq_latents.to(self.adapter.dtype), timestep).to(self.unet.dtype)
-        branches = len(prompt_embeds) // len(latents)
+        branches = max(len(prompt_embeds) // len(latents), 1)
         prediction = self.unet(
             torch.cat([latents] * branches),
             timestep,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=prompt_embeds.expand(branches * len(latents), -1, -1),
             cross_attention_kwargs=cross_attention_kwargs,
             sft=sft,
             return_dict=False,
@@ -378,7 +402,7 @@ class StableSRPipeline(
         """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); `features` of `encode_image` unless w is 0.
 
         Raises:
-            FloatingPointError: the decoder overflowed.
+            FloatingPointError: the UNet or the decoder overflowed.
         """
         with self._vae_in_safe_precision():
             z = from_latent(latents.to(self.vae.dtype), self.vae)
@@ -390,7 +414,8 @@ class StableSRPipeline(
                 image = decode_with_features(self.vae, self.cfw, z, features, w)
         if not torch.isfinite(image).all():
             raise FloatingPointError(
-                f"the decoder overflowed in {self.vae.dtype}; load the pipeline in bfloat16 or float32"
+                f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
+                "load the pipeline in bfloat16 or float32"
             )
         return image.float()
 
@@ -398,14 +423,14 @@ class StableSRPipeline(
     def _vae_in_safe_precision(self) -> Iterator[None]:
         """The autoencoder and CFW in float32 while they run, if half precision would overflow them."""
         upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        parts = [part for part in (self.vae, self.cfw) if part is not None]
-        for part in parts if upcast else []:
+        dtypes = [(part, part.dtype) for part in (self.vae, self.cfw) if upcast and part is not None]
+        for part, _ in dtypes:
             part.to(torch.float32)
         try:
             yield
         finally:
-            for part in parts if upcast else []:
-                part.to(torch.float16)
+            for part, dtype in dtypes:
+                part.to(dtype)
 
     @property
     def guidance_scale(self) -> float:
@@ -416,6 +441,11 @@ class StableSRPipeline(
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call evaluates the UNet for the negative prompt as well."""
         return self._guidance_scale > 1
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Layers of the text encoder that the running call skips."""
+        return self._clip_skip
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
@@ -438,7 +468,7 @@ class StableSRPipeline(
         self,
         image: Picture | list[Picture] | None = None,
         prompt: str | list[str] | None = None,
-        w: float = 0.5,
+        w: float | None = None,
         scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -468,7 +498,7 @@ class StableSRPipeline(
             image: the LQ picture or pictures (all of one size), of any height and width: PIL images, arrays (H, W, 3)
                 or tensors (3, H, W), uint8 or float in [0, 1].
             prompt: what the picture shows; None, the default and what the adapter is trained with, is no text.
-            w: 0 realism to 1 fidelity (CFW); above 1 extrapolates.
+            w: 0 realism to 1 fidelity (CFW), default 0.5; above 1 extrapolates. Without cfw it is 0.
             scale: size of the result relative to the input, default 4.
             height, width: size of the result, instead of `scale`.
             num_inference_steps: denoising steps; None is the pipeline's `default_steps`.
@@ -502,6 +532,8 @@ class StableSRPipeline(
         # 1. Check the arguments
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if w is None:
+            w = 0.5 if self.cfw is not None else 0.0
         if num_inference_steps is None and timesteps is None and sigmas is None:
             num_inference_steps = self.config.default_steps
         self.check_inputs(
@@ -511,6 +543,7 @@ class StableSRPipeline(
             height,
             width,
             num_inference_steps,
+            num_images_per_prompt,
             start,
             color_fix,
             output_type,
@@ -521,6 +554,7 @@ class StableSRPipeline(
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._clip_skip = clip_skip
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
         device = self._execution_device
@@ -544,9 +578,16 @@ class StableSRPipeline(
             clip_skip=clip_skip,
         )
         batch_size *= num_images_per_prompt
-        prompt_embeds = expand_batch(prompt_embeds, batch_size, "prompt")
+        if isinstance(generator, list) and len(generator) not in (1, batch_size):
+            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
+        prompt_embeds = expand_batch(prompt_embeds, batch_size, num_images_per_prompt)
         if negative_prompt_embeds is not None:
-            negative_prompt_embeds = expand_batch(negative_prompt_embeds, batch_size, "negative_prompt")
+            negative_prompt_embeds = expand_batch(negative_prompt_embeds, batch_size, num_images_per_prompt)
+            if negative_prompt_embeds.shape != prompt_embeds.shape:
+                raise ValueError(
+                    f"prompt_embeds of shape {tuple(prompt_embeds.shape[1:])} and negative_prompt_embeds of shape "
+                    f"{tuple(negative_prompt_embeds.shape[1:])} are given; give both, padded to one length"
+                )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
 
         # 4. Encode the picture
@@ -609,12 +650,15 @@ def batch_size_of(image: Tensor, prompt: str | list[str] | None, prompt_embeds: 
     return max(len(image), prompts)
 
 
-def expand_batch(embeds: Tensor, batch_size: int, name: str) -> Tensor:
-    """Embeddings (batch_size, tokens, channels) of one prompt for all results, or of one per result.
+def expand_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:
+    """Embeddings (batch_size, tokens, channels), of one prompt for all results or of one per picture.
+
+    embeds: as `encode_prompt` returns them, `num_images_per_prompt` rows per prompt.
 
     Raises:
         ValueError: another number of prompts.
     """
-    if batch_size % len(embeds) != 0:
-        raise ValueError(f"{name} has {len(embeds)} entries for {batch_size} results; give one, or one per picture")
+    if len(embeds) not in (num_images_per_prompt, batch_size):
+        prompts, pictures = len(embeds) // num_images_per_prompt, batch_size // num_images_per_prompt
+        raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
     return embeds.repeat(batch_size // len(embeds), 1, 1)
