@@ -135,7 +135,7 @@ class StableSRPipeline(
         Raises:
             ModelNotFoundError: there is no such model here or on the hub.
         """
-        return super().from_pretrained(resolve_model(pretrained_model_name_or_path, **kwargs), **kwargs)
+        return super().from_pretrained(str(resolve_model(pretrained_model_name_or_path, **kwargs)), **kwargs)
 
     @classmethod
     def from_original(cls, checkpoint: str | Path, **kwargs: Any) -> Self:
