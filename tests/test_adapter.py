@@ -78,7 +78,7 @@ def test_a_saved_adapter_gives_the_same_maps(tmp_path: Path) -> None:
     adapter = tiny_adapter(tiny_unet())
     adapter.save_pretrained(tmp_path, variant="fp16")
     loaded = StableSRAdapter.from_pretrained(tmp_path, variant="fp16")
-    assert max(differences(loaded(LATENTS, 5), adapter(LATENTS, 5))) == 0
+    assert max(differences(loaded(LATENTS, 5), adapter(LATENTS, 5))) < 1e-5
     assert torch.equal(loaded.empty_prompt_embeds, adapter.empty_prompt_embeds)
     assert loaded.empty_prompt_embeds.shape == (1, PROMPT_LENGTH, TEXT_CHANNELS)
     half = StableSRAdapter.from_pretrained(tmp_path, variant="fp16", dtype=torch.bfloat16)
@@ -124,5 +124,7 @@ def test_every_parameter_is_trained() -> None:
     adapter = tiny_adapter(unet).train()
     loss = sum(gamma.square().mean() + beta.square().mean() for gamma, beta in adapter(LATENTS, 5).maps.values())
     loss.backward()
-    unused = [name for name, parameter in adapter.named_parameters() if parameter.grad is None]
+    unused = [
+        name for name, parameter in adapter.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert unused == []

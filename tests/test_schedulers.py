@@ -237,6 +237,7 @@ def test_configs_pass_to_other_schedulers_and_back(kind: Any, other: Any) -> Non
     )  # fmt: skip
     theirs = other.from_config(ours.config)
     assert theirs.config.prediction_type == "v_prediction"
+    assert not theirs.config.get("clip_sample", False)  # pixels are clipped, latents are not
     if hasattr(theirs, "alphas_cumprod"):
         torch.testing.assert_close(theirs.alphas_cumprod, ours.alphas_cumprod, atol=1e-6, rtol=0)
     back = kind.from_config(theirs.config)

@@ -99,7 +99,6 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
                 "give the plain UNet, and compile or offload it after"
             )
         sft_unet = copy.copy(unet)
-        sft_unet._compiled_call_impl = None  # of `unet.compile()`: it would call the stock forward
         sft_unet._modules = dict(unet._modules)
         sft_unet.__class__ = cls
         sft_unet._accept_sft()
