@@ -262,6 +262,15 @@ def test_the_latent_has_the_noise_level_of_its_timestep_wherever_it_starts(kind:
     same(x, x0, atol=2e-3)
 
 
+@every_scheduler
+def test_a_start_from_noise_shows_the_unet_noise_of_variance_one(kind: Any) -> None:
+    pipeline = tiny_pipeline(with_text=False, scheduler=kind.from_config(SpacedDDPMScheduler().config))
+    noise = unit_noise(1, 4, 4, 4)
+    timesteps = pipeline.get_timesteps(10, torch.device("cpu"), "noise")
+    latents = pipeline.prepare_latents(torch.zeros_like(noise), timesteps, "noise", latents=noise)
+    same(pipeline.scheduler.scale_model_input(latents, timesteps[0]), noise, atol=2e-2)
+
+
 @pytest.mark.parametrize("kind", [SpacedDDPMScheduler, EulerDiscreteScheduler])
 @torch.no_grad()
 def test_a_call_is_its_public_steps_in_order(kind: Any) -> None:
@@ -757,6 +766,21 @@ def test_offloading_leaf_by_leaf_does_not_change_the_result(tmp_path: Path) -> N
         network.enable_group_offload(cpu, cpu, offload_type="leaf_level", offload_to_disk_path=folder)
         assert any(tmp_path.joinpath(name).iterdir())
     same(run(pipeline, prompt="cat"), expected)
+
+
+@torch.no_grad()
+def test_the_prompt_goes_to_the_device_asked_for_wherever_the_text_encoder_rests() -> None:
+    pipeline = tiny_pipeline()
+    expected, _ = pipeline.encode_prompt("cat", torch.device("cpu"), 1, False)
+    for leaf in pipeline.text_encoder.modules():  # as sequential offloading: a leaf has weights while it runs
+        weights = {name: weight for name, weight in leaf._parameters.items() if weight is not None}
+        resting = {name: nn.Parameter(weight.to("meta")) for name, weight in weights.items()}
+        leaf._parameters.update(resting)
+        leaf.register_forward_pre_hook(lambda m, _a, w=weights: m._parameters.update(w))
+        leaf.register_forward_hook(lambda m, _a, _o, r=resting: m._parameters.update(r))
+    assert pipeline.text_encoder.device == torch.device("meta")
+    embeds, _ = pipeline.encode_prompt("cat", torch.device("cpu"), 1, False)
+    same(embeds, expected)
 
 
 def test_layerwise_casting_of_unet_and_adapter_runs() -> None:
