@@ -74,6 +74,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
+    _repeated_blocks = ["RRDB"]
 
     @register_to_config
     def __init__(

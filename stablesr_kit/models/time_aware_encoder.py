@@ -55,6 +55,7 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm", "time_embedding"]
+    _repeated_blocks = ["SFTLayer"]
 
     @register_to_config
     def __init__(
