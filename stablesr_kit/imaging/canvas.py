@@ -1,0 +1,202 @@
+"""Canvases: latents, features and pictures of any size, kept off the device and touched in regions."""
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple, Protocol, Self, cast
+
+import torch
+from torch import Tensor
+
+from stablesr_kit.errors import OutputError
+
+
+class Region(NamedTuple):
+    """Rows `top` to `bottom` and columns `left` to `right` of a canvas, both half-open."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    def grown(self, halo: int, height: int, width: int) -> "Region":
+        """The region with `halo` more positions on each side, as far as a canvas of height x width reaches."""
+        return Region(
+            max(self.top - halo, 0),
+            max(self.left - halo, 0),
+            min(self.bottom + halo, height),
+            min(self.right + halo, width),
+        )
+
+    def cut_from(self, tensor: Tensor, outer: "Region") -> Tensor:
+        """The part (..., height, width) of a tensor of the region `outer`, which contains this one; a view."""
+        top, left = self.top - outer.top, self.left - outer.left
+        return tensor[..., top : top + self.height, left : left + self.width]
+
+
+def regions(height: int, width: int, side: int) -> Iterator[Region]:
+    """Squares of `side` that cover height x width once, row by row; the last of a row or column may be smaller."""
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            yield Region(top, left, min(top + side, height), min(left + side, width))
+
+
+class Readable(Protocol):
+    """What can be read like a canvas: a canvas, or something that makes its regions when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, C, h, w) of a region."""
+
+
+class Canvas:
+    """Values (C, H, W) in memory or on disk, zero until they are written; a file keeps resident memory bounded.
+
+    Channels lie together, as the convolutions like it and as rows of files want it. The file has no name, so that it is
+    gone with the canvas, or with the process, however that ends.
+
+    Args:
+        channels, height, width: its shape.
+        dtype: what it stores; values are converted when they are written.
+        folder: where the file is; None keeps the values in memory.
+
+    Raises:
+        OutputError: there can be no file in that folder.
+    """
+
+    def __init__(
+        self, channels: int, height: int, width: int, *, dtype: torch.dtype = torch.float32, folder: Path | None = None
+    ) -> None:
+        if min(channels, height, width) < 1:
+            raise ValueError(f"a canvas of {channels} x {height} x {width} is asked for, expected at least one each")
+        self.shape = (channels, height, width)
+        self.dtype = dtype
+        self.folder = folder
+        self._values: Tensor | None = None
+        self._file: IO[bytes] | None = None
+        if folder is None:
+            self._values = torch.zeros(height, width, channels, dtype=dtype)
+            return
+        try:
+            self._file = cast(IO[bytes], tempfile.TemporaryFile(buffering=0, dir=folder))
+            self._close_file = weakref.finalize(self, self._file.close)
+            self._file.truncate(self.nbytes)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor, folder: Path | None = None) -> Self:
+        """A canvas with the values and the dtype of a tensor (1, C, H, W)."""
+        if tensor.ndim != 4 or len(tensor) != 1:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is given, expected (1, C, H, W)")
+        canvas = cls(*tensor.shape[1:], dtype=tensor.dtype, folder=folder)
+        canvas.write(canvas.region, tensor)
+        return canvas
+
+    @property
+    def region(self) -> Region:
+        """All of it."""
+        return Region(0, 0, *self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values in memory or on disk."""
+        channels, height, width = self.shape
+        return channels * height * width * self.dtype.itemsize
+
+    def to_tensor(self) -> Tensor:
+        """All values (1, C, H, W), a copy."""
+        return self.read(self.region)
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, C, h, w) of a region on the CPU, a copy in channels-last layout."""
+        self._check(region)
+        if self._values is not None:
+            values = self._values[region.top : region.bottom, region.left : region.right].clone()
+        else:
+            values = torch.empty(region.height, region.width, self.shape[0], dtype=self.dtype)
+            for offset, run in self._runs(region, values):
+                self._open_file.seek(offset)
+                while run:
+                    run = run[self._open_file.readinto(run) :]  # type: ignore[attr-defined]
+        return values.permute(2, 0, 1)[None]
+
+    def write(self, region: Region, values: Tensor) -> None:
+        """Put values (1, C, h, w), of any device and dtype, into a region.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        self._check(region)
+        expected = (1, self.shape[0], region.height, region.width)
+        if values.shape != expected:
+            raise ValueError(f"values of shape {tuple(values.shape)} are given, expected {expected}")
+        rows = values.detach()[0].permute(1, 2, 0)
+        if self._values is not None:
+            self._values[region.top : region.bottom, region.left : region.right] = rows
+            return
+        try:
+            for offset, run in self._runs(region, rows.to("cpu", self.dtype).contiguous()):
+                self._open_file.seek(offset)
+                while run:
+                    run = run[self._open_file.write(run) :]
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def close(self) -> None:
+        """Let the values go; a file disappears."""
+        self._values = None
+        if self._file is not None:
+            self._close_file()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _open_file(self) -> IO[bytes]:
+        assert self._file is not None
+        return self._file
+
+    def _check(self, region: Region) -> None:
+        if self._values is None and self._file is None:
+            raise ValueError("the canvas is closed")
+        _, height, width = self.shape
+        if not (0 <= region.top < region.bottom <= height and 0 <= region.left < region.right <= width):
+            raise ValueError(f"{region} is asked for, expected a part of the canvas of {height} x {width}")
+
+    def _runs(self, region: Region, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """File offset and bytes of each contiguous run of `rows` (h, w, C) in the file."""
+        channels, _, width = self.shape
+        data = rows.view(-1).view(torch.uint8).numpy()
+        position = channels * self.dtype.itemsize
+        run_positions = len(data) // position if region.width == width else region.width
+        for i in range(0, region.height * region.width, run_positions):
+            row = region.top + i // region.width
+            start = i * position
+            yield (row * width + region.left) * position, data[start : start + run_positions * position].data
+
+    def _not_writable(self, error: OSError) -> OutputError:
+        channels, height, width = self.shape
+        return OutputError(
+            f"a canvas of {channels} x {height} x {width} ({self.nbytes / 1e9:.1f} GB) cannot be kept in "
+            f"{self.folder}: {error.strerror}; free space there or give another folder"
+        )
