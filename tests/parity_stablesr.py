@@ -20,10 +20,12 @@ from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMSchedul
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
+from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
 from tests.parity_stablesr_colorfix import check_colorfix
 from tests.parity_stablesr_degradation import check_degradation
 
 MODULE = 2e-5
+LOSS = 1e-5
 PENDING_OUTPUTS = {"out_canvas"}
 
 Quantity = tuple[str, float | None, float]
@@ -299,6 +301,24 @@ def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
     yield from official.compare_samples(name, reference, ours)
 
 
+def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
+    """One training loss; in a compact folder of the stored prediction, since the UNet's weights are not all there."""
+    reference = official.file(name)
+    pipeline = official.pipeline
+    timestep = reference["in_t"]
+    x, target = hide_in_noise(reference["in_z_gt"], reference["in_noise"], timestep, pipeline.scheduler)
+    ours = {"out_x_noisy": x, "out_target": target}
+    if "in_pred" in reference:
+        prediction = reference["in_pred"]
+    else:
+        sft = pipeline.adapter(reference["in_z_lq"], timestep)
+        prediction = pipeline.unet(x, timestep, reference["in_context"], sft=sft, return_dict=False)[0]
+        ours["out_pred"] = prediction
+    loss = denoising_loss(prediction, target, timestep, pipeline.scheduler)
+    yield f"{name}.out_loss", difference(loss, reference.pop("out_loss")), LOSS
+    yield from compare(name, reference, ours, MODULE)
+
+
 def pending(_official: Official, name: str) -> Iterator[Quantity]:
     """A file whose quantities the toolkit does not compute yet."""
     yield name, None, 0.0
@@ -317,7 +337,7 @@ CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {
     "sample_ddim": check_sample_ddim,
     "colorfix": lambda official, _: check_colorfix(official.folder),
     "degradation": lambda official, _: check_degradation(official.folder),
-    "train_loss": pending,
+    "train_loss": check_train_loss,
     "tiles": pending,
     "sample_canvas": pending,
 }

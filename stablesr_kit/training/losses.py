@@ -1,8 +1,14 @@
-"""Losses between pictures in [-1, 1]; each is a mean, so that it does not depend on the size of the batch."""
+"""Losses between pictures in [-1, 1] and against a discriminator; each is a mean, whatever the size of the batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
+"""The two pixel losses by name."""
 
 
 def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
@@ -31,14 +37,61 @@ def reconstruction_loss(image: Tensor, target: Tensor) -> Tensor:
     return l1 + 0.5 * rest
 
 
+class AdversarialLoss(NamedTuple):
+    """The two sides of a game; each term takes logits of any shape and is a mean over them.
+
+    A discriminator minimises real(D(photo)) + fake(D(restored)), which may be taken back one after the other; the
+    generator minimises generator(D(restored)).
+    """
+
+    real: Callable[[Tensor], Tensor]
+    fake: Callable[[Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+HINGE = AdversarialLoss(
+    real=lambda logits: F.relu(1 - logits).mean(),
+    fake=lambda logits: F.relu(1 + logits).mean(),
+    generator=lambda logits: -logits.mean(),
+)
+"""Lim and Ye 2017: real logits above 1 and fake ones below -1 cost nothing."""
+
+VANILLA = AdversarialLoss(
+    real=lambda logits: F.softplus(-logits).mean(),
+    fake=lambda logits: F.softplus(logits).mean(),
+    generator=lambda logits: F.softplus(-logits).mean(),
+)
+"""Goodfellow et al. 2014: log D(photo) + log(1 - D(restored)); the generator's -log D(restored) does not saturate."""
+
+ADVERSARIAL_LOSSES = {"hinge": HINGE, "vanilla": VANILLA}
+"""Both by name."""
+
+
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss of a discriminator (Lim and Ye, 2017): real logits above 1, fake ones below -1 cost nothing."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    """Mean of the two terms of `HINGE`, as VQGAN and StableSR's fusion layers use it."""
+    return 0.5 * (HINGE.real(real_logits) + HINGE.fake(fake_logits))
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     """Loss of the generator against a hinge discriminator."""
-    return -fake_logits.mean()
+    return HINGE.generator(fake_logits)
+
+
+def adaptive_adversarial_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, largest: float = 1.0
+) -> Tensor:
+    """Weight that makes the adversarial loss pull as hard as the reconstruction loss, a scalar without gradient.
+
+    |d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4), at most `largest` (Esser et al. 2021,
+    eq. 7). last_layer: a weight that both losses depend on, usually of the generator's last convolution. largest: 1 in
+    CodeFormer, 1e4 in VQGAN. Both graphs are kept, so that the losses can still be taken back. Under a scaler of
+    half precision give both losses unscaled.
+    """
+    pull, push = (
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversarial)
+    )
+    return (pull / (push + 1e-4)).clamp(0, largest).detach()
 
 
 def feature_matching_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:

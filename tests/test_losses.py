@@ -1,0 +1,137 @@
+"""Pixel, adversarial and codebook losses against formulas written out or computed by torch in another way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stablesr_kit.training.codebook_losses import alignment_loss, code_token_loss, codebook_loss, commitment_loss
+from stablesr_kit.training.losses import (
+    ADVERSARIAL_LOSSES,
+    HINGE,
+    PIXEL_LOSSES,
+    VANILLA,
+    adaptive_adversarial_weight,
+    feature_matching_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    reconstruction_loss,
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_pixel_losses_are_means_over_every_number() -> None:
+    image, target = random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1)
+    error = image - target
+    assert PIXEL_LOSSES["mse"](image, target).item() == pytest.approx(error.square().sum().item() / 120, rel=1e-6)
+    assert PIXEL_LOSSES["l1"](image, target).item() == pytest.approx(error.abs().sum().item() / 120, rel=1e-6)
+
+
+def test_reconstruction_loss_is_zero_for_equal_pictures_and_sees_a_colour_cast() -> None:
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    cast = image.clone()
+    cast[:, 0] += 0.1
+    assert reconstruction_loss(image, image) == 0
+    # L1 0.1 / 3; halves of: no gradient, colour 0.1 / 2, block means 0.1 / 3
+    assert reconstruction_loss(cast, image).item() == pytest.approx(0.1 / 3 + 0.5 * (0.1 / 2 + 0.1 / 3), rel=1e-4)
+
+
+def test_hinge_losses_are_those_of_the_paper() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert hinge_generator_loss(fake).item() == pytest.approx(1.0)
+    assert HINGE.real(real).item() == pytest.approx(0.25) and HINGE.fake(fake).item() == pytest.approx(0.5)
+
+
+def test_vanilla_losses_are_the_binary_cross_entropy_of_real_and_fake() -> None:
+    logits = 5 * random(3, 1, 4, 4)
+    ones = torch.ones_like(logits)
+    bce = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(VANILLA.real(logits), bce(logits, ones))
+    torch.testing.assert_close(VANILLA.fake(logits), bce(logits, 0 * ones))
+    torch.testing.assert_close(VANILLA.generator(logits), -torch.sigmoid(logits).log().mean())
+    assert VANILLA.generator(torch.tensor(-200.0)).item() == pytest.approx(200)  # a sure discriminator still teaches
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_both_sides_of_a_game_pull_logits_in_opposite_directions(name: str) -> None:
+    loss = ADVERSARIAL_LOSSES[name]
+    slopes = {}
+    for side in ("real", "fake", "generator"):
+        logits = torch.zeros(4, requires_grad=True)
+        getattr(loss, side)(logits).backward()
+        slopes[side] = logits.grad.sum().item()
+    assert slopes["real"] < 0 < slopes["fake"] and slopes["generator"] < 0
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients_by_finite_differences() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(6, 5).double(), nn.Linear(5, 4).double()
+    judge = nn.Linear(4, 1).double()
+    x, target = random(7, 6).double(), random(7, 4, seed=1).double()
+
+    def losses() -> tuple[Tensor, Tensor]:
+        out = last(torch.tanh(first(x)))
+        return F.l1_loss(out, target), HINGE.generator(judge(out))
+
+    def slope_norm(which: int) -> float:
+        slopes = []
+        for index in range(last.weight.numel()):
+            values = []
+            for change in (1e-6, -1e-6):
+                with torch.no_grad():
+                    last.weight.view(-1)[index] += change
+                    values.append(losses()[which].item())
+                    last.weight.view(-1)[index] -= change
+            slopes.append((values[0] - values[1]) / 2e-6)
+        return torch.tensor(slopes).norm().item()
+
+    expected = slope_norm(0) / (slope_norm(1) + 1e-4)
+    weight = adaptive_adversarial_weight(*losses(), last.weight, largest=1e4)
+    assert weight.item() == pytest.approx(expected, rel=1e-5)
+    assert not weight.requires_grad and last.weight.grad is None
+    reconstruction, adversarial = losses()
+    assert adaptive_adversarial_weight(100 * reconstruction, adversarial, last.weight).item() == 1
+    (reconstruction + weight * adversarial).backward()  # the graphs are still there
+
+
+def test_feature_matching_does_not_depend_on_the_size_of_features() -> None:
+    real, fake = random(1, 4, 8, 8), random(1, 4, 8, 8, seed=1)
+    once, larger = feature_matching_loss([fake], [real]), feature_matching_loss([fake * 10], [real * 10])
+    torch.testing.assert_close(once, larger)
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+
+
+def test_alignment_moves_the_codes_and_commitment_the_features() -> None:
+    z, codes = random(2, 3, 4, 4).requires_grad_(), random(2, 3, 4, 4, seed=1).requires_grad_()
+    expected = 2 * (z - codes) / z.numel()
+    torch.testing.assert_close(alignment_loss(z, codes), (z - codes).square().mean())
+    for_z, for_codes = gradients(alignment_loss(z, codes), z, codes)
+    assert for_z is None
+    torch.testing.assert_close(for_codes, -expected)
+    for_z, for_codes = gradients(commitment_loss(z, codes), z, codes)
+    assert for_codes is None
+    torch.testing.assert_close(for_z, expected)
+
+
+def test_beta_stands_at_the_commitment_as_published_or_at_the_alignment_as_released() -> None:
+    z, codes = random(2, 3, 4, 4).requires_grad_(), random(2, 3, 4, 4, seed=1).requires_grad_()
+    pull = 2 * (z - codes) / z.numel()
+    for_z, for_codes = gradients(codebook_loss(z, codes, beta=0.25), z, codes)
+    torch.testing.assert_close((for_z, for_codes), (0.25 * pull, -pull))
+    for_z, for_codes = gradients(codebook_loss(z, codes, beta=0.25, beta_on_alignment=True), z, codes)
+    torch.testing.assert_close((for_z, for_codes), (pull, -0.25 * pull))
+
+
+def test_token_loss_is_minus_the_log_probability_of_the_true_codes() -> None:
+    logits, indices = random(2, 9, 5), torch.arange(18).view(2, 9) % 5
+    expected = -torch.stack([logits[b, i].softmax(0)[indices[b, i]].log() for b in range(2) for i in range(9)]).mean()
+    torch.testing.assert_close(code_token_loss(logits, indices), expected)
+    sure = F.one_hot(indices, 5).float() * 50
+    assert code_token_loss(sure, indices).item() == pytest.approx(0, abs=1e-6)
