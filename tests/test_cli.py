@@ -207,7 +207,7 @@ def test_several_pictures_need_a_folder_and_different_names(model: Path, photos:
         (tmp_path / "more" / path.name).write_bytes(path.read_bytes())
     result = stablesr("restore", photos / "grey.png", tmp_path / "more", "-o", tmp_path / "out", "--model", model)
     assert (result.exit_code, len(error_lines(result))) == (2, 1)
-    assert "would be written for 2 pictures; restore them into different folders" in result.stderr
+    assert "would be written for 2 pictures; put them into different folders" in result.stderr
 
     Image.open(photos / "colour.jpg").save(photos / "colour.tif")
     pictures = (photos / "colour.jpg", photos / "colour.tif")

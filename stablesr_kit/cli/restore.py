@@ -1,21 +1,18 @@
 """`stablesr restore`: pictures and folders in, restored pictures out."""
 
 import math
-import os
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from PIL import Image
-from tqdm import tqdm
 
-from stablesr_kit.cli.messages import failing_in_one_line, one_line, quieten_libraries, usage_error
-from stablesr_kit.errors import CheckpointError, ImageError, OutputError, StableSRKitError
-from stablesr_kit.imaging.files import Picture, check_output, list_images, read_picture, side_by_side, write_picture
+from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
+from stablesr_kit.errors import CheckpointError, StableSRKitError
+from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +57,8 @@ def restore(
     """
     first = parse_start(start)
     check_numbers(scale, w, steps, guidance_scale)
-    report = Report()
-    jobs = plan(inputs, output, compare, report)
+    report = Report("restored")
+    jobs = plan(inputs, output, "_compare" if compare else None, report)
     if resume:
         report.skipped = sum(job.is_done for job in jobs)
         jobs = [job for job in jobs if not job.is_done]
@@ -81,49 +78,16 @@ def restore(
                 "start": first,
                 "color_fix": color_fix,
             }
-            run(jobs, lambda rgb: pipeline(rgb, generator=seeded(seed), **options).images[0], pipeline, report)
+
+            def work(job: Job) -> None:
+                show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
+                restore_file(job, lambda rgb: pipeline(rgb, generator=seeded(seed), **options).images[0])
+
+            run(jobs, work, report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written, --resume continues", err=True)
         raise typer.Exit(130) from None
-    typer.echo(report.summary())
-    if report.failed:
-        raise typer.Exit(1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One picture to restore: where it is, where the result goes, and where the comparison goes (None: nowhere)."""
-
-    source: Path
-    target: Path
-    comparison: Path | None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all it should write exists already."""
-        return self.target.exists() and (self.comparison is None or self.comparison.exists())
-
-
-@dataclass
-class Report:
-    """What became of the pictures."""
-
-    written: list[Path] = field(default_factory=list)
-    skipped: int = 0
-    failed: int = 0
-
-    def fail(self, error: StableSRKitError) -> None:
-        """Counts a failure and tells it in one line, above the progress bars."""
-        self.failed += 1
-        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
-
-    def summary(self) -> str:
-        """How many were restored and where they are."""
-        counts = [f"{len(self.written)} restored"]
-        counts += [f"{self.skipped} already there"] if self.skipped else []
-        counts += [f"{self.failed} failed"] if self.failed else []
-        where = self.written[0] if len(self.written) == 1 else self.written[0].parent if self.written else None
-        return ", ".join(counts) + (f": {where}" if where else "")
+    finish(report)
 
 
 def parse_start(start: str) -> Literal["lq", "noise"] | int:
@@ -147,59 +111,6 @@ def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: flo
         usage_error(f"--steps {steps} must be at least 1; leave it out for the model's own number")
     if not math.isfinite(guidance_scale):
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
-
-
-def plan(inputs: list[Path], output: Path, with_comparison: bool, report: Report) -> list[Job]:
-    """One job for each picture that is there; each input without a picture is reported as a failure.
-
-    Ends the command if two results, or a result and an input, would have one name.
-    """
-    found: dict[Path, None] = {}
-    for given in inputs:
-        try:
-            found.update(dict.fromkeys(list_images([given])))
-        except ImageError as error:
-            report.fail(error)
-    sources = list(found)
-    if len(inputs) == 1 and not inputs[0].is_dir() and output.suffix and not output.is_dir():
-        try:
-            check_output(output)
-        except OutputError as error:
-            usage_error(str(error))
-        targets = [output] * len(sources)
-    else:
-        if output.is_file():
-            usage_error(f"-o {output} is a file; several pictures need a folder")
-        stems = Counter(source.stem for source in sources)
-        names = [f"{s.stem}_{s.suffix[1:]}" if stems[s.stem] > 1 and s.suffix else s.stem for s in sources]
-        targets = [output / f"{name}.png" for name in names]
-    jobs = [
-        Job(
-            source=source,
-            target=target,
-            comparison=target.with_name(f"{target.stem}_compare{target.suffix}") if with_comparison else None,
-        )
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    results = [path for job in jobs for path in (job.target, job.comparison) if path]
-    for path, count in Counter(results).items():
-        if count > 1:
-            usage_error(f"{path} would be written for {count} pictures; restore them into different folders")
-    originals = {source.resolve() for source in sources}
-    for path in results:
-        if path.resolve() in originals:
-            usage_error(f"{path} is an input and would be overwritten; choose another -o")
-    return jobs
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results, so that a place that cannot be written shows before any work. OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: the folder cannot be made ({error.strerror}); choose another -o") from error
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder}: the folder is not writable; choose another -o or change its permissions")
 
 
 def load_pipeline(model: str, device_name: str, dtype_name: DtypeName) -> "StableSRPipeline":
@@ -263,29 +174,20 @@ def seeded(seed: int) -> "torch.Generator":
     return torch.Generator().manual_seed(seed)
 
 
-def run(
-    jobs: list[Job], call: Callable[[Image.Image], Image.Image], pipeline: "StableSRPipeline", report: Report
-) -> None:
-    """Restore one picture after the other, with a bar over the pictures and one over the steps of each."""
-    is_quiet = not sys.stderr.isatty()
-    for job in tqdm(jobs, unit="picture", leave=False, disable=is_quiet or len(jobs) == 1):
-        pipeline.set_progress_bar_config(
-            desc=job.source.name, unit="step", leave=False, position=int(len(jobs) > 1), disable=is_quiet
-        )
-        try:
-            restore_file(job, call)
-        except StableSRKitError as error:
-            report.fail(error)
-        else:
-            report.written.append(job.target)
+def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: bool) -> None:
+    """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
+    pipeline.set_progress_bar_config(
+        desc=job.source.name,
+        unit="step",
+        leave=False,
+        position=int(is_below_another_bar),
+        disable=not sys.stderr.isatty(),
+    )
 
 
 def restore_file(job: Job, call: Callable[[Image.Image], Image.Image]) -> None:
     """Read, restore, write. Raises StableSRKitError, whose message begins with the file."""
-    picture = read_picture(job.source)
-    for note in picture.notes:
-        tqdm.write(f"note: {one_line(job.source)}: {note}", file=sys.stderr)
-    check_output(job.target, picture)
+    picture = read_job(job)
     try:
         restored = call(picture.rgb)
     # What models meet on some pictures: sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
@@ -294,8 +196,8 @@ def restore_file(job: Job, call: Callable[[Image.Image], Image.Image]) -> None:
         advice = "; restore a smaller picture, or with a smaller --scale" if _is_out_of_memory(error) else ""
         raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
     write_picture(job.target, restored, picture)
-    if job.comparison:
-        write_picture(job.comparison, side_by_side(picture, restored), Picture(rgb=picture.rgb))
+    if job.companion:
+        write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
