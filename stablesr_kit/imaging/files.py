@@ -11,8 +11,8 @@ longer be true). What is reduced is said in `Picture.notes`: 16 bits per channel
 import os
 import secrets
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -119,7 +119,7 @@ def as_picture(image: Image.Image, is_deep: bool = False) -> Picture:
 
     Raises ImageError if the colour mode is not supported, or grey values are out of range.
     """
-    if not (image.mode in _COLOUR_MODES or _is_grey(image)):
+    if not (image.mode in _COLOUR_MODES or is_grey_mode(image)):
         raise ImageError(f"colour mode {image.mode} is not supported; convert it to RGB first")
     notes = []
     # The second picture in a phone's JPEG (MPO) is a depth or gain map, not a frame.
@@ -129,14 +129,14 @@ def as_picture(image: Image.Image, is_deep: bool = False) -> Picture:
         notes.append("more than 8 bits per channel are reduced to 8")
     profile: bytes | None = image.info.get("icc_profile")
     try:
-        exif = _descriptive_exif(image)
+        exif = descriptive_exif(image)
         image = ImageOps.exif_transpose(image)
     except Exception:  # EXIF is free-form bytes: any parser error means it is not readable
         exif = None
         notes.append("EXIF cannot be read and is left out")
-    is_grey = _is_grey(image)
+    is_grey = is_grey_mode(image)
     if image.mode == "CMYK":
-        rgb, alpha, profile = _cmyk_to_srgb(image, profile), None, None
+        rgb, alpha, profile = cmyk_to_srgb(image, profile), None, None
     else:
         image = _eight_bit(image)
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -145,7 +145,7 @@ def as_picture(image: Image.Image, is_deep: bool = False) -> Picture:
         rgb=rgb,
         alpha=alpha,
         is_grey=is_grey,
-        icc_profile=profile if profile and _is_profile_of(profile, b"GRAY" if is_grey else b"RGB ") else None,
+        icc_profile=profile if profile and is_profile_of(profile, b"GRAY" if is_grey else b"RGB ") else None,
         exif=exif,
         notes=tuple(notes),
     )
@@ -168,7 +168,31 @@ def write_picture(path: Path, restored: Image.Image, source: Picture) -> None:
     except (OSError, ValueError) as error:
         given = f"{image.width}x{image.height} pixels cannot be written as {format_name}"
         raise OutputError(f"{path}: {given} ({error}); choose .png or .tif") from error
-    _write_whole(path, encoded.getbuffer())
+    with replacing(path) as part:
+        part.write_bytes(encoded.getbuffer())
+
+
+@contextmanager
+def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A new name to write to, which becomes `path` at the end: the old file or the new one is there, never a part.
+
+    scratch: folder of the new name, on the same disk; None is beside `path`. Raises OutputError for an OSError inside.
+    """
+    part = (scratch or path.parent) / f".{secrets.token_hex(8)}.part"
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def check_output(path: Path, source: Picture | None = None) -> None:
@@ -224,7 +248,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _is_grey(image: Image.Image) -> bool:
+def is_grey_mode(image: Image.Image) -> bool:
+    """True if the picture has one colour channel of any depth."""
     return image.mode in ("1", "L", "LA") or _is_deep_grey(image)
 
 
@@ -246,9 +271,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _cmyk_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB by the picture's own ink profile; without one that can be used, by Pillow's plain formula."""
-    if profile and _is_profile_of(profile, b"CMYK"):
+def cmyk_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB of a CMYK image by the picture's own ink profile; without one that can be used, by Pillow's plain formula."""
+    if profile and is_profile_of(profile, b"CMYK"):
         try:
             inks = ImageCms.ImageCmsProfile(BytesIO(profile))
             converted = ImageCms.profileToProfile(image, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -258,12 +283,13 @@ def _cmyk_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _is_profile_of(profile: bytes, colour_space: bytes) -> bool:
+def is_profile_of(profile: bytes, colour_space: bytes) -> bool:
     """True if the header of the ICC profile names this colour space (four bytes at offset 16)."""
     return profile[16:20] == colour_space
 
 
-def _descriptive_exif(image: Image.Image) -> bytes | None:
+def descriptive_exif(image: Image.Image) -> bytes | None:
+    """What `Picture.exif` holds of an image's EXIF; None if that is nothing."""
     given = image.getexif()
     kept = Image.Exif()
     for tag in _KEPT_EXIF:
@@ -278,21 +304,3 @@ def _descriptive_exif(image: Image.Image) -> bytes | None:
 
 def _looks_like_picture(path: Path) -> bool:
     return path.suffix.lower() in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _write_whole(path: Path, data: memoryview) -> None:
-    """Write beside the target, then rename: whatever happens, the old file or the new one is there, never a part."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
