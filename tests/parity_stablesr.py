@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,28 +20,14 @@ from stablesr_kit.models.feature_wrapping import decode_with_features, encode_wi
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
+from tests.parity_references import Quantity, difference, metadata
 from tests.parity_stablesr_colorfix import check_colorfix
 from tests.parity_stablesr_degradation import check_degradation
+from tests.parity_stablesr_tiles import check_tiles
 
 MODULE = 2e-5
 LOSS = 1e-5
 PENDING_OUTPUTS = {"out_canvas"}
-
-Quantity = tuple[str, float | None, float]
-"""Name, largest absolute difference (None: not computed yet), tolerance."""
-
-
-def difference(ours: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference; infinity between different shapes and where ours is not a number."""
-    if ours.shape != reference.shape or ours.isnan().any():
-        return float("inf")
-    return (ours.double() - reference.double()).abs().max().item()
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    """What a reference file says of itself."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("meta", "{}"))
 
 
 def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor], tolerance: float) -> Iterator[Quantity]:
@@ -338,7 +323,7 @@ CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {
     "colorfix": lambda official, _: check_colorfix(official.folder),
     "degradation": lambda official, _: check_degradation(official.folder),
     "train_loss": check_train_loss,
-    "tiles": pending,
+    "tiles": lambda official, _: check_tiles(official.folder),
     "sample_canvas": pending,
 }
 

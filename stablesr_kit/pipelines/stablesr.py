@@ -1,44 +1,35 @@
 """StableSRPipeline: restore and enlarge photographs with the prior of a frozen Stable Diffusion (Wang et al. 2023)."""
 
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, replace_example_docstring, scale_lora_layers, unscale_lora_layers
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils import BaseOutput, replace_example_docstring
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from stablesr_kit.checkpoints import convert_checkpoint
-from stablesr_kit.diffusion.guidance import classifier_free_guidance
 from stablesr_kit.imaging.color_fix import ColorFix, apply_color_fix
-from stablesr_kit.imaging.padding import pad_to
-from stablesr_kit.models.feature_wrapping import (
-    ControllableFeatureWrapping,
-    decode_with_features,
-    encode_with_features,
-)
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
+from stablesr_kit.pipelines.coding import Generators, ImageCoding
 from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
-from stablesr_kit.spaces import from_latent, to_latent
+from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
+from stablesr_kit.pipelines.sampling import Sampling
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -52,9 +43,6 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-Start = Literal["lq", "noise"] | int
-OutputType = Literal["pil", "np", "pt", "latent"]
-Generators = torch.Generator | list[torch.Generator] | None
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 )
@@ -69,7 +57,7 @@ class StableSRPipelineOutput(BaseOutput):
 
 
 class StableSRPipeline(
-    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+    InputChecks, PromptEncoding, ImageCoding, Sampling, StableDiffusionMixin, StableDiffusionLoraLoaderMixin
 ):
     """Restores and enlarges photographs: an adapter steers a frozen UNet, CFW carries the input into the decoder.
 
@@ -88,7 +76,6 @@ class StableSRPipeline(
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # adapter and cfw have hooks of their own
     _optional_components = ["cfw", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -150,291 +137,6 @@ class StableSRPipeline(
             UnsafeCheckpointError: the file would run code.
         """
         return cls(**convert_checkpoint(checkpoint, **kwargs))
-
-    # The steps of a call, in order.
-
-    def check_inputs(
-        self,
-        image: Picture | list[Picture] | None,
-        w: float,
-        scale: float | None,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int | None,
-        num_images_per_prompt: int,
-        start: Start,
-        color_fix: str,
-        output_type: str,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
-
-        Raises:
-            ValueError: a value is out of range or two arguments exclude each other.
-        """
-        if image is None:
-            raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
-        if not math.isfinite(w) or w < 0:
-            raise ValueError(
-                f"w={w} is given, expected a number from 0 (realism) to 1 (fidelity); above 1 extrapolates"
-            )
-        if w > 0 and self.cfw is None:
-            raise ValueError(f"w={w} needs the component cfw, which this pipeline lacks; give w=0 or load a cfw")
-        if scale is not None and (height is not None or width is not None):
-            raise ValueError("scale and height/width exclude each other; give one of them")
-        if (height is None) != (width is None):
-            raise ValueError(f"height={height}, width={width}: give both, or scale")
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale={scale} is given, expected a positive number")
-        if height is not None and width is not None and (height < 1 or width < 1):
-            raise ValueError(f"height={height}, width={width} is given, expected at least one pixel each")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} is given, expected at least 1")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} is given, expected at least 1")
-        if not (start in ("lq", "noise") or (isinstance(start, int) and start >= 0)):
-            raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")
-        if color_fix not in get_args(ColorFix):
-            raise ValueError(f"color_fix={color_fix!r} is given, expected one of {get_args(ColorFix)}")
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type={output_type!r} is given, expected one of {get_args(OutputType)}")
-        for text in (prompt, negative_prompt):
-            if text is not None and not isinstance(text, str | list):
-                raise ValueError(f"a prompt {text!r} is given, expected text or a list of texts")
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("prompt and prompt_embeds exclude each other; give one of them")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("negative_prompt and negative_prompt_embeds exclude each other; give one of them")
-        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={unknown} are unknown, "
-                f"expected some of {self._callback_tensor_inputs}"
-            )
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(prompt_embeds, negative_prompt_embeds), each (len(prompt) * num_images_per_prompt, tokens, channels).
-
-        No prompt means the empty one: its embedding comes from the text encoder, so that LoRA layers and new tokens
-        count, or, if there is none, from the adapter. The second is None without guidance.
-
-        Raises:
-            ValueError: there is a prompt but no text encoder and tokenizer.
-        """
-        if prompt_embeds is None:
-            prompt_embeds = self._embed(prompt, device, lora_scale, clip_skip)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative_prompt_embeds = self._embed(negative_prompt, device, lora_scale, clip_skip)
-
-        dtype = self.unet.dtype if self.unet is not None else prompt_embeds.dtype
-        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        if negative_prompt_embeds is not None:
-            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
-            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, negative_prompt_embeds
-
-    def _embed(
-        self, prompt: str | list[str] | None, device: torch.device, lora_scale: float | None, clip_skip: int | None
-    ) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            stored = self.adapter.empty_prompt_embeds if self.adapter is not None else None
-            if prompt in (None, "") and stored is not None:
-                return stored
-            raise ValueError(
-                f"prompt={prompt!r} needs the components text_encoder and tokenizer, which this pipeline lacks; "
-                "load them, or give no prompt"
-            )
-        texts = [prompt or ""] if not isinstance(prompt, list) else prompt
-        tokens = self.tokenizer(
-            self.maybe_convert_prompt(texts, self.tokenizer),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        with_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        if lora_scale is not None:
-            scale_lora_layers(self.text_encoder, lora_scale)
-        try:
-            outputs = self.text_encoder(
-                tokens.input_ids.to(device),
-                attention_mask=tokens.attention_mask.to(device) if with_mask else None,
-                output_hidden_states=clip_skip is not None,
-            )
-        finally:
-            if lora_scale is not None:
-                unscale_lora_layers(self.text_encoder, lora_scale)
-        if clip_skip is None:
-            return outputs[0]
-        # transformers 5 moved the tower one level up
-        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return tower.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
-
-    def upsample(
-        self, image: Tensor, scale: float | None = None, height: int | None = None, width: int | None = None
-    ) -> Tensor:
-        """The image resized bicubically to the result's size: scale times its own (default 4), or height x width."""
-        if height is None or width is None:
-            scale = 4.0 if scale is None else scale
-            height, width = (max(round(side * scale), 1) for side in image.shape[-2:])
-        if (height, width) == tuple(image.shape[-2:]):
-            return image
-        shrinks = height < image.shape[-2] or width < image.shape[-1]
-        return F.interpolate(image, (height, width), mode="bicubic", antialias=shrinks).clamp(-1, 1)
-
-    def pad(self, image: Tensor) -> Tensor:
-        """The image continued by reflection to a size that every level of the networks divides evenly.
-
-        At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
-        """
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        smallest = max(self.config.min_size_px, 2 * multiple)
-        return pad_to(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[-2:]))
-
-    def encode_image(
-        self,
-        image: Tensor,
-        generator: Generators = None,
-        with_features: bool = True,
-        num_images_per_prompt: int = 1,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """LQ latents (B * num_images_per_prompt, C, h, w), samples of the posterior, and the features CFW needs.
-
-        image: (B, 3, H, W) in [-1, 1], H and W as `pad` makes them. The features, level -> (B, C, h, w), are the
-        encoder's; none without cfw or on request.
-        """
-        levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
-        with self._vae_in_safe_precision():
-            posterior, features = encode_with_features(self.vae, image.to(self.vae.dtype), levels)
-            moments = posterior.parameters.repeat_interleave(num_images_per_prompt, dim=0)
-            z = DiagonalGaussianDistribution(moments).sample(generator)
-        return to_latent(z, self.vae).to(self.unet.dtype), features
-
-    def get_timesteps(
-        self,
-        num_inference_steps: int | None,
-        device: torch.device,
-        start: Start,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-    ) -> Tensor:
-        """Descending timesteps of the scheduler, from `start` on if that is a timestep."""
-        kept, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        first = 0
-        if isinstance(start, int):
-            reached = (kept <= start).nonzero()
-            if len(reached) == 0:
-                raise ValueError(f"start={start} lies below the last timestep {kept[-1].item():g}; give more steps")
-            order = getattr(self.scheduler, "order", 1)  # Heun and its like visit a timestep `order` times
-            first = math.ceil(int(reached[0]) / order) * order
-            if first > 0 and isinstance(self.scheduler, PNDMScheduler):
-                raise ValueError(
-                    f"start={start} is given, but PNDMScheduler can only run from its first timestep, {kept[0]}; "
-                    "take another scheduler, for instance UniPCMultistepScheduler.from_config"
-                )
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        return kept[first:]
-
-    def prepare_latents(
-        self,
-        lq_latents: Tensor,
-        timesteps: Tensor,
-        start: Start,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Latent (B, C, h, w) to start from: the LQ latent noised to the first timestep, or pure noise.
-
-        latents: the unit noise itself instead of a drawn one, of the shape of `lq_latents`.
-        """
-        if latents is None:
-            noise = randn_tensor(lq_latents.shape, generator, device=lq_latents.device, dtype=lq_latents.dtype)
-        elif latents.shape != lq_latents.shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} are given, expected {tuple(lq_latents.shape)}")
-        else:
-            noise = latents.to(lq_latents)
-        if start == "noise":
-            return noise * self.scheduler.init_noise_sigma
-        return self.scheduler.add_noise(lq_latents, noise, timesteps[:1].repeat(len(noise)))
-
-    def predict(
-        self,
-        latents: Tensor,
-        timestep: Tensor | int,
-        lq_latents: Tensor,
-        prompt_embeds: Tensor,
-        guidance_scale: float = 1.0,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
-
-        latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with
-        the negative ones first, which turns guidance on. The adapter runs once for both.
-        """
-        sft = self.adapter(lq_latents.to(self.adapter.dtype), timestep).to(self.unet.dtype)
-        branches = max(len(prompt_embeds) // len(latents), 1)
-        prediction = self.unet(
-            torch.cat([latents] * branches),
-            timestep,
-            encoder_hidden_states=prompt_embeds.expand(branches * len(latents), -1, -1),
-            cross_attention_kwargs=cross_attention_kwargs,
-            sft=sft,
-            return_dict=False,
-        )[0]
-        if branches == 1:
-            return prediction
-        uncond, cond = prediction.chunk(2)
-        return classifier_free_guidance(uncond, cond, guidance_scale)
-
-    def decode_latents(self, latents: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
-        """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); `features` of `encode_image` unless w is 0.
-
-        Raises:
-            FloatingPointError: the UNet or the decoder overflowed.
-        """
-        with self._vae_in_safe_precision():
-            z = from_latent(latents.to(self.vae.dtype), self.vae)
-            if w == 0 or self.cfw is None:
-                image = self.vae.decode(z, return_dict=False)[0]
-            else:
-                copies = len(z) // len(next(iter(features.values())))
-                features = {k: v.repeat_interleave(copies, dim=0) for k, v in features.items()}
-                image = decode_with_features(self.vae, self.cfw, z, features, w)
-        if not torch.isfinite(image).all():
-            raise FloatingPointError(
-                f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
-                "load the pipeline in bfloat16 or float32"
-            )
-        return image.float()
-
-    @contextmanager
-    def _vae_in_safe_precision(self) -> Iterator[None]:
-        """The autoencoder and CFW in float32 while they run, if half precision would overflow them."""
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        dtypes = [(part, part.dtype) for part in (self.vae, self.cfw) if upcast and part is not None]
-        for part, _ in dtypes:
-            part.to(torch.float32)
-        try:
-            yield
-        finally:
-            for part, dtype in dtypes:
-                part.to(dtype)
 
     @property
     def guidance_scale(self) -> float:
@@ -640,29 +342,3 @@ class StableSRPipeline(
 
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
-
-
-def batch_size_of(image: Tensor, prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
-    """Number of pictures times prompts of a call: one of the two may be single and then serves all of the other.
-
-    Raises:
-        ValueError: several pictures and another number of prompts.
-    """
-    prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
-    if len(image) != prompts and 1 not in (len(image), prompts):
-        raise ValueError(f"{prompts} prompts are given for {len(image)} pictures; give one, or one per picture")
-    return max(len(image), prompts)
-
-
-def expand_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:
-    """Embeddings (batch_size, tokens, channels), of one prompt for all results or of one per picture.
-
-    embeds: as `encode_prompt` returns them, `num_images_per_prompt` rows per prompt.
-
-    Raises:
-        ValueError: another number of prompts.
-    """
-    if len(embeds) not in (num_images_per_prompt, batch_size):
-        prompts, pictures = len(embeds) // num_images_per_prompt, batch_size // num_images_per_prompt
-        raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
-    return embeds.repeat(batch_size // len(embeds), 1, 1)

@@ -1,0 +1,95 @@
+"""From the LQ latent to the restored one: timesteps, start, and what the steered UNet predicts."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from stablesr_kit.diffusion.guidance import classifier_free_guidance
+from stablesr_kit.pipelines.checking import Start
+from stablesr_kit.pipelines.coding import Generators
+
+
+class Sampling(DiffusionPipeline):
+    """The steps of a call that sample."""
+
+    def get_timesteps(
+        self,
+        num_inference_steps: int | None,
+        device: torch.device,
+        start: Start,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> Tensor:
+        """Descending timesteps of the scheduler, from `start` on if that is a timestep."""
+        kept, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        first = 0
+        if isinstance(start, int):
+            reached = (kept <= start).nonzero()
+            if len(reached) == 0:
+                raise ValueError(f"start={start} lies below the last timestep {kept[-1].item():g}; give more steps")
+            order = getattr(self.scheduler, "order", 1)  # Heun and its like visit a timestep `order` times
+            first = math.ceil(int(reached[0]) / order) * order
+            if first > 0 and isinstance(self.scheduler, PNDMScheduler):
+                raise ValueError(
+                    f"start={start} is given, but PNDMScheduler can only run from its first timestep, {kept[0]}; "
+                    "take another scheduler, for instance UniPCMultistepScheduler.from_config"
+                )
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return kept[first:]
+
+    def prepare_latents(
+        self,
+        lq_latents: Tensor,
+        timesteps: Tensor,
+        start: Start,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Latent (B, C, h, w) to start from: the LQ latent noised to the first timestep, or pure noise.
+
+        latents: the unit noise itself instead of a drawn one, of the shape of `lq_latents`.
+        """
+        if latents is None:
+            noise = randn_tensor(lq_latents.shape, generator, device=lq_latents.device, dtype=lq_latents.dtype)
+        elif latents.shape != lq_latents.shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} are given, expected {tuple(lq_latents.shape)}")
+        else:
+            noise = latents.to(lq_latents)
+        if start == "noise":
+            return noise * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(lq_latents, noise, timesteps[:1].repeat(len(noise)))
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor | int,
+        lq_latents: Tensor,
+        prompt_embeds: Tensor,
+        guidance_scale: float = 1.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
+
+        latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with
+        the negative ones first, which turns guidance on. The adapter runs once for both.
+        """
+        sft = self.adapter(lq_latents.to(self.adapter.dtype), timestep).to(self.unet.dtype)
+        branches = max(len(prompt_embeds) // len(latents), 1)
+        prediction = self.unet(
+            torch.cat([latents] * branches),
+            timestep,
+            encoder_hidden_states=prompt_embeds.expand(branches * len(latents), -1, -1),
+            cross_attention_kwargs=cross_attention_kwargs,
+            sft=sft,
+            return_dict=False,
+        )[0]
+        if branches == 1:
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        return classifier_free_guidance(uncond, cond, guidance_scale)
