@@ -27,3 +27,7 @@ class OutputError(StableSRKitError, OSError):
 
 class ConfigError(StableSRKitError, ValueError):
     """A setting that means nothing here: an unknown name, a value out of its range."""
+
+
+class JobError(StableSRKitError, RuntimeError):
+    """A job that cannot be continued: of another picture or other settings, in other hands, or unreadable."""

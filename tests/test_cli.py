@@ -32,6 +32,11 @@ def error_lines(result: Result) -> list[str]:
     return lines
 
 
+def names_in(folder: Path) -> list[str]:
+    """What a user sees there: the journal is hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".stablesr")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
@@ -108,7 +113,7 @@ def test_one_picture_to_a_named_file(model: Path, photos: Path, tmp_path: Path) 
     assert result.stdout == f"1 restored: {target}\n"
     with Image.open(target) as restored:
         assert (restored.format, restored.mode, restored.size) == ("WEBP", "RGBA", (39, 30))
-    assert os.listdir(target.parent) == ["restored.webp"]
+    assert names_in(target.parent) == ["restored.webp"]
 
 
 def test_a_folder_with_a_broken_picture_and_then_resume(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -122,7 +127,7 @@ def test_a_folder_with_a_broken_picture_and_then_resume(model: Path, photos: Pat
     assert lines[2] == f"note: {photos / 'deep.tif'}: more than 8 bits per channel are reduced to 8"
     assert result.stdout == f"4 restored, 2 failed: {out}\n"
     names = ["alpha", "colour", "deep", "grey"]
-    assert sorted(os.listdir(out)) == sorted(f"{n}{kind}.png" for n in names for kind in ("", "_compare"))
+    assert names_in(out) == sorted(f"{n}{kind}.png" for n in names for kind in ("", "_compare"))
     modes = [Image.open(out / f"{name}.png").mode for name in names]
     assert modes == ["RGBA", "RGB", "L", "L"]
     assert {Image.open(out / f"{name}.png").size for name in names} == {(52, 40)}
@@ -130,21 +135,49 @@ def test_a_folder_with_a_broken_picture_and_then_resume(model: Path, photos: Pat
 
     (photos / "broken.png").unlink()
     (out / "grey_compare.png").unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    before = {name: (out / name).stat().st_mtime_ns for name in names_in(out)}
     again = stablesr("restore", photos, "-o", out, "--model", model, "--compare", "--resume")
     assert error_lines(again) == []
     assert again.exit_code == 0
     assert again.stdout == f"1 restored, 3 already there: {out / 'grey.png'}\n"
-    changed = {path.name for path in out.iterdir() if before.get(path.name) != path.stat().st_mtime_ns}
+    changed = {name for name in names_in(out) if before.get(name) != (out / name).stat().st_mtime_ns}
     assert changed == {"grey.png", "grey_compare.png"}
 
 
-def test_nothing_left_to_do_needs_no_model(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "colour.png").touch()
-    arguments = ("restore", photos / "colour.jpg", "-o", tmp_path, "--model", "no/such/model", "--resume")
-    result = stablesr(*arguments)
-    assert result.exit_code == 0
-    assert result.stdout == "0 restored, 1 already there\n"
+def test_what_is_done_is_known_by_its_content_and_not_by_its_name(model: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ("restore", photos / "colour.jpg", "-o", tmp_path / "out.png", "--model", model, "--resume")
+    (tmp_path / "out.png").write_text("by somebody else")
+    assert stablesr(*arguments).stdout == f"1 restored: {tmp_path / 'out.png'}\n"
+    whole = (tmp_path / "out.png").read_bytes()
+    assert stablesr(*arguments).stdout == "0 restored, 1 already there\n"
+
+    (tmp_path / "out.png").write_bytes(whole[:-20])
+    assert stablesr(*arguments).stdout == f"1 restored: {tmp_path / 'out.png'}\n"
+    assert (tmp_path / "out.png").read_bytes() == whole
+    Image.open(photos / "grey.png").convert("RGB").save(photos / "colour.jpg")
+    assert stablesr(*arguments).stdout == f"1 restored: {tmp_path / 'out.png'}\n"
+    assert (tmp_path / "out.png").read_bytes() != whole
+
+
+def test_nothing_left_to_do_loads_no_model(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("restore", photos / "colour.jpg", "-o", tmp_path / "out.png", "--model", model)
+    assert stablesr(*arguments).exit_code == 0
+    monkeypatch.delattr(StableSRPipeline, "from_pretrained")
+    assert stablesr(*arguments, "--resume").stdout == "0 restored, 1 already there\n"
+
+
+def test_resuming_with_other_settings_is_refused_with_what_differs(model: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ("restore", photos / "colour.jpg", "-o", tmp_path / "out.png", "--model", model)
+    assert stablesr(*arguments).exit_code == 0
+    result = stablesr(*arguments, "--resume", "--w", 0.25, "--steps", 1)
+    assert result.exit_code == 2
+    assert error_lines(result) == [
+        f"error: {tmp_path / 'out.png'}: was made with w 0.5 (now 0.25), num_inference_steps None (now 1); "
+        "give the same settings, or start again without --resume"
+    ]
+    assert stablesr(*arguments, "--w", 0.25, "--steps", 1).exit_code == 0
 
 
 def test_a_seed_gives_one_result_whatever_came_before(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -213,7 +246,7 @@ def test_several_pictures_need_a_folder_and_different_names(model: Path, photos:
     pictures = (photos / "colour.jpg", photos / "colour.tif")
     result = stablesr("restore", *pictures, "-o", tmp_path / "out", "--model", model)
     assert result.exit_code == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["colour_jpg.png", "colour_tif.png"]
+    assert names_in(tmp_path / "out") == ["colour_jpg.png", "colour_tif.png"]
 
 
 def test_places_that_cannot_be_written_show_before_any_work(photos: Path, tmp_path: Path) -> None:
@@ -277,12 +310,12 @@ def test_an_interrupt_leaves_whole_files_and_says_so(
 ) -> None:
     written = []
 
-    def interrupt_the_second(descriptor: int) -> None:
+    def interrupt_the_second_result(descriptor: int) -> None:
         written.append(descriptor)
-        if len(written) == 2:
+        if len(written) == 3:  # each result is followed by its line in the journal
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupt_the_second)
+    monkeypatch.setattr(os, "fsync", interrupt_the_second_result)
     out = tmp_path / "out"
     (photos / "broken.png").unlink()
     result = stablesr("restore", photos, "-o", out, "--model", model)
@@ -290,7 +323,7 @@ def test_an_interrupt_leaves_whole_files_and_says_so(
     assert error_lines(result) == [
         f"interrupted: 1 restored: {out / 'alpha.png'}; nothing is half-written, --resume continues"
     ]
-    assert os.listdir(out) == ["alpha.png"]
+    assert names_in(out) == ["alpha.png"]
 
 
 @pytest.mark.parametrize(

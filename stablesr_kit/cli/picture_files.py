@@ -24,9 +24,9 @@ class Job:
     companion: Path | None
 
     @property
-    def is_done(self) -> bool:
-        """Whether all it should write exists already."""
-        return self.target.exists() and (self.companion is None or self.companion.exists())
+    def results(self) -> list[Path]:
+        """All it should write."""
+        return [path for path in (self.target, self.companion) if path]
 
 
 @dataclass
@@ -85,7 +85,7 @@ def plan(inputs: list[Path], output: Path, companion: str | None, report: Report
         )
         for source, target in zip(sources, targets, strict=True)
     ]
-    results = [path for job in jobs for path in (job.target, job.companion) if path]
+    results = [path for job in jobs for path in job.results]
     for path, count in Counter(results).items():
         if count > 1:
             usage_error(f"{path} would be written for {count} pictures; put them into different folders")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from PIL import Image
 
+from stablesr_kit import __version__
 from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
-from stablesr_kit.errors import CheckpointError, StableSRKitError
+from stablesr_kit.errors import CheckpointError, JobError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
+from stablesr_kit.pipelines.journal import Journal, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,7 @@ def restore(
         DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
     ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip pictures whose result exists.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
     """Restore and enlarge pictures.
 
@@ -59,29 +61,42 @@ def restore(
     check_numbers(scale, w, steps, guidance_scale)
     report = Report("restored")
     jobs = plan(inputs, output, "_compare" if compare else None, report)
-    if resume:
-        report.skipped = sum(job.is_done for job in jobs)
-        jobs = [job for job in jobs if not job.is_done]
+    options = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "w": w,
+        "scale": scale,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "start": first,
+        "color_fix": color_fix,
+    }
     try:
         if jobs:
             with failing_in_one_line():
                 make_folder(jobs[0].target.parent)
-                pipeline = load_pipeline(model, device, dtype)
+                torch_device = choose_device(device)
+                torch_dtype = choose_dtype(dtype, torch_device)
+                settings = {
+                    "version": __version__,
+                    "model": sha256(find_model(model)),
+                    "device": torch_device.type,
+                    "dtype": str(torch_dtype).removeprefix("torch."),
+                    "seed": seed,
+                    **options,
+                }
+                journal = Journal(jobs[0].target.parent, settings)
+                jobs = unfinished(jobs, journal, report) if resume else jobs
+        if jobs:
+            with failing_in_one_line():
+                pipeline = load_pipeline(model, torch_device, torch_dtype)
             check_components(pipeline, w, prompt, negative_prompt)
-            options = {
-                "prompt": prompt,
-                "negative_prompt": negative_prompt,
-                "w": w,
-                "scale": scale,
-                "num_inference_steps": steps,
-                "guidance_scale": guidance_scale,
-                "start": first,
-                "color_fix": color_fix,
-            }
 
             def work(job: Job) -> None:
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
-                restore_file(job, lambda rgb: pipeline(rgb, generator=seeded(seed), **options).images[0])
+                with journal.in_progress(job.target):
+                    restore_file(job, lambda rgb: pipeline(rgb, generator=seeded(seed), **options).images[0])
+                    journal.finish(job.source, job.results)
 
             run(jobs, work, report)
     except KeyboardInterrupt:
@@ -113,11 +128,25 @@ def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: flo
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
 
 
-def load_pipeline(model: str, device_name: str, dtype_name: DtypeName) -> "StableSRPipeline":
-    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged."""
-    device = choose_device(device_name)
-    dtype = choose_dtype(dtype_name, device)
+def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
+    """The jobs whose results are not there yet; ends the command if they are, but of other settings."""
+    try:
+        left = [job for job in jobs if not journal.is_finished(job.source, job.results)]
+    except JobError as error:
+        usage_error(str(error))
+    report.skipped += len(jobs) - len(left)
+    return left
 
+
+def find_model(model: str) -> Path:
+    """The folder of the model's files. Raises ModelNotFoundError."""
+    from stablesr_kit.pipelines.loading import resolve_model
+
+    return resolve_model(model)
+
+
+def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "StableSRPipeline":
+    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged."""
     quieten_libraries()
 
     from stablesr_kit import StableSRPipeline

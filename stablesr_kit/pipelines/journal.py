@@ -1,0 +1,134 @@
+"""What became of which picture, written beside the results, so that a stopped run is continued and not repeated.
+
+A folder of results holds a folder `.stablesr`: the journal, one line of JSON per finished result, and for each result
+in progress a lock and the state it can be continued from. Whoever deletes it loses nothing but that.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stablesr_kit.errors import JobError, OutputError
+
+JOBS_FOLDER = ".stablesr"
+
+Settings = Mapping[str, str | float | int | bool | None]
+
+
+class Journal:
+    """The finished results of one folder; any number of processes may add to it.
+
+    Args:
+        folder: where the results are.
+        settings: all that decides, together with the picture, what a result looks like.
+
+    Raises:
+        JobError: there is a journal that cannot be read.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.jobs_folder = folder / JOBS_FOLDER
+        self.path = self.jobs_folder / "journal.jsonl"
+        self.settings = dict(settings)
+        self._finished = {tuple(record["results"]): record for record in _read_records(self.path)}
+
+    def is_finished(self, source: Path, results: Sequence[Path]) -> bool:
+        """Whether the results are there, byte by byte what was made of the source as it is now.
+
+        Raises:
+            JobError: they are, but were made with other settings.
+        """
+        record = self._finished.get(tuple(path.name for path in results))
+        if record is None or not all(path.is_file() for path in results):
+            return False
+        try:
+            if any(sha256(path) != record["results"][path.name] for path in results):
+                return False
+            if sha256(source) != record["source"]:
+                return False
+        except OSError:  # what cannot be read says so where it is restored
+            return False
+        refuse_other_settings(results[0], record["settings"], self.settings)
+        return True
+
+    def finish(self, source: Path, results: Sequence[Path]) -> None:
+        """Record that the results are complete. Raises OutputError."""
+        record = {
+            "results": {path.name: sha256(path) for path in results},
+            "source": sha256(source),
+            "settings": self.settings,
+        }
+        try:
+            self.jobs_folder.mkdir(exist_ok=True)
+            with self.path.open("ab+") as file:
+                is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+                file.write(b"\n" * is_torn + json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); the result is there, but --resume will repeat it"
+            ) from error
+
+    @contextmanager
+    def in_progress(self, result: Path) -> Iterator[Path]:
+        """The folder, maybe not there yet, for the state of one result, kept for this process while the block runs.
+
+        The state is deleted when the block ends without an exception. Raises JobError if another process has it.
+        """
+        state = self.jobs_folder / f"{result.name}.job"
+        path = self.jobs_folder / f"{result.name}.lock"
+        lock = FileLock(path, blocking=False)
+        try:
+            self.jobs_folder.mkdir(exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise JobError(f"{result}: another process is restoring this picture; wait for it or stop it") from error
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        try:
+            yield state
+            shutil.rmtree(state, ignore_errors=True)
+        finally:
+            path.unlink(missing_ok=True)  # before the release: afterwards it may be another's
+            lock.release()
+
+
+def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) -> None:
+    """Raise JobError, naming what differs, unless the settings are the same."""
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if differing:
+        listed = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in differing)
+        raise JobError(f"{result}: was made with {listed}; give the same settings, or start again without --resume")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        content = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+        return hashlib.sha256(content.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a journal; a line that was cut off while it was written is left out."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise JobError(f"{path}: the journal cannot be read ({error.strerror}); change its permissions") from error
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.keys() >= {"results", "source", "settings"}:
+            yield record
