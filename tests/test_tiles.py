@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stablesr_kit.imaging.canvas import Region
 from stablesr_kit.imaging.tiles import (
     Blend,
-    Tile,
     cover,
     gaussian_weights,
     merge,
@@ -58,7 +58,7 @@ def test_an_overlap_that_leaves_nothing_to_advance_and_a_tile_beyond_the_canvas_
 def test_pixel_tiles_never_reach_beyond_the_picture_even_where_one_side_is_smaller_than_the_tile() -> None:
     assert split_starts(4096, 1280, 1000) == [0, 1000, 2000, 2816]
     assert split_starts(900, 1280, 1000) == [0]
-    assert split_pixels(900, 2000, 1280, 1000) == [Tile(0, 0, 900, 1280), Tile(0, 720, 900, 2000)]
+    assert split_pixels(900, 2000, 1280, 1000) == [Region(0, 0, 900, 1280), Region(0, 720, 900, 2000)]
 
 
 @pytest.mark.parametrize("size", [(6, 9), (64, 64), (1, 5)])

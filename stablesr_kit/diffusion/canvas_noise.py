@@ -1,7 +1,7 @@
 """Noise of a canvas as a function of seed, stage and absolute latent position: no order of computing can change it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,11 @@ class CanvasNoise:
         """
         with _Randn(self, stage):
             yield
+
+
+def drawing_from(noise: CanvasNoise | None, stage: int) -> AbstractContextManager[None]:
+    """`noise.replacing_randn(stage)`, or with None the generators as ever."""
+    return nullcontext() if noise is None else noise.replacing_randn(stage)
 
 
 class _Randn(TorchFunctionMode):

@@ -38,6 +38,10 @@ class Region(NamedTuple):
             min(self.right + halo, width),
         )
 
+    def crop(self, tensor: Tensor) -> Tensor:
+        """The part (..., height, width) of a tensor of the whole canvas; a view."""
+        return tensor[..., self.top : self.bottom, self.left : self.right]
+
     def cut_from(self, tensor: Tensor, outer: "Region") -> Tensor:
         """The part (..., height, width) of a tensor of the region `outer`, which contains this one; a view."""
         top, left = self.top - outer.top, self.left - outer.left

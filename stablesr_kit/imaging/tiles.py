@@ -2,33 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stablesr_kit.imaging.canvas import Region
+
 GAUSSIAN_VARIANCE = 0.01  # of a side of length 1 (Wang et al. 2023, sec. 3.4)
-
-
-class Tile(NamedTuple):
-    """A rectangle of a canvas, in its own units (pixels or latents); `bottom` and `right` are exclusive."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    @property
-    def height(self) -> int:
-        return self.bottom - self.top
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-    def crop(self, canvas: Tensor) -> Tensor:
-        """The part (..., height, width) of a canvas (..., H, W); a view."""
-        return canvas[..., self.top : self.bottom, self.left : self.right]
 
 
 def tile_offsets(length: int, tile: int, overlap: int, shift: int = 0) -> list[int]:
@@ -50,7 +30,9 @@ def tile_offsets(length: int, tile: int, overlap: int, shift: int = 0) -> list[i
     return sorted({min(max(position, 0), last) for position in positions})
 
 
-def cover(height: int, width: int, tile: tuple[int, int], overlap: int, shift: tuple[int, int] = (0, 0)) -> list[Tile]:
+def cover(
+    height: int, width: int, tile: tuple[int, int], overlap: int, shift: tuple[int, int] = (0, 0)
+) -> list[Region]:
     """Tiles of one size (height, width) that cover a canvas, row by row; a tile is cut where the canvas is smaller.
 
     shift: rows and columns by which the inner tiles are moved, see `tile_offsets`.
@@ -61,7 +43,7 @@ def cover(height: int, width: int, tile: tuple[int, int], overlap: int, shift: t
     tile_height, tile_width = min(tile[0], height), min(tile[1], width)
     tops = tile_offsets(height, tile_height, overlap if tile_height < height else 0, shift[0])
     lefts = tile_offsets(width, tile_width, overlap if tile_width < width else 0, shift[1])
-    return [Tile(top, left, top + tile_height, left + tile_width) for top in tops for left in lefts]
+    return [Region(top, left, top + tile_height, left + tile_width) for top in tops for left in lefts]
 
 
 def split_starts(length: int, size: int, stride: int) -> list[int]:
@@ -69,10 +51,10 @@ def split_starts(length: int, size: int, stride: int) -> list[int]:
     return list(dict.fromkeys(max(min(start, length - size), 0) for start in range(0, length, stride)))
 
 
-def split_pixels(height: int, width: int, size: int, stride: int) -> list[Tile]:
+def split_pixels(height: int, width: int, size: int, stride: int) -> list[Region]:
     """The pixel tiles of the released scripts in their order, from top to bottom and then to the right."""
     return [
-        Tile(top, left, min(top + size, height), min(left + size, width))
+        Region(top, left, min(top + size, height), min(left + size, width))
         for left in split_starts(width, size, stride)
         for top in split_starts(height, size, stride)
     ]
@@ -107,7 +89,7 @@ class Blend:
         weights: (height, width) of a tile -> its weights.
     """
 
-    def __init__(self, tiles: Sequence[Tile], weights: Callable[[int, int], Tensor] = gaussian_weights) -> None:
+    def __init__(self, tiles: Sequence[Region], weights: Callable[[int, int], Tensor] = gaussian_weights) -> None:
         self.tiles = tiles
         self._weights = {size: weights(*size) for size in {(tile.height, tile.width) for tile in tiles}}
         self._waiting: dict[int, Tensor] = {}
@@ -142,7 +124,7 @@ class Blend:
 
 
 def merge(
-    tiles: Sequence[Tile], patches: Iterable[Tensor], weights: Callable[[int, int], Tensor] = gaussian_weights
+    tiles: Sequence[Region], patches: Iterable[Tensor], weights: Callable[[int, int], Tensor] = gaussian_weights
 ) -> Tensor:
     """The canvas (..., H, W) that patches (..., tile height, tile width), in the order of the tiles, average to."""
     blend = Blend(tiles, weights)

@@ -55,7 +55,8 @@ class ImageCoding(DiffusionPipeline):
         """
         levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
         with self._vae_in_safe_precision():
-            posterior, features = encode_with_features(self.vae, image.to(self.vae.dtype), levels)
+            image = image.to(self._execution_device, self.vae.dtype)
+            posterior, features = encode_with_features(self.vae, image, levels)
             moments = posterior.parameters.repeat_interleave(num_images_per_prompt, dim=0)
             z = DiagonalGaussianDistribution(moments).sample(generator)
         return to_latent(z, self.vae).to(self.unet.dtype), features
@@ -67,7 +68,7 @@ class ImageCoding(DiffusionPipeline):
             FloatingPointError: the UNet or the decoder overflowed.
         """
         with self._vae_in_safe_precision():
-            z = from_latent(latents.to(self.vae.dtype), self.vae)
+            z = from_latent(latents.to(self._execution_device, self.vae.dtype), self.vae)
             if w == 0 or self.cfw is None:
                 image = self.vae.decode(z, return_dict=False)[0]
             else:

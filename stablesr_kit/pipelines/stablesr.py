@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -20,14 +21,17 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from stablesr_kit.checkpoints import convert_checkpoint
+from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.imaging.color_fix import ColorFix, apply_color_fix
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.pipelines.aggregation import Aggregation
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
 from stablesr_kit.pipelines.coding import Generators, ImageCoding
 from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
+from stablesr_kit.pipelines.planner import TileSize, choose_tiling, tile_multiple
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
 from stablesr_kit.pipelines.sampling import Sampling
 
@@ -195,6 +199,10 @@ class StableSRPipeline(
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
+        tile_px: TileSize = "auto",
+        overlap_px: int | None = None,
+        tile_batch_size: int = 1,
+        tile_jitter: bool = False,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
     ) -> StableSRPipelineOutput | tuple[Any]:
@@ -223,6 +231,11 @@ class StableSRPipeline(
             return_dict: False returns a tuple.
             cross_attention_kwargs: passed to the attention processors; "scale" weighs LoRA layers.
             clip_skip: layers of the text encoder to skip.
+            tile_px: side of the tiles a large picture is sampled in, in pixels of the result; "auto" takes the size
+                the UNet was trained on, and leaves pictures of up to four times its area whole; "none" never tiles.
+            overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
+            tile_batch_size: tiles the networks take at once, on devices that gain by it.
+            tile_jitter: moves the tiles at every step, so that no border stays in place.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; returns the
                 tensors it changed.
             callback_on_step_end_tensor_inputs: the tensors it gets, of `_callback_tensor_inputs`.
@@ -258,6 +271,7 @@ class StableSRPipeline(
             prompt_embeds,
             negative_prompt_embeds,
             callback_on_step_end_tensor_inputs,
+            tile_batch_size,
         )
         self._guidance_scale = guidance_scale
         self._clip_skip = clip_skip
@@ -266,7 +280,7 @@ class StableSRPipeline(
         device = self._execution_device
 
         # 2. Bring the picture to the result's size, on a canvas that the networks can halve evenly
-        lq_image = self.upsample(to_image(image).to(device), scale, height, width)
+        lq_image = self.upsample(to_image(image), scale, height, width)
         batch_size = batch_size_of(lq_image, prompt, prompt_embeds)
         lq_image = lq_image.expand(batch_size, -1, -1, -1)
         canvas = self.pad(lq_image)
@@ -296,28 +310,61 @@ class StableSRPipeline(
                 )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
 
-        # 4. Encode the picture
+        # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
+        tiling = choose_tiling(
+            self.unet,
+            canvas.shape[-2] // self.vae_scale_factor,
+            canvas.shape[-1] // self.vae_scale_factor,
+            self.vae_scale_factor,
+            tile_px,
+            overlap_px,
+            tile_batch_size,
+        )
+        noise = None
+        if tiling is not None:
+            noise, generator = CanvasNoise.from_generator(generator, batch_size), None
+
+        # 5. Encode the picture
         with_features = w > 0 and output_type != "latent"
-        lq_latents, features = self.encode_image(canvas, generator, with_features, num_images_per_prompt)
+        with drawing_from(noise, stage=0):
+            lq_latents, features = self.encode_image(canvas, generator, with_features, num_images_per_prompt)
+        if tiling is not None:
+            lq_latents = lq_latents.cpu().float()
 
-        # 5. Choose the timesteps and the latent to start from
-        kept_timesteps = self.get_timesteps(num_inference_steps, device, start, timesteps, sigmas)
-        latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
+        # 6. Choose the timesteps and the latent to start from
+        kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, timesteps, sigmas)
+        with drawing_from(noise, stage=1):
+            latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
 
-        # 6. Denoise
+        # 7. Denoise
         step_kwargs = {"generator": generator, "eta": eta}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {key: value for key, value in step_kwargs.items() if key in accepted}
+        aggregation = Aggregation(
+            (latents.shape[-2], latents.shape[-1]),
+            tiling,
+            tile_multiple(self.unet),
+            device,
+            self.unet.dtype,
+            jitter_seed=noise.seeds[0] if noise is not None and tile_jitter else None,
+        )
         self._num_timesteps = len(kept_timesteps)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self.progress_bar(total=aggregation.count(range(self._num_timesteps))) as progress_bar:
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, t)
-                prediction = self.predict(
-                    model_input, t, lq_latents, prompt_embeds, self.guidance_scale, cross_attention_kwargs
+                predict = partial(
+                    self.predict,
+                    timestep=t,
+                    guidance_scale=self.guidance_scale,
+                    cross_attention_kwargs=cross_attention_kwargs,
                 )
-                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+                prediction = aggregation.predict(
+                    predict, model_input, lq_latents, prompt_embeds, i, progress_bar.update
+                )
+                with drawing_from(noise, stage=2 + i):
+                    latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {
@@ -330,14 +377,15 @@ class StableSRPipeline(
                     latents = changed.pop("latents", latents)
                     prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                progress_bar.update()
 
-        # 7. Decode, cut the canvas back to the picture, give it the input's colours
+        # 8. Decode, cut the canvas back to the picture, give it the input's colours
         if output_type == "latent":
             images = latents
         else:
             restored = self.decode_latents(latents, features, w)[..., : lq_image.shape[-2], : lq_image.shape[-1]]
-            restored = apply_color_fix(restored, lq_image.repeat_interleave(num_images_per_prompt, dim=0), color_fix)
+            restored = apply_color_fix(
+                restored, lq_image.to(restored.device).repeat_interleave(num_images_per_prompt, dim=0), color_fix
+            )
             images = self.image_processor.postprocess(restored, output_type=output_type)
 
         self.maybe_free_model_hooks()
