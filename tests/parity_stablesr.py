@@ -6,6 +6,7 @@ tolerance). A reference tensor that no check compares is reported with an infini
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from stablesr_kit.checkpoints import load_official
 from stablesr_kit.diffusion.guidance import reference_guidance
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler, ddim_sigma
+from stablesr_kit.imaging.tiles import gaussian_weights, tile_offsets
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
@@ -27,7 +30,6 @@ from tests.parity_stablesr_tiles import check_tiles
 
 MODULE = 2e-5
 LOSS = 1e-5
-PENDING_OUTPUTS = {"out_canvas"}
 
 
 def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor], tolerance: float) -> Iterator[Quantity]:
@@ -53,9 +55,7 @@ class Official(NamedTuple):
         """One quantity per sampled output; rounding grows with the result, and more so where the UNet predicts eps."""
         relative = {"eps": 2e-5, "v": 1e-5}[self.config["parameterization"]]
         for key in sorted(key for key in reference if key.startswith("out")):
-            found: float | None = difference(ours[key], reference[key]) if key in ours else float("inf")
-            if key in PENDING_OUTPUTS:
-                found = None
+            found = difference(ours[key], reference[key]) if key in ours else float("inf")
             yield f"{name}.{key}", found, relative * reference[key].abs().max().item()
 
 
@@ -207,15 +207,25 @@ def sample(
     reference: dict[str, Tensor],
     scheduler: SpacedDDPMScheduler,
     guidance_scale: float = 1.0,
+    tiling: LatentTiling | None = None,
     **step_arguments: Any,
 ) -> Trajectory:
     """The pipeline's prediction and the scheduler's step in a loop, with the reference's noise."""
     x, context = reference["in_x_T"], reference["in_context"]
     if guidance_scale != 1.0:
         context = torch.cat([reference["in_neg_context"].expand_as(context), context])
+    aggregation = Aggregation(
+        (x.shape[-2], x.shape[-1]),
+        tiling,
+        1,
+        x.device,
+        x.dtype,
+        weights=partial(gaussian_weights, official_quirks=True),
+    )
     visited, denoised = [], []
-    for timestep, noise in zip(scheduler.timesteps, reference["in_step_noises"], strict=True):
-        prediction = official.pipeline.predict(x, timestep, reference["in_struct_latent"], context, guidance_scale)
+    for step, (timestep, noise) in enumerate(zip(scheduler.timesteps, reference["in_step_noises"], strict=True)):
+        predict = partial(official.pipeline.predict, timestep=timestep, guidance_scale=guidance_scale)
+        prediction = aggregation.predict(predict, x, reference["in_struct_latent"], context, step)
         x, x0 = scheduler.step(prediction, timestep, x, variance_noise=noise, return_dict=False, **step_arguments)
         visited.append(x)
         denoised.append(x0)
@@ -269,7 +279,7 @@ def check_sample_ddpm_guidance(official: Official, name: str) -> Iterator[Quanti
 
 
 def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
-    """The released DDIM with and without guidance; its canvas variant belongs to tiling."""
+    """The released DDIM with and without guidance, and with guidance on a canvas."""
     reference = official.file(name)
     about = metadata(official.folder / f"{name}.safetensors")
     scheduler = SpacedDDIMScheduler.from_config(official.pipeline.scheduler.config, official_quirks=True)
@@ -278,6 +288,12 @@ def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
         "out": sample(official, reference, scheduler, about["scale"], eta=about["eta"]).x[-1],
         "out_noguidance": sample(official, reference, scheduler, eta=about["eta"]).x[-1],
     }
+    if "canvas_in_x_T" in reference:
+        on_canvas = {
+            key.removeprefix("canvas_"): value for key, value in reference.items() if key.startswith("canvas_")
+        }
+        run = sample(official, on_canvas, scheduler, about["scale"], official_tiling(about), eta=about["eta"])
+        ours["out_canvas"] = run.x[-1]
     yield (
         f"{name}.in_timesteps_fed",
         difference(scheduler.timesteps.sort()[0], reference["in_timesteps_fed"].sort()[0]),
@@ -304,9 +320,21 @@ def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
     yield from compare(name, reference, ours, MODULE)
 
 
-def pending(_official: Official, name: str) -> Iterator[Quantity]:
-    """A file whose quantities the toolkit does not compute yet."""
-    yield name, None, 0.0
+def check_sample_canvas(official: Official, name: str) -> Iterator[Quantity]:
+    """Aggregation sampling: respaced DDPM on a canvas larger than a tile."""
+    reference = official.file(name)
+    tiling = official_tiling(metadata(official.folder / f"{name}.safetensors"))
+    run = sample(official, reference, spaced(official, reference), tiling=tiling)
+    for key, length in (("tile_y_offsets", run.x.shape[-2]), ("tile_x_offsets", run.x.shape[-1])):
+        found = torch.tensor(tile_offsets(length, tiling.tile[0], tiling.overlap))
+        yield f"{name}.{key}", difference(found, reference[key]), 0.0
+    ours = {"out": run.x[-1], "out_step0": run.x[0], "out_step0_x0": run.x0[0]}
+    yield from official.compare_samples(name, reference, ours)
+
+
+def official_tiling(about: dict[str, Any]) -> LatentTiling:
+    """The tiles a reference was made with."""
+    return LatentTiling(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
 
 
 CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {
@@ -324,7 +352,7 @@ CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {
     "degradation": lambda official, _: check_degradation(official.folder),
     "train_loss": check_train_loss,
     "tiles": lambda official, _: check_tiles(official.folder),
-    "sample_canvas": pending,
+    "sample_canvas": check_sample_canvas,
 }
 
 SHAPES = "shapes.json"

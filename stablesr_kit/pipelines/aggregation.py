@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import Blend, cover
+from stablesr_kit.imaging.tiles import Blend, cover, gaussian_weights
 from stablesr_kit.pipelines.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Aggregation:
         multiple: tile sides are multiples of this.
         device, dtype: where and in what tiles are computed.
         jitter_seed: moves the tiles at every step, so that no border stays where it is; None leaves them in place.
+        weights: (height, width) of a tile -> what its positions count where tiles overlap.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Aggregation:
         device: torch.device,
         dtype: torch.dtype,
         jitter_seed: int | None = None,
+        weights: Callable[[int, int], Tensor] = gaussian_weights,
     ) -> None:
         self.size = size
         self.tiling = tiling or LatentTiling(tile=size)
@@ -80,6 +82,7 @@ class Aggregation:
         self.device = device
         self.dtype = dtype
         self.jitter_seed = jitter_seed
+        self.weights = weights
 
     def regions(self, step: int) -> list[Region]:
         """The tiles of a step, row by row."""
@@ -113,7 +116,7 @@ class Aggregation:
         while True:
             regions = self.regions(step)
             try:
-                blend = Blend(regions)
+                blend = Blend(regions, self.weights)
                 for index, prediction in self.predictions(
                     predict, latents, lq_latents, prompt_embeds, regions, range(len(regions))
                 ):
