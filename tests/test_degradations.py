@@ -43,7 +43,6 @@ from stablesr_kit.imaging.degradations.kernels import (
 from stablesr_kit.imaging.degradations.noise import add_gaussian_noise, add_poisson_noise, to_grey
 from stablesr_kit.imaging.degradations.resizing import rescale, resize
 from stablesr_kit.imaging.degradations.strokes import draw_stroke_mask
-from stablesr_kit.training.pair_queue import PairQueue
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -492,47 +491,3 @@ def test_the_768_model_differs_from_the_512_model_in_three_settings() -> None:
         SecondOrderConfig(), last_jpeg_quality=(60.0, 95.0), clean_probability=0.0, sharpen_target=False
     )
     assert isinstance(SecondOrderConfig().second, PassConfig)
-
-
-def numbered(first: int, batch: int = 3) -> Tensor:
-    return torch.arange(first, first + batch).float().view(batch, 1, 1, 1)
-
-
-def test_the_queue_passes_batches_through_until_it_is_full_and_then_mixes_keeping_pairs_together() -> None:
-    queue, generator, seen = PairQueue(batch_size=3, size=12), seeded(), []
-    for step in range(200):
-        lq, hq = queue.exchange(numbered(3 * step), numbered(3 * step) + 0.5, generator)
-        assert torch.equal(lq + 0.5, hq)
-        if step < 4:
-            assert torch.equal(lq, numbered(3 * step))
-        else:
-            seen += lq.flatten().tolist()
-    assert len(set(seen)) == len(seen)
-    assert set(seen) | set(queue.lq.flatten().tolist()) == set(range(600))
-    waits = torch.tensor(seen).view(-1, 3) - 3 * torch.arange(4, 200).view(-1, 1)
-    assert -waits.mean().item() / 3 == pytest.approx(12 / 3, rel=0.15)  # geometric waiting time: size / batch
-
-
-def test_the_queue_leaves_a_batch_of_another_size_alone() -> None:
-    queue = PairQueue(batch_size=3, size=6)
-    assert torch.equal(queue.exchange(numbered(0, 2), numbered(0, 2), seeded())[0], numbered(0, 2))
-    assert queue.filled == 0
-    with pytest.raises(ConfigError, match="use 180"):
-        PairQueue(batch_size=4, size=181)
-
-
-@pytest.mark.parametrize("steps", [2, 9])
-def test_a_resumed_queue_continues_as_the_uninterrupted_one(steps: int, tmp_path: Path) -> None:
-    queue, generator = PairQueue(batch_size=3, size=12), seeded()
-    for step in range(steps):
-        queue.exchange(numbered(3 * step), numbered(3 * step), generator)
-    torch.save(queue.state_dict(), tmp_path / "queue.pt")
-    resumed, resumed_generator = PairQueue(batch_size=3, size=12), Generator()
-    resumed.load_state_dict(torch.load(tmp_path / "queue.pt", weights_only=True))
-    resumed_generator.set_state(generator.get_state())
-    for step in range(steps, steps + 8):
-        batch = numbered(3 * step)
-        expected = queue.exchange(batch, batch, generator)
-        assert torch.equal(resumed.exchange(batch, batch, resumed_generator)[0], expected[0])
-    with pytest.raises(ConfigError, match="does not fit"):
-        PairQueue(batch_size=3, size=9).load_state_dict(queue.state_dict())
