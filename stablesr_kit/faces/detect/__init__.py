@@ -1,0 +1,1 @@
+"""Detectors of faces with five landmarks, and the one to use by name."""

@@ -1,0 +1,255 @@
+"""MTCNN: three small networks that find faces and five landmarks (Zhang et al. 2016), with weights in the package."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from stablesr_kit.faces.detect.suppression import suppress
+from stablesr_kit.faces.face import Box, Face, Points
+
+WINDOW_PX = 12
+STRIDE_PX = 2
+
+
+class ProposalNetwork(nn.Module):
+    """P-Net: slides a window of 12 x 12 pixels over a picture in steps of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.prelu1 = nn.Conv2d(3, 10, 3), nn.PReLU(10)
+        self.conv2, self.prelu2 = nn.Conv2d(10, 16, 3), nn.PReLU(16)
+        self.conv3, self.prelu3 = nn.Conv2d(16, 32, 3), nn.PReLU(32)
+        self.pool = nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.score, self.offsets = nn.Conv2d(32, 2, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, h, w), 0 to 1, and offsets of the windows' edges (B, 4, h, w) in windows.
+
+        x: (B, 3, H, W) in [-1, 1].
+        """
+        x = self.pool(self.prelu1(self.conv1(x)))
+        x = self.prelu2(self.conv2(x))
+        x = self.prelu3(self.conv3(x))
+        return self.score(x).softmax(1)[:, 1], self.offsets(x)
+
+
+class RefinementNetwork(nn.Module):
+    """R-Net: judges patches of 24 x 24 pixels."""
+
+    size_px = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.prelu1 = nn.Conv2d(3, 28, 3), nn.PReLU(28)
+        self.conv2, self.prelu2 = nn.Conv2d(28, 48, 3), nn.PReLU(48)
+        self.conv3, self.prelu3 = nn.Conv2d(48, 64, 2), nn.PReLU(64)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.dense, self.prelu4 = nn.Linear(576, 128), nn.PReLU(128)
+        self.score, self.offsets = nn.Linear(128, 2), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B,), 0 to 1, and offsets of the boxes' edges (B, 4) in box sizes; x: (B, 3, 24, 24) in [-1, 1]."""
+        x = self.pool(self.prelu1(self.conv1(x)))
+        x = self.pool(self.prelu2(self.conv2(x)))
+        x = self.prelu3(self.conv3(x))
+        x = self.prelu4(self.dense(x.flatten(1)))
+        return self.score(x).softmax(1)[:, 1], self.offsets(x)
+
+
+class OutputNetwork(nn.Module):
+    """O-Net: judges patches of 48 x 48 pixels and places five landmarks."""
+
+    size_px = 48
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.prelu1 = nn.Conv2d(3, 32, 3), nn.PReLU(32)
+        self.conv2, self.prelu2 = nn.Conv2d(32, 64, 3), nn.PReLU(64)
+        self.conv3, self.prelu3 = nn.Conv2d(64, 64, 3), nn.PReLU(64)
+        self.conv4, self.prelu4 = nn.Conv2d(64, 128, 2), nn.PReLU(128)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.pool3 = nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.dense, self.prelu5 = nn.Linear(1152, 256), nn.PReLU(256)
+        self.score, self.offsets, self.landmarks = nn.Linear(256, 2), nn.Linear(256, 4), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (B,), offsets (B, 4) as the R-Net's, and landmarks (B, 5, 2), (x, y) in box sizes from its corner.
+
+        x: (B, 3, 48, 48) in [-1, 1].
+        """
+        x = self.pool(self.prelu1(self.conv1(x)))
+        x = self.pool(self.prelu2(self.conv2(x)))
+        x = self.pool3(self.prelu3(self.conv3(x)))
+        x = self.prelu4(self.conv4(x))
+        x = self.prelu5(self.dense(x.flatten(1)))
+        return self.score(x).softmax(1)[:, 1], self.offsets(x), self.landmarks(x).view(-1, 2, 5).mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTCNNOptions:
+    """What counts as a face."""
+
+    min_face_px: float = 20.0
+    """Smallest side of a face that is looked for."""
+    pyramid_factor: float = 0.709
+    """Size of one scale relative to the one before."""
+    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.9)
+    """Least scores after the first, second and third network."""
+    max_candidates: int = 20_000
+    """Most windows, the surest ones, that go from the first network to the second."""
+    batch_size: int = 512
+    """Patches per forward."""
+    strip_px: int = 1024
+    """Rows of one forward of the first network; bounds the memory, not the result. Even."""
+
+
+class MTCNNDetector:
+    """Finds upright and slightly turned faces with the three networks; deterministic, no file needed.
+
+    The weights are those of the `mtcnn` distribution (MIT licence), converted; see assets/mtcnn/NOTICE.
+    """
+
+    name = "mtcnn"
+
+    def __init__(self, options: MTCNNOptions | None = None, device: torch.device | str = "cpu") -> None:
+        self.options = options or MTCNNOptions()
+        self.device = torch.device(device)
+        self.proposal = _loaded(ProposalNetwork).to(self.device)
+        self.refinement = _loaded(RefinementNetwork).to(self.device)
+        self.output = _loaded(OutputNetwork).to(self.device)
+
+    @torch.no_grad()
+    def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
+        """The faces in pixels (H, W, 3), RGB, the surest first."""
+        _, second, third = self.options.thresholds
+        boxes, _ = self._propose(pixels)
+
+        squares = squared(boxes)
+        scores, offsets = self._run(self.refinement, pixels, squares)
+        boxes = moved(squares, offsets)[scores > second]
+        boxes = boxes[suppress(boxes, scores[scores > second], 0.7)]
+
+        squares = squared(boxes)
+        scores, offsets, landmarks = self._run(self.output, pixels, squares)
+        found = scores > third
+        boxes, points = moved(squares, offsets)[found], placed(squares, landmarks)[found]
+        scores = scores[found]
+        # A face inside a face is the same face, found at another scale.
+        kept = suppress(boxes, scores, 0.6, relative_to="smaller")
+        return [Face(box=Box(*boxes[i].tolist()), score=float(scores[i]), landmarks=points[i]) for i in kept]
+
+    @torch.no_grad()
+    def landmarks_in(self, pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> tuple[NDArray[np.float64], Points]:
+        """Scores (N,) and landmarks (N, 5, 2) of the last network for boxes drawn around faces."""
+        squares = squared(np.array(boxes, np.float64).reshape(-1, 4))
+        scores, _, landmarks = self._run(self.output, pixels, squares)
+        return scores, placed(squares, landmarks)
+
+    def _propose(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Boxes (N, 4) and scores (N,) of the first network over all scales."""
+        boxes, scores = [np.empty((0, 4))], [np.empty(0)]
+        for level in pyramid(pixels, self.options):
+            level_boxes, level_scores = self._propose_at(level)
+            kept = suppress(level_boxes, level_scores, 0.5)
+            scale = np.array([pixels.shape[1] / level.shape[1], pixels.shape[0] / level.shape[0]])
+            boxes.append(level_boxes[kept] * np.tile(scale, 2))
+            scores.append(level_scores[kept])
+        all_boxes, all_scores = np.concatenate(boxes), np.concatenate(scores)
+        kept = suppress(all_boxes, all_scores, 0.7)[: self.options.max_candidates]
+        return all_boxes[kept], all_scores[kept]
+
+    def _propose_at(self, level: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        boxes, scores = [], []
+        strip_px = self.options.strip_px
+        for top in range(0, level.shape[0] - WINDOW_PX + 1, strip_px):
+            strip = level[top : top + strip_px + WINDOW_PX - STRIDE_PX]
+            score, offsets = (part[0].cpu().double().numpy() for part in self.proposal(self._normalised([strip])))
+            rows, columns = np.nonzero(score > self.options.thresholds[0])
+            corners = np.stack([columns * STRIDE_PX, rows * STRIDE_PX + top], axis=1).astype(np.float64)
+            windows = np.concatenate([corners, corners + WINDOW_PX], axis=1)
+            boxes.append(windows + WINDOW_PX * offsets[:, rows, columns].T)
+            scores.append(score[rows, columns])
+        order = np.argsort(-np.concatenate(scores), kind="stable")[: self.options.max_candidates]
+        return np.concatenate(boxes)[order], np.concatenate(scores)[order]
+
+    def _run(
+        self, network: RefinementNetwork | OutputNetwork, pixels: NDArray[np.uint8], squares: NDArray[np.float64]
+    ) -> list[NDArray[np.float64]]:
+        """What the network says of the picture inside each of the squares (N, 4), in batches."""
+        patches = [cut(pixels, square, network.size_px) for square in squares.round().astype(int)]
+        size = network.size_px
+        batches = [patches[i : i + self.options.batch_size] for i in range(0, len(patches), self.options.batch_size)]
+        outputs = [network(self._normalised(batch)) for batch in batches]
+        if not outputs:
+            outputs = [network(torch.zeros((0, 3, size, size), device=self.device))]
+        return [torch.cat(part).cpu().double().numpy() for part in zip(*outputs, strict=True)]
+
+    def _normalised(self, patches: Sequence[NDArray[np.uint8]]) -> Tensor:
+        batch = torch.from_numpy(np.stack(patches)).to(self.device).permute(0, 3, 1, 2).float()
+        return (batch - 127.5) / 128
+
+
+def pyramid(pixels: NDArray[np.uint8], options: MTCNNOptions) -> Iterator[NDArray[Any]]:
+    """The picture at falling scales: on the first a face of `min_face_px` fills a window of the first network."""
+    scale = WINDOW_PX / options.min_face_px
+    height, width = pixels.shape[:2]
+    while min(height, width) * scale >= WINDOW_PX:
+        size = (round(width * scale), round(height * scale))
+        yield cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        scale *= options.pyramid_factor
+
+
+def squared(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The boxes (N, 4) widened or heightened to squares of whole pixels around their centres."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    side = np.maximum((boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=1), 1).round()[:, None]
+    corner = (centre - side / 2).round()
+    return np.concatenate([corner, corner + side], axis=1)
+
+
+def moved(boxes: NDArray[np.float64], offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The boxes (N, 4) with edges moved by offsets (N, 4) in box sizes."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    return boxes + offsets * np.concatenate([size, size], axis=1)
+
+
+def placed(boxes: NDArray[np.float64], landmarks: NDArray[np.float64]) -> Points:
+    """Landmarks (N, 5, 2), in box sizes from the boxes' corners, in pixels of the picture."""
+    size = boxes[:, None, 2:] - boxes[:, None, :2]
+    return boxes[:, None, :2] + landmarks * size - 0.5
+
+
+def cut(pixels: NDArray[np.uint8], box: NDArray[np.int_], size_px: int) -> NDArray[Any]:
+    """The picture inside a box, resized to a square of size_px; black where the box leaves the picture."""
+    height, width = pixels.shape[:2]
+    x1, y1, x2, y2 = box.tolist()
+    inside = pixels[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
+    patch = np.zeros((y2 - y1, x2 - x1, 3), np.uint8)
+    top, left = max(-y1, 0), max(-x1, 0)
+    patch[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    shrinks = patch.shape[0] > size_px
+    return cv2.resize(patch, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@cache
+def _weights() -> dict[str, Tensor]:
+    return load((resources.files("stablesr_kit") / "assets" / "mtcnn" / "mtcnn.safetensors").read_bytes())
+
+
+def _loaded(kind: type[Network]) -> Network:
+    network = kind()
+    prefix = f"{kind.__name__}."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in _weights().items() if k.startswith(prefix)})
+    return network.eval()

@@ -1,0 +1,106 @@
+"""A restored face put back into a picture without a seam; the rest of the picture stays bitwise as it is."""
+
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from stablesr_kit.faces.geometry import Matrix, apply, covering
+
+MaskShape = Literal["oval", "square"]
+
+GREEN = (0.0, 255.0, 0.0)
+
+# Centre (x, y) and semi-axes of the oval, in sides of the aligned square: forehead to chin, ear to ear.
+_OVAL_CENTRE, _OVAL_AXES = (0.5, 0.53), (0.40, 0.47)
+# Width of its soft edge, in semi-axes.
+_OVAL_EDGE = 0.35
+
+
+def paste_face(
+    picture: NDArray[Any],
+    face: NDArray[Any],
+    to_picture: Matrix,
+    *,
+    scale: float = 1.0,
+    shape: MaskShape = "oval",
+    parsed: NDArray[np.float32] | None = None,
+    box_colour: tuple[float, float, float] | None = None,
+) -> None:
+    """Blend a restored face into the picture, in place.
+
+    picture: (H, W, 3 or more); channels beyond three (alpha) are kept. uint8 and uint16 are rounded and clipped, floats
+    are not. face: (S, S, 3), in the picture's units. to_picture: from the face's pixels to the picture's.
+    scale: how much larger the picture is than the one the face was found in; the seam lies that much further inside.
+    shape: the soft mask: the whole square as published, or an oval, which leaves hair and background alone.
+    parsed: (s, s), 0 to 1, where a parser sees the face; the mask is the smaller of the two.
+    box_colour: draws the square's border in this colour, in the picture's units.
+    """
+    size_px = len(face)
+    corners = apply(to_picture, np.array([(-1.0, -1.0), (size_px, -1.0), (-1.0, size_px), (size_px, size_px)]))
+    region = covering(corners, picture.shape[0], picture.shape[1])
+    if region is None:
+        return
+    background = picture[region][..., :3]
+
+    square = _eroded(_warped(np.ones((size_px, size_px), np.float32), to_picture, region), int(2 * scale))
+    pasted = _warped(face, to_picture, region) * square[..., None]
+    area = float(square.sum())
+    mask = _softened(square, area)
+    inner: list[NDArray[Any]] = [parsed] if parsed is not None else []
+    inner += [oval(size_px)] if shape == "oval" else []
+    for part in inner:
+        resized = cv2.resize(part, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        mask = np.minimum(mask, _warped(resized, to_picture, region))
+
+    blended = _over(background, pasted, mask)
+    if box_colour is not None and area > 0:
+        width = int(1400 / np.sqrt(area))
+        border = np.ones((size_px, size_px), np.float32)
+        border[width : size_px - width, width : size_px - width] = 0
+        border = _warped(border, to_picture, region)
+        blended = _over(blended, np.array(box_colour, np.float32), border)
+    _store(blended, background)
+
+
+def oval(size_px: int) -> NDArray[np.float32]:
+    """Mask (S, S), 0 to 1, of the face in an aligned square: one in the middle, falling smoothly to zero."""
+    position = (np.arange(size_px, dtype=np.float32) + 0.5) / size_px
+    x, y = ((position - centre) / axis for centre, axis in zip(_OVAL_CENTRE, _OVAL_AXES, strict=True))
+    radius = np.hypot(x[None, :], y[:, None])
+    ramp = ((1 - radius) / _OVAL_EDGE).clip(0, 1)
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+def _warped(face: NDArray[Any], to_picture: Matrix, region: tuple[slice, slice]) -> NDArray[Any]:
+    """The face in a region of the picture, bilinear, zero around it.
+
+    OpenCV rounds coordinates along a row to fractions of a pixel that depend on where the row begins. From the
+    picture's first column, every region gets the values that a warp of the whole picture gives.
+    """
+    rows, columns = region
+    to_rows = to_picture - np.array([[0.0, 0.0, 0.0], [0.0, 0.0, rows.start]])
+    return cv2.warpAffine(face, to_rows, (columns.stop, rows.stop - rows.start))[:, columns]
+
+
+def _eroded(mask: NDArray[Any], side: int) -> NDArray[Any]:
+    """The mask shrunk; OpenCV takes an empty kernel for one of 3 x 3, and so do the references."""
+    return cv2.erode(mask, np.ones((side, side), np.uint8) if side else np.ones((3, 3), np.uint8))
+
+
+def _softened(square: NDArray[Any], area: float) -> NDArray[Any]:
+    """The square with an edge that is soft over a tenth of its side, inwards."""
+    edge = int(np.sqrt(area)) // 20
+    return cv2.GaussianBlur(_eroded(square, 2 * edge), (2 * edge + 1, 2 * edge + 1), 0)
+
+
+def _over(background: NDArray[Any], pasted: NDArray[np.float32], mask: NDArray[np.float32]) -> NDArray[np.float32]:
+    mask = mask[..., None]
+    return np.where(mask > 0, mask * pasted + (1 - mask) * background.astype(np.float32), background)
+
+
+def _store(blended: NDArray[np.float32], background: NDArray[Any]) -> None:
+    if np.issubdtype(background.dtype, np.integer):
+        blended = blended.round().clip(0, np.iinfo(background.dtype).max)
+    background[...] = blended.astype(background.dtype)
