@@ -13,7 +13,7 @@ MaskShape = Literal["oval", "square"]
 GREEN = (0.0, 255.0, 0.0)
 
 # Centre (x, y) and semi-axes of the oval, in sides of the aligned square: forehead to chin, ear to ear.
-_OVAL_CENTRE, _OVAL_AXES = (0.5, 0.53), (0.40, 0.47)
+_OVAL_CENTRE, _OVAL_AXES = (0.5, 0.53), (0.40, 0.46)
 # Width of its soft edge, in semi-axes.
 _OVAL_EDGE = 0.35
 
@@ -47,7 +47,8 @@ def paste_face(
     square = _eroded(_warped(np.ones((size_px, size_px), np.float32), to_picture, region), int(2 * scale))
     pasted = _warped(face, to_picture, region) * square[..., None]
     area = float(square.sum())
-    mask = _softened(square, area)
+    # The blur reaches a pixel beyond the square, where there is nothing to paste.
+    mask = np.minimum(_softened(square, area), square)
     inner: list[NDArray[Any]] = [parsed] if parsed is not None else []
     inner += [oval(size_px)] if shape == "oval" else []
     for part in inner:

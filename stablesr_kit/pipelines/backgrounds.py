@@ -1,0 +1,74 @@
+"""What a photo is enlarged with before its faces are put back: plain resizing, StableSR, or any network of spandrel."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from stablesr_kit.checkpoints.reading import read_checkpoint
+from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.imaging.resizing import resize_bicubic
+from stablesr_kit.spaces import unit_to_image
+
+if TYPE_CHECKING:
+    from stablesr_kit.pipelines.stablesr import StableSRPipeline
+
+
+class Background(Protocol):
+    """Enlarges a photo; `resize_bicubic` is one that adds nothing."""
+
+    def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
+
+
+class StableSRBackground:
+    """The photo restored by a StableSRPipeline, with the same noise for every photo."""
+
+    def __init__(self, pipeline: "StableSRPipeline", w: float | None = None, seed: int = 0) -> None:
+        self.pipeline, self.w, self.seed = pipeline, w, seed
+
+    def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        unit = (image + 1) / 2
+        restored = self.pipeline(
+            unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
+        ).images
+        return unit_to_image(restored.cpu().float())
+
+
+class SpandrelUpsampler:
+    """A super-resolution network of any architecture that spandrel knows (ESRGAN, SwinIR, DAT, ...).
+
+    As a background it enlarges by the network's own factor and then resizes; called without a size it only enlarges,
+    which is what FaceRefinement's `upsampler` needs.
+
+    Raises:
+        ConfigError: the extra is not installed.
+        CheckpointError: the file is no such network, or not one from three channels to three.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        try:
+            from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+        except ImportError as error:
+            raise ConfigError(
+                f"{path}: networks of other projects need an extra; pip install 'stablesr-kit[spandrel]'"
+            ) from error
+        weights = read_checkpoint(path).content
+        try:
+            model = ModelLoader(device=torch.device(device)).load_from_state_dict(dict(weights))
+        except (UnsupportedModelError, RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: no super-resolution network that spandrel knows ({reason})") from error
+        if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
+            raise CheckpointError(f"{path}: a network of {model.architecture.name} that does not turn RGB into RGB")
+        self._model, self._device = model.eval(), torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
+        unit = ((image + 1) / 2).to(self._device)
+        enlarged = unit_to_image(torch.cat([self._model(one[None]) for one in unit]).clamp(0, 1).to(image))
+        return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
