@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
     from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
     from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+    from stablesr_kit.pipelines.face_refinement import FaceRefinement
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ControllableFeatureWrapping",
+    "FaceRefinement",
     "SFTUNet2DConditionModel",
     "SpacedDDIMScheduler",
     "SpacedDDPMScheduler",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
+    "FaceRefinement": "stablesr_kit.pipelines.face_refinement",
     "SFTUNet2DConditionModel": "stablesr_kit.models.sft_unet",
     "SpacedDDIMScheduler": "stablesr_kit.diffusion.spaced",
     "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",

@@ -26,7 +26,9 @@ def test_pixels_outside_the_mask_stay_bitwise_as_they_are(dtype: type, shape: Ma
     picture = before.copy()
     paste_face(picture, noise(64, 64, 3, dtype=dtype, seed=1), TO_PICTURE, shape=shape)
     mask = oval(64) if shape == "oval" else np.ones((64, 64), np.float32)
-    outside = cv2.warpAffine(mask, TO_PICTURE, (300, 200)) == 0
+    warped = cv2.warpAffine(mask, TO_PICTURE, (300, 200))
+    # The published square is blurred a pixel beyond its border.
+    outside = (warped if shape == "oval" else cv2.dilate(warped, np.ones((3, 3)))) == 0
     assert 0.9 < outside.mean() < 0.95
     assert (picture[outside] == before[outside]).all()
     assert (picture[~outside] != before[~outside]).mean() > 0.4

@@ -47,8 +47,7 @@ def paste_face(
     square = _eroded(_warped(np.ones((size_px, size_px), np.float32), to_picture, region), int(2 * scale))
     pasted = _warped(face, to_picture, region) * square[..., None]
     area = float(square.sum())
-    # The blur reaches a pixel beyond the square, where there is nothing to paste.
-    mask = np.minimum(_softened(square, area), square)
+    mask = _softened(square, area)
     inner: list[NDArray[Any]] = [parsed] if parsed is not None else []
     inner += [oval(size_px)] if shape == "oval" else []
     for part in inner:

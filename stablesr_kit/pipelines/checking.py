@@ -36,6 +36,7 @@ class InputChecks(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None,
         callback_on_step_end_tensor_inputs: list[str],
         tile_batch_size: int = 1,
+        has_post_stages: bool = False,
     ) -> None:
         """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
 
@@ -70,6 +71,8 @@ class InputChecks(DiffusionPipeline):
             raise ValueError(f"color_fix={color_fix!r} is given, expected one of {get_args(ColorFix)}")
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type!r} is given, expected one of {get_args(OutputType)}")
+        if has_post_stages and output_type == "latent":
+            raise ValueError("post_stages work on pictures, output_type='latent' gives none; give 'pil', 'np' or 'pt'")
         for text in (prompt, negative_prompt):
             if text is not None and not isinstance(text, str | list):
                 raise ValueError(f"a prompt {text!r} is given, expected text or a list of texts")

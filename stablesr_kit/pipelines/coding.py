@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from stablesr_kit.imaging.padding import pad_to
+from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.spaces import from_latent, to_latent
 
@@ -27,10 +27,7 @@ class ImageCoding(DiffusionPipeline):
         if height is None or width is None:
             scale = 4.0 if scale is None else scale
             height, width = (max(round(side * scale), 1) for side in image.shape[-2:])
-        if (height, width) == tuple(image.shape[-2:]):
-            return image
-        shrinks = height < image.shape[-2] or width < image.shape[-1]
-        return F.interpolate(image, (height, width), mode="bicubic", antialias=shrinks).clamp(-1, 1)
+        return resize_bicubic(image, height, width)
 
     def pad(self, image: Tensor) -> Tensor:
         """The image continued by reflection to a size that every level of the networks divides evenly.

@@ -1,7 +1,7 @@
 """StableSRPipeline: restore and enlarge photographs with the prior of a frozen Stable Diffusion (Wang et al. 2023)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+PostStage: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 )
@@ -203,6 +204,7 @@ class StableSRPipeline(
         overlap_px: int | None = None,
         tile_batch_size: int = 1,
         tile_jitter: bool = False,
+        post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
     ) -> StableSRPipelineOutput | tuple[Any]:
@@ -236,6 +238,9 @@ class StableSRPipeline(
             overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
             tile_batch_size: tiles the networks take at once, on devices that gain by it.
             tile_jitter: moves the tiles at every step, so that no border stays in place.
+            post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
+                the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
+                `FaceRefinement` is one.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; returns the
                 tensors it changed.
             callback_on_step_end_tensor_inputs: the tensors it gets, of `_callback_tensor_inputs`.
@@ -272,6 +277,7 @@ class StableSRPipeline(
             negative_prompt_embeds,
             callback_on_step_end_tensor_inputs,
             tile_batch_size,
+            has_post_stages=bool(post_stages),
         )
         self._guidance_scale = guidance_scale
         self._clip_skip = clip_skip
@@ -280,7 +286,8 @@ class StableSRPipeline(
         device = self._execution_device
 
         # 2. Bring the picture to the result's size, on a canvas that the networks can halve evenly
-        lq_image = self.upsample(to_image(image), scale, height, width)
+        lq_given = to_image(image)
+        lq_image = self.upsample(lq_given, scale, height, width)
         batch_size = batch_size_of(lq_image, prompt, prompt_embeds)
         lq_image = lq_image.expand(batch_size, -1, -1, -1)
         canvas = self.pad(lq_image)
@@ -378,7 +385,7 @@ class StableSRPipeline(
                     prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
 
-        # 8. Decode, cut the canvas back to the picture, give it the input's colours
+        # 8. Decode, cut the canvas back to the picture, give it the input's colours, let the post-stages work
         if output_type == "latent":
             images = latents
         else:
@@ -386,6 +393,9 @@ class StableSRPipeline(
             restored = apply_color_fix(
                 restored, lq_image.to(restored.device).repeat_interleave(num_images_per_prompt, dim=0), color_fix
             )
+            lq_given = lq_given.expand(len(lq_image), -1, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
+            for stage in post_stages:
+                restored = stage(restored, lq_given)
             images = self.image_processor.postprocess(restored, output_type=output_type)
 
         self.maybe_free_model_hooks()
