@@ -1,8 +1,9 @@
-"""Write networks in the layout of the official StableSR checkpoints: the inverse of `stablesr_kit.checkpoints`.
+"""Write networks in the layout of the official StableSR and CodeFormer checkpoints: the inverse of `stablesr_kit.checkpoints`.
 
 The affine part of SPADE's norm is invented here and taken out of gamma and beta, so that converting puts it back.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from stablesr_kit.checkpoints import key_maps
 from stablesr_kit.checkpoints.key_maps import PREFIXES, translate
+from stablesr_kit.models.codeformer import CodeFormer
+from stablesr_kit.models.discriminators import VQGANDiscriminator
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.models.vqgan import VQGAN
 
 
 def randomize(network: nn.Module, seed: int) -> Any:
@@ -194,3 +198,19 @@ def official_cfw_checkpoint(components: Mapping[str, Any]) -> dict[str, Tensor]:
     both = official_vae(components["vae"]) | official_cfw(components["cfw"])
     official = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in both.items()}
     return official | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4)}
+
+
+def official_faces(network: CodeFormer | VQGAN | VQGANDiscriminator) -> dict[str, Tensor]:
+    """The state dict of an official module of CodeFormer's family; attention as 1 x 1 convolutions."""
+    if isinstance(network, CodeFormer):
+        modules = key_maps.codeformer_modules(network.config)
+    elif isinstance(network, VQGAN):
+        modules = key_maps.vqgan_modules(network.config)
+    else:
+        modules = key_maps.discriminator_modules()
+    official = {}
+    for name, tensor in network.state_dict().items():
+        is_convolution = re.search(r"\.attentions?\b.*\.to_.*\.weight$", name)
+        theirs = "position_emb" if name == "positions" else translate(name, modules)
+        official[theirs] = tensor[..., None, None] if is_convolution else tensor
+    return official

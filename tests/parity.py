@@ -1,6 +1,6 @@
 """Compare the toolkit with a folder of reference outputs, whatever its config and seed.
 
-python -m tests.parity stablesr DIR
+python -m tests.parity {codeformer|stablesr} DIR
 
 Prints one line per quantity, `name max_abs_diff tolerance ok|FAIL|pending`, then a line that counts them. Exits with 1
 on a failure, on a file that is not understood, and on a folder with nothing to check; with 2 on wrong usage.
@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests import parity_stablesr
+from tests import parity_codeformer, parity_stablesr
 
 SUITES: dict[str, Callable[[Path], Iterator[tuple[str, float | None, float]]]] = {
-    "stablesr": parity_stablesr.check_folder
+    "codeformer": parity_codeformer.check_folder,
+    "stablesr": parity_stablesr.check_folder,
 }
 
 

@@ -71,7 +71,8 @@ def assemble(
         except (RuntimeError, IndexError):  # the shapes do not even fit each other
             is_right = False
         if is_right:
-            weights[name] = tensor.to(options.dtype).reshape(shape).contiguous()
+            dtype = options.dtype if tensor.is_floating_point() else tensor.dtype
+            weights[name] = tensor.to(dtype).reshape(shape).contiguous()
         else:
             given = (f"{prefix}{source} {tuple(tensors[source].shape)}" for source in recipe.sources)
             wrong.append(f"{', '.join(given)} for {tuple(shape)}")

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from stablesr_kit.checkpoints.canonical import Checkpoint
+from stablesr_kit.checkpoints.detecting_faces import codeformer_config, discriminator_config, vqgan_config
+from stablesr_kit.checkpoints.lookups import first, indices, shape
 from stablesr_kit.errors import CheckpointError
 
 Family = Literal[
@@ -36,7 +38,7 @@ SIGNATURES: tuple[tuple[Family, str, str], ...] = (
     ("unsupported diffusion", "a ControlNet checkpoint", r"^control_model\."),
     ("lora", "a LoRA", r"(\.lora_(down|up|A|B)\.|^lora_(unet|te)_)"),
     ("codeformer", "a CodeFormer checkpoint (face restoration)", r"^idx_pred_layer\.1\.weight$"),
-    ("vqgan", "a VQGAN of CodeFormer (faces)", r"^quantize\.(embedding|codebook)\."),
+    ("vqgan", "a VQGAN of CodeFormer (faces)", r"^quantize\.embed(ding)?\."),
     ("vqgan discriminator", "the discriminator of a VQGAN", r"^main\.0\.weight$"),
     ("real-esrgan", "a Real-ESRGAN or ESRGAN network", r"^(body|RRDB_trunk)\.0\.rdb1\."),
     ("retinaface", "a RetinaFace detector", r"^BboxHead\.0\."),
@@ -58,6 +60,9 @@ class Detection:
     text: Config | None = None
     adapter: Config | None = None
     cfw: Config | None = None
+    codeformer: Config | None = None
+    vqgan: Config | None = None
+    discriminator: Config | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,9 @@ class Hints:
     text_heads: int | None = None
     """Attention heads of the text encoder; one per 64 channels in every CLIP."""
     latent_size: int | None = None
-    """Side of the latents the model was trained on; 96 for the 768v models, else 64."""
+    """Side of the latents the model was trained on; 96 for the 768v models, 16 for the VQGAN of faces, else 64."""
+    codeformer_heads: int | None = None
+    """Attention heads of CodeFormer; 8 in every release."""
 
 
 class Level(NamedTuple):
@@ -91,7 +98,7 @@ def detect(checkpoint: Checkpoint, hints: Hints | None = None) -> Detection:
     """
     hints = hints or Hints()
     sections = checkpoint.sections
-    named = _by_signature(checkpoint)
+    named = _by_signature(checkpoint, hints)
     if named is not None:
         return named
     unet, spade, encoder = (sections.get(part) for part in ("unet", "spade", "encoder"))
@@ -120,14 +127,24 @@ def detect(checkpoint: Checkpoint, hints: Hints | None = None) -> Detection:
     return Detection(family="unknown", description="a checkpoint of unknown kind", **parts)
 
 
-def _by_signature(checkpoint: Checkpoint) -> Detection | None:
+def _by_signature(checkpoint: Checkpoint, hints: Hints) -> Detection | None:
     names = checkpoint.full_names()
     vae = checkpoint.sections.get("vae", {})
     for family, description, pattern in SIGNATURES:
         candidates = vae if family == "diffusers weights" and vae else names
         if any(re.search(pattern, name) for name in candidates):
-            return Detection(family=family, description=description)
+            return Detection(family=family, description=description, **_face_configs(family, names, hints))
     return None
+
+
+def _face_configs(family: Family, names: Mapping[str, Tensor], hints: Hints) -> dict[str, Config]:
+    if family == "codeformer":
+        return {"codeformer": codeformer_config(names, hints.codeformer_heads)}
+    if family == "vqgan":
+        return {"vqgan": vqgan_config(names, hints.latent_size)}
+    if family == "vqgan discriminator":
+        return {"discriminator": discriminator_config(names)}
+    return {}
 
 
 def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:
@@ -136,8 +153,8 @@ def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:
         raise CheckpointError("the UNet has class conditioning (XL, unCLIP, x4 upscaler); use Stable Diffusion 1 or 2")
     levels = _levels(unet, "the UNet")
     channels = [level.channels for level in levels]
-    key = _first(unet, r"\.attn2\.to_k\.weight$", "the UNet has no cross attention")
-    use_linear = unet[_first(unet, r"\.proj_in\.weight$", "the UNet has no transformer")].ndim == 2
+    key = first(unet, r"\.attn2\.to_k\.weight$", "the UNet has no cross attention")
+    use_linear = unet[first(unet, r"\.proj_in\.weight$", "the UNet has no transformer")].ndim == 2
     if hints.unet_head_channels:
         heads = [max(1, width // hints.unet_head_channels) for width in channels]
     elif hints.unet_heads or not use_linear:
@@ -147,14 +164,14 @@ def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:
     return {
         "sample_size": hints.latent_size or 64,
         "in_channels": unet["input_blocks.0.0.weight"].shape[1],
-        "out_channels": _shape(unet, "out.2.weight", "the UNet")[0],
+        "out_channels": shape(unet, "out.2.weight", "the UNet")[0],
         "block_out_channels": tuple(channels),
         "layers_per_block": levels[0].layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if level.has_attention else "DownBlock2D" for level in levels),
         "up_block_types": tuple(
             "CrossAttnUpBlock2D" if level.has_attention else "UpBlock2D" for level in reversed(levels)
         ),
-        "transformer_layers_per_block": 1 + max(_indices(unet, r"\.transformer_blocks\.(\d+)\."), default=0),
+        "transformer_layers_per_block": 1 + max(indices(unet, r"\.transformer_blocks\.(\d+)\."), default=0),
         "cross_attention_dim": unet[key].shape[1],
         "attention_head_dim": heads,  # diffusers means the number of heads by it
         "use_linear_projection": use_linear,
@@ -164,7 +181,7 @@ def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:
 def adapter_config(spade: Mapping[str, Tensor], encoder: Mapping[str, Tensor], hints: Hints) -> Config:
     """Arguments of StableSRAdapter beyond those the UNet decides; official names without prefix."""
     levels = _levels(encoder, "the time-aware encoder")
-    shared = spade[_first(spade, r"\.spade\.mlp_shared\.0\.weight$", "the SPADE layers lack their shared convolution")]
+    shared = spade[first(spade, r"\.spade\.mlp_shared\.0\.weight$", "the SPADE layers lack their shared convolution")]
     return {
         "block_out_channels": tuple(level.channels for level in levels),
         "down_block_types": tuple("AttnDownBlock2D" if level.has_attention else "DownBlock2D" for level in levels),
@@ -178,16 +195,16 @@ def adapter_config(spade: Mapping[str, Tensor], encoder: Mapping[str, Tensor], h
 
 def vae_config(vae: Mapping[str, Tensor], other: Mapping[str, Tensor], hints: Hints) -> Config:
     """Arguments of AutoencoderKL. `vae`: official names without prefix; `other`: may hold the latent's scale."""
-    count = 1 + max(_indices(vae, r"^encoder\.down\.(\d+)\."), default=-1)
+    count = 1 + max(indices(vae, r"^encoder\.down\.(\d+)\."), default=-1)
     if not count:
         raise CheckpointError("the autoencoder has no encoder; StableSR needs a complete autoencoder")
-    channels = tuple(_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", "the autoencoder")[0] for i in range(count))
+    channels = tuple(shape(vae, f"encoder.down.{i}.block.0.conv1.weight", "the autoencoder")[0] for i in range(count))
     scale = other.get("scale_factor")
-    latent_channels = _shape(vae, "decoder.conv_in.weight", "the autoencoder")[1]
+    latent_channels = shape(vae, "decoder.conv_in.weight", "the autoencoder")[1]
     return {
         "sample_size": (hints.latent_size or 64) * 2 ** (count - 1),
         "block_out_channels": channels,
-        "layers_per_block": 1 + max(_indices(vae, r"^encoder\.down\.0\.block\.(\d+)\."), default=0),
+        "layers_per_block": 1 + max(indices(vae, r"^encoder\.down\.0\.block\.(\d+)\."), default=0),
         "down_block_types": ("DownEncoderBlock2D",) * count,
         "up_block_types": ("UpDecoderBlock2D",) * count,
         "latent_channels": latent_channels,
@@ -199,13 +216,13 @@ def vae_config(vae: Mapping[str, Tensor], other: Mapping[str, Tensor], hints: Hi
 
 def cfw_config(fusion: Mapping[str, Tensor]) -> Config:
     """Arguments of ControllableFeatureWrapping. `fusion`: names after `decoder.fusion_layer_`."""
-    levels = tuple(sorted(_indices(fusion, r"^(\d+)\.")))
+    levels = tuple(sorted(indices(fusion, r"^(\d+)\.")))
     first = f"{levels[0]}.encode_enc_2.0.rdb1.conv1.weight"
     return {
-        "channels": tuple(_shape(fusion, f"{level}.encode_enc_3.conv1.weight", "CFW")[0] for level in levels),
+        "channels": tuple(shape(fusion, f"{level}.encode_enc_3.conv1.weight", "CFW")[0] for level in levels),
         "levels": levels,
-        "num_rrdb": 1 + max(_indices(fusion, r"^\d+\.encode_enc_2\.(\d+)\."), default=-1),
-        "growth_channels": _shape(fusion, first, "CFW")[0],
+        "num_rrdb": 1 + max(indices(fusion, r"^\d+\.encode_enc_2\.(\d+)\."), default=-1),
+        "growth_channels": shape(fusion, first, "CFW")[0],
     }
 
 
@@ -213,13 +230,13 @@ def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
     """Arguments of CLIPTextConfig. `text`: official names without prefix, in open_clip's or transformers' layout."""
     is_open_clip = "model.ln_final.weight" in text
     if is_open_clip:
-        layers = max(_indices(text, r"^model\.transformer\.resblocks\.(\d+)\."), default=0)  # the last is unused
+        layers = max(indices(text, r"^model\.transformer\.resblocks\.(\d+)\."), default=0)  # the last is unused
         positions, tokens = text["model.positional_embedding"], text["model.token_embedding.weight"]
         width_key = r"^model\.transformer\.resblocks\.0\.mlp\.c_fc\.weight$"
     else:
-        layers = 1 + max(_indices(text, r"\.encoder\.layers\.(\d+)\."), default=-1)
+        layers = 1 + max(indices(text, r"\.encoder\.layers\.(\d+)\."), default=-1)
         positions, tokens = (
-            text[_first(text, rf"{kind}_embedding\.weight$", "the text encoder has no embedding")]
+            text[first(text, rf"{kind}_embedding\.weight$", "the text encoder has no embedding")]
             for kind in ("position", "token")
         )
         width_key = r"\.layers\.0\.mlp\.fc1\.weight$"
@@ -227,7 +244,7 @@ def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
     return {
         "vocab_size": tokens.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": text[_first(text, width_key, "the text encoder has no layers")].shape[0],
+        "intermediate_size": text[first(text, width_key, "the text encoder has no layers")].shape[0],
         "num_hidden_layers": layers,
         "num_attention_heads": hints.text_heads or max(1, hidden // 64),
         "max_position_embeddings": positions.shape[0],
@@ -241,13 +258,13 @@ def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
 
 def _levels(part: Mapping[str, Tensor], what: str) -> list[Level]:
     """Levels of an LDM-like network, in the order of `input_blocks`."""
-    _shape(part, "input_blocks.0.0.weight", what)
+    shape(part, "input_blocks.0.0.weight", what)
     levels = [Level(0, 0, False)]
-    for n in range(1, 1 + max(_indices(part, r"^input_blocks\.(\d+)\."))):
+    for n in range(1, 1 + max(indices(part, r"^input_blocks\.(\d+)\."))):
         if f"input_blocks.{n}.0.op.weight" in part:
             levels.append(Level(0, 0, False))
         else:
-            channels = _shape(part, f"input_blocks.{n}.0.out_layers.3.weight", what)[0]
+            channels = shape(part, f"input_blocks.{n}.0.out_layers.3.weight", what)[0]
             has_attention = f"input_blocks.{n}.1.norm.weight" in part
             levels[-1] = Level(channels, levels[-1].layers + 1, has_attention)
     if len({level.layers for level in levels}) != 1:
@@ -255,20 +272,3 @@ def _levels(part: Mapping[str, Tensor], what: str) -> list[Level]:
             f"{what} has {[level.layers for level in levels]} blocks per level; expected the same number"
         )
     return levels
-
-
-def _indices(names: Mapping[str, Tensor], pattern: str) -> set[int]:
-    return {int(match[1]) for match in (re.search(pattern, name) for name in names) if match}
-
-
-def _first(names: Mapping[str, Tensor], pattern: str, otherwise: str) -> str:
-    for name in names:
-        if re.search(pattern, name):
-            return name
-    raise CheckpointError(otherwise)
-
-
-def _shape(part: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
-    if name not in part:
-        raise CheckpointError(f"{what} lacks {name}; the file is incomplete or of another family")
-    return tuple(part[name].shape)

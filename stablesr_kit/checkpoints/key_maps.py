@@ -51,7 +51,10 @@ VAE_ATTENTION: Mapping[str, str] = {
     "to_out.0": "proj_out",
 }
 
-FUSION_RESNET: Mapping[str, str] = {"conv_shortcut": "conv_out"}
+CODEFORMER_RESNET: Mapping[str, str] = {"conv_shortcut": "conv_out"}
+"""A residual block of CodeFormer, and of the fusion layers of StableSR."""
+
+CODE_TRANSFORMER_LAYER: Mapping[str, str] = {"attention": "self_attn", "mlp.0": "linear1", "mlp.2": "linear2"}
 
 OPEN_CLIP: Mapping[str, str] = {
     "embeddings.token_embedding.weight": "model.token_embedding.weight",
@@ -181,11 +184,65 @@ def fusion_modules(config: Mapping[str, Any]) -> Modules:
     modules: dict[str, tuple[str, Mapping[str, str]]] = {}
     for level in config["levels"]:
         ours = f"fusion_layers.{level}"
-        modules[f"{ours}.merge"] = (f"{level}.encode_enc_1", FUSION_RESNET)
-        modules[f"{ours}.refine"] = (f"{level}.encode_enc_3", FUSION_RESNET)
+        modules[f"{ours}.merge"] = (f"{level}.encode_enc_1", CODEFORMER_RESNET)
+        modules[f"{ours}.refine"] = (f"{level}.encode_enc_3", CODEFORMER_RESNET)
         for i in range(config["num_rrdb"]):
             for j in range(3):
                 for k in range(5):
                     theirs = f"{level}.encode_enc_2.{i}.rdb{j + 1}.conv{k + 1}"
                     modules[f"{ours}.rrdbs.{i}.blocks.{j}.convs.{k}"] = (theirs, {})
     return modules
+
+
+def vqgan_modules(config: Mapping[str, Any]) -> Modules:
+    """VQGAN to the VQ autoencoder of CodeFormer, whose two halves are flat lists of blocks, for a VQGAN of this config.
+
+    The quantizer: the official module is `embedding` of the nearest one, `embed` and `proj` of the Gumbel one.
+    """
+    codebook = {"nearest": "embedding", "gumbel": "embed"}[config["quantization"]]
+    modules: dict[str, tuple[str, Mapping[str, str]]] = {
+        "quantizer.codebook": (f"quantize.{codebook}", {}),
+        "quantizer.projection": ("quantize.proj", {}),
+    }
+    for half, theirs, side in (("encoder", "encoder", "downsamplers"), ("decoder", "generator", "upsamplers")):
+        for number, ours in enumerate(vqgan_blocks(config, half, side)):
+            children = VAE_ATTENTION if "attention" in ours else CODEFORMER_RESNET if "resnets" in ours else {}
+            modules[f"{half}.{ours}"] = (f"{theirs}.blocks.{number}", children)
+    return modules
+
+
+def vqgan_blocks(config: Mapping[str, Any], half: str, resamplers: str) -> list[str]:
+    """Our modules of one half, in the order in which they are applied."""
+    sizes = [config["image_size"] // 2**i for i in range(len(config["channel_multipliers"]))]
+    middle = ["middle.resnets.0", "middle.attention", "middle.resnets.1"]
+    levels: list[str] = []
+    for i, size in enumerate(sizes if half == "encoder" else reversed(sizes)):
+        for j in range(config["layers_per_block"]):
+            levels.append(f"levels.{i}.resnets.{j}")
+            if size in config["attention_resolutions"]:
+                levels.append(f"levels.{i}.attentions.{j}")
+        if i < len(sizes) - 1:
+            levels.append(f"{resamplers}.{i}")
+    body = levels + middle if half == "encoder" else middle + levels
+    return ["conv_in", *body, "norm_out", "conv_out"]
+
+
+def codeformer_modules(config: Mapping[str, Any]) -> Modules:
+    """CodeFormer, without its position embedding, which is no module, to the official one."""
+    modules = {f"vqgan.{ours}": theirs for ours, theirs in vqgan_modules({**config, "quantization": "nearest"}).items()}
+    modules |= {
+        "proj_in": ("feat_emb", {}),
+        "norm_out": ("idx_pred_layer.0", {}),
+        "to_logits": ("idx_pred_layer.1", {}),
+    }
+    modules |= {f"layers.{i}": (f"ft_layers.{i}", CODE_TRANSFORMER_LAYER) for i in range(config["num_layers"])}
+    for size in config["fuse_sizes"]:
+        ours, theirs = f"fusions.{size}", f"fuse_convs_dict.{size}"
+        modules |= {f"{ours}.{branch}": (f"{theirs}.{branch}", {}) for branch in ("scale", "shift")}
+        modules[f"{ours}.merge"] = (f"{theirs}.encode_enc", CODEFORMER_RESNET)
+    return modules
+
+
+def discriminator_modules() -> Modules:
+    """VQGANDiscriminator to the official one."""
+    return {"layers": ("main", {})}

@@ -58,6 +58,11 @@ def adapter(names: Iterable[str], config: dict[str, Any], unet_config: dict[str,
     return plan
 
 
+def codeformer(names: Iterable[str], modules: Modules) -> Plan:
+    """CodeFormer: renamed modules, and the table of positions, which belongs to none."""
+    return {"positions": Recipe(("position_emb",), as_it_is)} | renaming(set(names) - {"positions"}, modules)
+
+
 def part_of_heads(qkv: Tensor, index: int, heads: int) -> Tensor:
     """(C, ...) queries, keys or values of qkv (3C, ...), which goes head by head: q, k, v of the first, and so on."""
     return qkv.unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)

@@ -1,6 +1,8 @@
 """Discriminators of adversarial training."""
 
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -32,3 +34,31 @@ class PatchDiscriminator(nn.Module):
             h = F.leaky_relu(layer(h), 0.2)
             features.append(h)
         return self.to_logits(h), features
+
+
+class VQGANDiscriminator(ModelMixin, ConfigMixin):
+    """Judges overlapping patches (Isola et al. 2017, 70 px at the default size), with batch normalisation.
+
+    Args:
+        in_channels: channels of the picture.
+        base_channels: width of the first layer; doubled layer by layer, up to eight times.
+        num_layers: how often the picture is halved; one layer of stride 1 and the logits follow.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 4) -> None:
+        super().__init__()
+        widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(num_layers):
+            stride = 2 if i < num_layers - 1 else 1
+            layers += [
+                nn.Conv2d(widths[i], widths[i + 1], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i + 1]),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, 1, h, w), positive for what looks real; image (B, 3, H, W)."""
+        return self.layers(image)
