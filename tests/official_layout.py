@@ -1,9 +1,8 @@
-"""Write networks in the layout of the official StableSR and CodeFormer checkpoints: the inverse of `stablesr_kit.checkpoints`.
+"""Write networks in the layout of the official checkpoints: the inverse of `stablesr_kit.checkpoints`.
 
 The affine part of SPADE's norm is invented here and taken out of gamma and beta, so that converting puts it back.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -210,7 +209,11 @@ def official_faces(network: CodeFormer | VQGAN | VQGANDiscriminator) -> dict[str
         modules = key_maps.discriminator_modules()
     official = {}
     for name, tensor in network.state_dict().items():
-        is_convolution = re.search(r"\.attentions?\b.*\.to_.*\.weight$", name)
         theirs = "position_emb" if name == "positions" else translate(name, modules)
-        official[theirs] = tensor[..., None, None] if is_convolution else tensor
+        if "to_qkv" in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                official[theirs.replace("to_qkv", letter)] = part[..., None, None] if part.ndim == 2 else part
+        else:
+            is_convolution = theirs.endswith("proj_out.weight")
+            official[theirs] = tensor[..., None, None] if is_convolution else tensor
     return official

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablesr_kit.checkpoints import key_maps, plans
 from stablesr_kit.checkpoints.assembling import Options, assemble
@@ -58,7 +58,7 @@ def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Option
         modules = key_maps.codeformer_modules(config)
         return assemble(
             lambda: CodeFormer(**config),
-            lambda names: plans.codeformer(names, modules),
+            lambda names: plans.faces(names, modules),
             tensors,
             what="CodeFormer",
             options=options,
@@ -68,7 +68,7 @@ def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Option
         modules = key_maps.vqgan_modules(config)
         return assemble(
             lambda: VQGAN(**config),
-            lambda names: plans.renaming(names, modules),
+            lambda names: plans.faces(names, modules),
             tensors,
             what="VQGAN",
             options=options,

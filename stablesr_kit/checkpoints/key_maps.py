@@ -206,7 +206,7 @@ def vqgan_modules(config: Mapping[str, Any]) -> Modules:
     }
     for half, theirs, side in (("encoder", "encoder", "downsamplers"), ("decoder", "generator", "upsamplers")):
         for number, ours in enumerate(vqgan_blocks(config, half, side)):
-            children = VAE_ATTENTION if "attention" in ours else CODEFORMER_RESNET if "resnets" in ours else {}
+            children = {"to_out": "proj_out"} if "attention" in ours else CODEFORMER_RESNET
             modules[f"{half}.{ours}"] = (f"{theirs}.blocks.{number}", children)
     return modules
 

@@ -58,9 +58,19 @@ def adapter(names: Iterable[str], config: dict[str, Any], unet_config: dict[str,
     return plan
 
 
-def codeformer(names: Iterable[str], modules: Modules) -> Plan:
-    """CodeFormer: renamed modules, and the table of positions, which belongs to none."""
-    return {"positions": Recipe(("position_emb",), as_it_is)} | renaming(set(names) - {"positions"}, modules)
+def faces(names: Iterable[str], modules: Modules) -> Plan:
+    """CodeFormer and its VQGAN: queries, keys and values of the autoencoder's attention are one layer."""
+    plan: Plan = {}
+    for name in names:
+        if name == "positions":  # a table that belongs to no module
+            plan[name] = Recipe(("position_emb",), as_it_is)
+        elif ".to_qkv." in name:
+            plan[name] = Recipe(
+                tuple(translate(name, modules).replace("to_qkv", part) for part in "qkv"), lambda *qkv: torch.cat(qkv)
+            )
+        else:
+            plan[name] = Recipe((translate(name, modules),), as_it_is)
+    return plan
 
 
 def part_of_heads(qkv: Tensor, index: int, heads: int) -> Tensor:

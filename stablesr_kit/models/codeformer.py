@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.models.vqgan import VQGAN, residual_block
+from stablesr_kit.models.vqgan import VQGAN, ResidualBlock
 
 CodeLookup = Literal["transformer", "nearest"]
 
@@ -45,7 +45,7 @@ class CodeFormer(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm", "quantizer", "positions"]
-    _repeated_blocks = ["ResnetBlock2D", "CodeTransformerLayer"]
+    _repeated_blocks = ["ResidualBlock", "CodeTransformerLayer"]
 
     @register_to_config
     def __init__(
@@ -206,7 +206,7 @@ class ControllableFeatureTransform(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.merge = residual_block(2 * channels, channels)
+        self.merge = ResidualBlock(2 * channels, channels)
         self.scale = self._branch(channels)
         self.shift = self._branch(channels)
 
@@ -214,15 +214,17 @@ class ControllableFeatureTransform(nn.Module):
     def _branch(channels: int) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 
     def forward(self, features: Tensor, h: Tensor, w: float | Tensor) -> Tensor:
         """Decoder features (B, C, H, W), with the encoder's of the same shape fused in; w as in CodeFormer."""
-        merged = self.merge(torch.cat([features, h], dim=1), None)
-        correction = h * self.scale(merged) + self.shift(merged)
-        return h + (w.to(h).view(-1, 1, 1, 1) if isinstance(w, Tensor) else w) * correction
+        merged = self.merge(torch.cat([features, h], dim=1))
+        correction = torch.addcmul(self.shift(merged), h, self.scale(merged))
+        if isinstance(w, Tensor):
+            return torch.addcmul(h, w.to(h).view(-1, 1, 1, 1), correction)
+        return torch.add(h, correction, alpha=w)
 
 
 def match_statistics(content: Tensor, style: Tensor) -> Tensor:

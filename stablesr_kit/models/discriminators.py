@@ -49,13 +49,16 @@ class VQGANDiscriminator(ModelMixin, ConfigMixin):
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 4) -> None:
         super().__init__()
         widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
         for i in range(num_layers):
             stride = 2 if i < num_layers - 1 else 1
             layers += [
                 nn.Conv2d(widths[i], widths[i + 1], 4, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(widths[i + 1]),
-                nn.LeakyReLU(0.2),
+                nn.LeakyReLU(0.2, inplace=True),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
