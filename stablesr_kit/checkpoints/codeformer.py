@@ -11,6 +11,7 @@ from stablesr_kit.checkpoints import key_maps, plans
 from stablesr_kit.checkpoints.assembling import Options, assemble
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, section
 from stablesr_kit.checkpoints.detecting import Hints, detect
+from stablesr_kit.checkpoints.detecting_faces import codeformer_config, discriminator_config, vqgan_config
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.codeformer import CodeFormer
@@ -51,10 +52,11 @@ def load_official_faces(tensors: Mapping[str, Tensor], hints: Hints | None = Non
 
 def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Options) -> FaceNetwork:
     """As `convert_face_checkpoint`, from a file already read."""
+    hints = hints or Hints()
     found = detect(file, hints)
     tensors = file.full_names()
-    if found.codeformer is not None:
-        config = found.codeformer
+    if found.family == "codeformer":
+        config = codeformer_config(tensors, hints.codeformer_heads)
         modules = key_maps.codeformer_modules(config)
         return assemble(
             lambda: CodeFormer(**config),
@@ -63,8 +65,8 @@ def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Option
             what="CodeFormer",
             options=options,
         )
-    if found.vqgan is not None:
-        config = found.vqgan
+    if found.family == "vqgan":
+        config = vqgan_config(tensors, hints.latent_size)
         modules = key_maps.vqgan_modules(config)
         return assemble(
             lambda: VQGAN(**config),
@@ -73,8 +75,8 @@ def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Option
             what="VQGAN",
             options=options,
         )
-    if found.discriminator is not None:
-        config = found.discriminator
+    if found.family == "vqgan discriminator":
+        config = discriminator_config(tensors)
         return assemble(
             lambda: VQGANDiscriminator(**config),
             lambda names: plans.renaming(names, key_maps.discriminator_modules()),

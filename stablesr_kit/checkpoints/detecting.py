@@ -138,12 +138,16 @@ def _by_signature(checkpoint: Checkpoint, hints: Hints) -> Detection | None:
 
 
 def _face_configs(family: Family, names: Mapping[str, Tensor], hints: Hints) -> dict[str, Config]:
-    if family == "codeformer":
-        return {"codeformer": codeformer_config(names, hints.codeformer_heads)}
-    if family == "vqgan":
-        return {"vqgan": vqgan_config(names, hints.latent_size)}
-    if family == "vqgan discriminator":
-        return {"discriminator": discriminator_config(names)}
+    """The config of a network for faces; an incomplete file has none, and building it says what is absent."""
+    try:
+        if family == "codeformer":
+            return {"codeformer": codeformer_config(names, hints.codeformer_heads)}
+        if family == "vqgan":
+            return {"vqgan": vqgan_config(names, hints.latent_size)}
+        if family == "vqgan discriminator":
+            return {"discriminator": discriminator_config(names)}
+    except CheckpointError:
+        return {}
     return {}
 
 
