@@ -1,0 +1,67 @@
+"""Faces given by hand, and detectors by name: what is read, and what is refused in one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage import data
+
+from stablesr_kit.errors import CheckpointError, ConfigError, StableSRKitError
+from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+from stablesr_kit.faces.face import Box
+from stablesr_kit.faces.given import place_given_faces, read_given_faces
+from stablesr_kit.pipelines.face_parts import load_detector
+
+
+def test_boxes_and_landmarks_are_read_by_photo(tmp_path: Path) -> None:
+    path = tmp_path / "faces.json"
+    path.write_text('{"a.jpg": [{"box": [1, 2, 30, 40]}, {"landmarks": [[1, 1], [9, 1], [5, 9]]}], "b.jpg": []}')
+    faces = read_given_faces(path)
+    assert faces["a.jpg"][0] == Box(1, 2, 30, 40)
+    assert np.array_equal(faces["a.jpg"][1], [[1, 1], [9, 1], [5, 9]])
+    assert faces["b.jpg"] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"a.jpg": {}}',
+        '{"a.jpg": [{"box": [1, 2, 3]}]}',
+        '{"a.jpg": [{"box": [9, 9, 1, 1]}]}',
+        '{"a.jpg": [{"box": [0, 0, 1e999, 1]}]}',
+        '{"a.jpg": [{"landmarks": [[1, 2]]}]}',
+        '{"a.jpg": [{"landmarks": [["x", 2], [1, 2], [1, 2]]}]}',
+        '{"a.jpg": [{}]}',
+        '{"a.jpg": [7]}',
+    ],
+)
+def test_malformed_files_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "faces.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"expected \{") as raised:
+        read_given_faces(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_box_gets_landmarks_of_the_detector_or_of_an_upright_face() -> None:
+    pixels = np.ascontiguousarray(data.astronaut()[20:276, 120:376])
+    seen, empty = place_given_faces(pixels, [Box(58, 50, 150, 165), Box(0, 0, 40, 50)], MTCNNDetector())
+    assert (seen.landmarks_from, empty.landmarks_from) == ("detector", "template")
+    assert np.abs(seen.landmarks[0] - (83.5, 80.5)).max() < 5
+    assert (empty.landmarks.min(0) > 0).all()
+    assert (empty.landmarks.max(0) < (40, 50)).all()
+
+
+def test_detectors_without_their_file_say_which_one_they_need(tmp_path: Path) -> None:
+    assert load_detector("mtcnn").name == "mtcnn"
+    with pytest.raises(ConfigError, match=r"face_detection_yunet_2023mar\.onnx"):
+        load_detector("yunet")
+    with pytest.raises(StableSRKitError, match=r"no such file"):
+        load_detector("yunet", tmp_path / "none.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="cannot read it as YuNet"):
+        load_detector("yunet", tmp_path / "broken.onnx")
+    with pytest.raises(ConfigError, match="facexlib|weights"):
+        load_detector("retinaface")
