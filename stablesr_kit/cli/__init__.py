@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stablesr_kit.cli.convert import convert, inspect
+from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.restore import restore
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (restore, convert, inspect, doctor):
+for command in (restore, convert, inspect, degrade, doctor):
     app.command()(command)
 
 

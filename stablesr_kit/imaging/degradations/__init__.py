@@ -6,10 +6,11 @@ work in [0, 1], and say so.
 
 from stablesr_kit.imaging.degradations.classical import ClassicalConfig
 from stablesr_kit.imaging.degradations.pipeline import Pair, degrade, make_pair
-from stablesr_kit.imaging.degradations.presets import PRESETS, DegradationConfig, find_preset
+from stablesr_kit.imaging.degradations.presets import DESCRIPTIONS, PRESETS, DegradationConfig, find_preset
 from stablesr_kit.imaging.degradations.second_order import BlurConfig, NoiseConfig, PassConfig, SecondOrderConfig
 
 __all__ = [
+    "DESCRIPTIONS",
     "PRESETS",
     "BlurConfig",
     "ClassicalConfig",

@@ -8,6 +8,8 @@ from stablesr_kit.imaging.degradations.second_order import SecondOrderConfig
 
 DegradationConfig = SecondOrderConfig | ClassicalConfig
 
+CLASSICAL = ClassicalConfig()
+
 STABLESR_512 = SecondOrderConfig()
 STABLESR_768V = SecondOrderConfig(last_jpeg_quality=(60.0, 95.0), clean_probability=0.0, sharpen_target=False)
 STABLESR_FACE = ClassicalConfig(grey_probability=0.01, grey_target=True, clean_probability=0.005)
@@ -63,6 +65,7 @@ PRESETS: dict[str, DegradationConfig] = {
     "stablesr-512": STABLESR_512,
     "stablesr-768v": STABLESR_768V,
     "stablesr-face": STABLESR_FACE,
+    "classical": CLASSICAL,
     "codeformer": CODEFORMER,
     "codeformer-small": CODEFORMER_SMALL,
     "codeformer-colorization": CODEFORMER_COLORIZATION,
@@ -71,9 +74,22 @@ PRESETS: dict[str, DegradationConfig] = {
     "bicubic": BICUBIC,
     "area": AREA,
 }
-"""Every named degradation. What each belongs to: StableSR's 512, 768v and face models; CodeFormer's stage II (also
-the large half of stage III), the small half of stage III, colourisation and inpainting; and three for 4x: "light" (a
-clean photograph of today), "bicubic" and "area" (nothing but a smaller picture)."""
+"""Every named degradation."""
+
+DESCRIPTIONS: dict[str, str] = {
+    "stablesr-512": "two passes of blur, resizing, noise and JPEG on a sharpened target: StableSR's 512 model",
+    "stablesr-768v": "the same without sharpening: StableSR's 768v model",
+    "stablesr-face": "one pass, sometimes grey: StableSR's face model",
+    "classical": "one pass, {[(I_h (x) k) down_r + n] JPEG_q} up_r, over the whole range of strengths",
+    "codeformer": "one strong pass: CodeFormer's stage II, and the large half of stage III",
+    "codeformer-small": "one weak pass: the small half of CodeFormer's stage III",
+    "codeformer-colorization": "one strong pass with changed or lost colours: CodeFormer's colourisation",
+    "codeformer-inpainting": "white brush strokes and nothing else: CodeFormer's inpainting",
+    "light": "a clean photograph of today, 4x smaller and enlarged again",
+    "bicubic": "nothing but 4x smaller by bicubic reduction, and enlarged again",
+    "area": "nothing but 4x smaller by the mean of 4x4 pixels, and enlarged again",
+}
+"""What each is, in one line."""
 
 
 def find_preset(name: str) -> DegradationConfig:

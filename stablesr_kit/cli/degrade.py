@@ -1,0 +1,104 @@
+"""`stablesr degrade`: good pictures in, the pictures a restorer is trained and judged on out."""
+
+import zlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stablesr_kit.cli.messages import failing_in_one_line, usage_error
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
+from stablesr_kit.errors import ConfigError, ImageError
+from stablesr_kit.imaging.files import Picture, write_picture
+
+
+def _print_presets(is_asked: bool) -> None:
+    if is_asked:
+        from stablesr_kit.imaging.degradations import DESCRIPTIONS
+
+        width = max(map(len, DESCRIPTIONS))
+        for name, description in DESCRIPTIONS.items():
+            typer.echo(f"{name:<{width}}  {description}")
+        raise typer.Exit
+
+
+def degrade(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, and folders of pictures.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help="A file for one picture, else a folder (of PNG files)."),
+    ],
+    preset: Annotated[str, typer.Option(metavar="NAME", help="How to degrade; see --list.")] = "stablesr-512",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed degrades a file of the same name alike.")] = 0,
+    scale: Annotated[
+        int, typer.Option(min=1, help="How many times smaller the result is; 1 keeps the size, as in training.")
+    ] = 1,
+    save_hq: Annotated[
+        bool, typer.Option("--save-hq", help="Also write the picture a restorer should return, as NAME_hq.")
+    ] = False,
+    _list: Annotated[
+        bool, typer.Option("--list", callback=_print_presets, is_eager=True, help="Show the presets and leave.")
+    ] = False,
+) -> None:
+    """Degrade pictures as training does.
+
+    Sides are cut at the right and below to multiples of the scale. Exit status: 0 all degraded; 1 some failed, each
+    with one line, and the others are written; 2 wrong usage.
+    """
+    from stablesr_kit.imaging.degradations import find_preset
+
+    try:
+        find_preset(preset)
+    except ConfigError as error:
+        usage_error(f"--preset: {error}")
+    report = Report("degraded")
+    jobs = plan(inputs, output, "_hq" if save_hq else None, report)
+    try:
+        if jobs:
+            with failing_in_one_line():
+                make_folder(jobs[0].target.parent)
+            run(jobs, lambda job: degrade_file(job, preset, seed, scale), report)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
+        raise typer.Exit(130) from None
+    finish(report)
+
+
+def degrade_file(job: Job, preset: str, seed: int, scale: int) -> None:
+    """Read, degrade, write. Raises StableSRKitError, whose message begins with the file.
+
+    What is drawn depends on the seed and the file's name, so the pictures of a folder are not all degraded alike and
+    none depends on the others.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from stablesr_kit.imaging.degradations import find_preset, make_pair
+    from stablesr_kit.imaging.degradations.resizing import resize
+    from stablesr_kit.spaces import image_to_pixels, pixels_to_image
+
+    picture = read_job(job)
+    height, width = picture.rgb.height // scale, picture.rgb.width // scale
+    if min(height, width) < 1:
+        raise ImageError(f"{job.source}: {picture.rgb.height}x{picture.rgb.width} px is too small for --scale {scale}")
+    cut = (0, 0, width * scale, height * scale)
+    image = pixels_to_image(np.asarray(picture.rgb.crop(cut)))
+    # a generator of torch takes 32 bits of its seed
+    mixed = np.random.SeedSequence((seed, zlib.crc32(job.source.name.encode()))).generate_state(1)[0]
+    try:
+        lq, hq = make_pair(image, find_preset(preset), torch.Generator().manual_seed(int(mixed)))
+    except ImageError as error:
+        raise ImageError(f"{job.source}: {error}") from error
+    if scale > 1:
+        lq = resize(lq, (height, width), "bicubic", antialias=True)
+    whole = Picture(
+        rgb=picture.rgb.crop(cut),
+        alpha=None if picture.alpha is None else picture.alpha.crop(cut),
+        is_grey=picture.is_grey,
+        icc_profile=picture.icc_profile,
+        exif=picture.exif,
+    )
+    write_picture(job.target, Image.fromarray(image_to_pixels(lq)[0]), whole)
+    if job.companion:
+        write_picture(job.companion, Image.fromarray(image_to_pixels(hq)[0]), whole)
