@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.degradation_pictures import photo_like
 from typer.testing import CliRunner, Result
 
 from stablesr_kit.cli import app
 from stablesr_kit.imaging.degradations import PRESETS
 from stablesr_kit.imaging.degradations.filtering import usm_sharpen
+from tests.degradation_pictures import photo_like
 
 
 def degrade(*arguments: object) -> Result:
