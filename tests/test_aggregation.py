@@ -199,3 +199,16 @@ def test_the_native_tile_is_what_the_unet_was_trained_on() -> None:
     assert native_tile(tiny_unet(sample_size=(97, 128))) == 96
     chosen = choose_tiling(tiny_unet(sample_size=64), 512, 768, 8)
     assert chosen == LatentTiling(tile=(64, 64), overlap=16)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5])
+@pytest.mark.parametrize("vae_tile_px", [24, 512])
+def test_a_tiled_picture_is_coded_as_a_whole_one(w: float, vae_tile_px: int) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    image = pipeline.pad(pipeline.upsample(torch.cat([PICTURE, tiny_picture(18, 25, seed=1)]) * 2 - 1))
+    autoencoder = pipeline.prepare_autoencoder(*image.shape[-2:], vae_tile_px)
+    whole, whole_features = pipeline.encode_image(image, seeded(0), num_images_per_prompt=2)
+    tiled, tiled_features = pipeline.encode_image(image, seeded(0), num_images_per_prompt=2, autoencoder=autoencoder)
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
+    found = pipeline.decode_latents(whole, tiled_features, w, autoencoder)
+    torch.testing.assert_close(found, pipeline.decode_latents(whole, whole_features, w), atol=1e-4, rtol=0)

@@ -201,6 +201,8 @@ def test_a_seed_gives_one_result_whatever_came_before(model: Path, photos: Path,
         (("--scale", "inf"), "--scale inf must be"),
         (("--guidance-scale", "nan"), "--guidance-scale nan must be"),
         (("--start", "middle"), "--start 'middle' is not known; give lq, noise or a timestep"),
+        (("--tile", "large"), "--tile 'large' is not known; give auto, none or a number of pixels"),
+        (("--tile", 256, "--tile-overlap", 256), "--tile-overlap 256 must be from 0 to less than --tile 256"),
         (("--start", -1), "--start '-1' is not known"),
         (("--device", "tpu"), "--device 'tpu' is not known; give auto, cpu, cuda"),
         (("--device", "cuda:"), "--device 'cuda:' is not known"),
@@ -272,7 +274,7 @@ def test_what_only_one_picture_cannot_have_fails_that_picture(model: Path, photo
     assert result.exit_code == 1
     lines = error_lines(result)
     assert [line.partition("png: ")[2] for line in lines] == [
-        "not enough memory; restore a smaller picture, or with a smaller --scale"
+        "not enough memory; restore with a smaller --tile or --scale"
     ] * 2
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
+from stablesr_kit.imaging import color_fix
 from stablesr_kit.imaging.color_fix import (
     adain_color_fix,
     apply_color_fix,
@@ -75,3 +76,11 @@ def test_a_reference_of_another_size_is_refused() -> None:
         wavelet_color_fix(random_image(8, 8), random_image(4, 4))
     with pytest.raises(ImageError, match="resize the reference first"):
         adain_color_fix(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+
+
+def test_a_tall_picture_is_fixed_in_bands_as_it_would_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, reference = torch.rand(2, 1, 3, 131, 20, generator=torch.Generator().manual_seed(0))
+    at_once = wavelet_color_fix(image, reference)
+    for band in (1, 16, 40):
+        monkeypatch.setattr(color_fix, "BAND", band)
+        assert torch.equal(wavelet_color_fix(image, reference), at_once)

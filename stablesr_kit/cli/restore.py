@@ -15,6 +15,7 @@ from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, pla
 from stablesr_kit.errors import CheckpointError, JobError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
 from stablesr_kit.pipelines.journal import Journal, sha256
+from stablesr_kit.pipelines.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,12 @@ def restore(
         str | None, typer.Option(help="What it should not look like; acts with --guidance-scale above 1.")
     ] = None,
     guidance_scale: Annotated[float, typer.Option(help="Weight of the prompts; 1 is off.")] = 1.0,
+    tile: Annotated[
+        str, typer.Option(metavar="auto|none|PX", help="Side of the tiles a large picture is restored in.")
+    ] = "auto",
+    tile_overlap: Annotated[
+        int | None, typer.Option(metavar="PX", help="What neighbouring tiles share.", show_default="a quarter")
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
@@ -58,6 +65,7 @@ def restore(
     Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
     """
     first = parse_start(start)
+    tile_px = parse_tile(tile, tile_overlap)
     check_numbers(scale, w, steps, guidance_scale)
     report = Report("restored")
     jobs = plan(inputs, output, "_compare" if compare else None, report)
@@ -70,6 +78,8 @@ def restore(
         "guidance_scale": guidance_scale,
         "start": first,
         "color_fix": color_fix,
+        "tile_px": tile_px,
+        "overlap_px": tile_overlap,
     }
     try:
         if jobs:
@@ -114,6 +124,19 @@ def parse_start(start: str) -> Literal["lq", "noise"] | int:
     if not start.isdecimal():
         usage_error(f"--start {start!r} is not known; give lq, noise or a timestep such as 600")
     return int(start)
+
+
+def parse_tile(tile: str, overlap: int | None) -> Literal["auto", "none"] | int:
+    """The `tile_px` of a pipeline call; what the networks can take is known to the pipeline alone."""
+    if tile == "auto":
+        return "auto"
+    if tile == "none":
+        return "none"
+    if not tile.isdecimal():
+        usage_error(f"--tile {tile!r} is not known; give auto, none or a number of pixels such as 512")
+    if overlap is not None and not 0 <= overlap < int(tile):
+        usage_error(f"--tile-overlap {overlap} must be from 0 to less than --tile {tile}; a quarter of it is usual")
+    return int(tile)
 
 
 def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: float) -> None:
@@ -207,7 +230,7 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
     """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
     pipeline.set_progress_bar_config(
         desc=job.source.name,
-        unit="step",
+        unit="tile",
         leave=False,
         position=int(is_below_another_bar),
         disable=not sys.stderr.isatty(),
@@ -221,14 +244,10 @@ def restore_file(job: Job, call: Callable[[Image.Image], Image.Image]) -> None:
         restored = call(picture.rgb)
     # What models meet on some pictures: sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-        reason = "not enough memory" if _is_out_of_memory(error) else str(error).partition("\n")[0]
-        advice = "; restore a smaller picture, or with a smaller --scale" if _is_out_of_memory(error) else ""
+        reason, advice = str(error).partition("\n")[0], ""
+        if is_out_of_memory(error):
+            reason, advice = "not enough memory", "; restore with a smaller --tile or --scale"
         raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
     write_picture(job.target, restored, picture)
     if job.companion:
         write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -15,6 +15,7 @@ from stablesr_kit.errors import ImageError
 ColorFix = Literal["wavelet", "adain", "none"]
 
 LEVELS = 5
+BAND = 512  # rows computed at once
 
 
 def apply_color_fix(image: Tensor, reference: Tensor, method: ColorFix) -> Tensor:
@@ -34,8 +35,13 @@ def wavelet_color_fix(image: Tensor, reference: Tensor) -> Tensor:
     The decomposition is linear, so high(image) + low(reference) = image + low(reference - image): one pass, not two.
     """
     _check_same_shape(image, reference)
-    _, low = wavelet_decomposition(reference.float() - image.float())
-    return (image.float() + low).to(image.dtype)
+    height, reach = image.shape[-2], 2**LEVELS - 1
+    fixed = torch.empty_like(image)
+    for top in range(0, height, BAND):  # with their true surroundings, so the bands do not show
+        bottom, first, last = min(top + BAND, height), max(top - reach, 0), min(top + BAND + reach, height)
+        _, low = wavelet_decomposition(reference[..., first:last, :].float() - image[..., first:last, :].float())
+        fixed[..., top:bottom, :] = image[..., top:bottom, :].float() + low[..., top - first : bottom - first, :]
+    return fixed
 
 
 def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:

@@ -1,19 +1,33 @@
 """Pictures to latents and back: sizes, autoencoder, CFW."""
 
+import logging
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from stablesr_kit.imaging.canvas import Canvas
 from stablesr_kit.imaging.padding import pad_to
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.pipelines.memory import is_out_of_memory
+from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder
 from stablesr_kit.spaces import from_latent, to_latent
 
+logger = logging.getLogger(__name__)
+
+MAX_BYTES_IN_MEMORY = 2**29
+
+Coded = TypeVar("Coded")
+Features = dict[int, Tensor] | dict[int, Canvas]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -38,46 +52,81 @@ class ImageCoding(DiffusionPipeline):
         smallest = max(self.config.min_size_px, 2 * multiple)
         return pad_to(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[-2:]))
 
+    def prepare_autoencoder(self, height: int, width: int, tile_px: int) -> TiledAutoencoder:
+        """The autoencoder and CFW for pictures of height x width pixels, tile by tile.
+
+        Feature maps of more than half a gigabyte lie in a file without a name, in the system's temporary folder.
+        """
+        nbytes = height * width * self.vae.config.block_out_channels[0] * 4
+        folder = Path(tempfile.gettempdir()) if nbytes > MAX_BYTES_IN_MEMORY else None
+        return TiledAutoencoder(self.vae, self.cfw, tile_px=tile_px, folder=folder)
+
     def encode_image(
         self,
         image: Tensor,
         generator: Generators = None,
         with_features: bool = True,
         num_images_per_prompt: int = 1,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+        autoencoder: TiledAutoencoder | None = None,
+    ) -> tuple[Tensor, list[Features]]:
         """LQ latents (B * num_images_per_prompt, C, h, w), samples of the posterior, and the features CFW needs.
 
-        image: (B, 3, H, W) in [-1, 1], H and W as `pad` makes them. The features, level -> (B, C, h, w), are the
-        encoder's; none without cfw or on request.
+        image: (B, 3, H, W) in [-1, 1], H and W as `pad` makes them. The features, level -> (b, C, h, w), are the
+        encoder's, of all pictures at once or picture by picture; none without cfw or on request.
+        autoencoder: encodes tile by tile; None on the device as a whole.
         """
         levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
+        features: list[Features]
         with self._vae_in_safe_precision():
-            image = image.to(self._execution_device, self.vae.dtype)
-            posterior, features = encode_with_features(self.vae, image, levels)
-            moments = posterior.parameters.repeat_interleave(num_images_per_prompt, dim=0)
-            z = DiagonalGaussianDistribution(moments).sample(generator)
+            if autoencoder is None:
+                image = image.to(self._execution_device, self.vae.dtype)
+                posterior, whole = encode_with_features(self.vae, image, levels)
+                moments, features = posterior.parameters, [whole]
+            else:
+                coded = [
+                    in_memory(autoencoder, partial(autoencoder.encode_with_features, one, levels))
+                    for one in image.split(1)
+                ]
+                moments = torch.cat([canvas.to_tensor() for canvas, _ in coded])
+                features = [canvases for _, canvases in coded]
+            z = DiagonalGaussianDistribution(moments.repeat_interleave(num_images_per_prompt, dim=0)).sample(generator)
         return to_latent(z, self.vae).to(self.unet.dtype), features
 
-    def decode_latents(self, latents: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
-        """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); `features` of `encode_image` unless w is 0.
+    def decode_latents(
+        self, latents: Tensor, features: list[Features], w: float, autoencoder: TiledAutoencoder | None = None
+    ) -> Tensor:
+        """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); features and autoencoder as `encode_image`.
 
         Raises:
             FloatingPointError: the UNet or the decoder overflowed.
         """
         with self._vae_in_safe_precision():
-            z = from_latent(latents.to(self._execution_device, self.vae.dtype), self.vae)
-            if w == 0 or self.cfw is None:
-                image = self.vae.decode(z, return_dict=False)[0]
+            z = from_latent(latents, self.vae)
+            if autoencoder is None:
+                image = self._decode(z.to(self._execution_device, self.vae.dtype), cast(Any, features[0]), w)
             else:
-                copies = len(z) // len(next(iter(features.values())))
-                features = {k: v.repeat_interleave(copies, dim=0) for k, v in features.items()}
-                image = decode_with_features(self.vae, self.cfw, z, features, w)
+                copies = len(z) // len(features)
+                image = torch.cat(
+                    [
+                        in_memory(
+                            autoencoder, partial(autoencoder.decode, one, cast(Any, features[i // copies]) or None, w)
+                        ).to_tensor()
+                        for i, one in enumerate(z.split(1))
+                    ]
+                )
         if not torch.isfinite(image).all():
             raise FloatingPointError(
                 f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
                 "load the pipeline in bfloat16 or float32"
             )
         return image.float()
+
+    def _decode(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
+        if w == 0 or self.cfw is None:
+            return self.vae.decode(z, return_dict=False)[0]
+        copies = len(z) // len(next(iter(features.values())))
+        features = {k: v.repeat_interleave(copies, dim=0) for k, v in features.items()}
+        return decode_with_features(self.vae, self.cfw, z, features, w)
 
     @contextmanager
     def _vae_in_safe_precision(self) -> Iterator[None]:
@@ -91,3 +140,18 @@ class ImageCoding(DiffusionPipeline):
         finally:
             for part, dtype in dtypes:
                 part.to(dtype)
+
+
+def in_memory(autoencoder: TiledAutoencoder, code: Callable[[], Coded]) -> Coded:
+    """What `code` returns; where memory lacks, tiles are halved, down to 64 pixels, and it starts again."""
+    while True:
+        try:
+            return code()
+        except (RuntimeError, MemoryError) as error:
+            half = autoencoder.tile_px // 2
+            if half < 64 or not is_out_of_memory(error):
+                raise
+            logger.warning("not enough memory for tiles of %d pixels; going on with %d", autoencoder.tile_px, half)
+            autoencoder.tile_px = half
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -204,6 +204,7 @@ class StableSRPipeline(
         overlap_px: int | None = None,
         tile_batch_size: int = 1,
         tile_jitter: bool = False,
+        vae_tile_px: int = 512,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
@@ -238,6 +239,8 @@ class StableSRPipeline(
             overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
             tile_batch_size: tiles the networks take at once, on devices that gain by it.
             tile_jitter: moves the tiles at every step, so that no border stays in place.
+            vae_tile_px: side of the tiles the autoencoder and CFW take if the picture is tiled; the result does not
+                depend on it.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -327,14 +330,18 @@ class StableSRPipeline(
             overlap_px,
             tile_batch_size,
         )
-        noise = None
+        noise = autoencoder = None
         if tiling is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
+            autoencoder = self.prepare_autoencoder(canvas.shape[-2], canvas.shape[-1], vae_tile_px)
 
         # 5. Encode the picture
         with_features = w > 0 and output_type != "latent"
         with drawing_from(noise, stage=0):
-            lq_latents, features = self.encode_image(canvas, generator, with_features, num_images_per_prompt)
+            lq_latents, features = self.encode_image(
+                canvas, generator, with_features, num_images_per_prompt, autoencoder
+            )
+        del canvas
         if tiling is not None:
             lq_latents = lq_latents.cpu().float()
 
@@ -389,7 +396,9 @@ class StableSRPipeline(
         if output_type == "latent":
             images = latents
         else:
-            restored = self.decode_latents(latents, features, w)[..., : lq_image.shape[-2], : lq_image.shape[-1]]
+            restored = self.decode_latents(latents, features, w, autoencoder)[
+                ..., : lq_image.shape[-2], : lq_image.shape[-1]
+            ]
             restored = apply_color_fix(
                 restored, lq_image.to(restored.device).repeat_interleave(num_images_per_prompt, dim=0), color_fix
             )
