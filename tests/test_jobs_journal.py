@@ -81,32 +81,51 @@ def test_one_process_at_a_time_is_at_a_picture(results: list[Path]) -> None:
     program = (
         "import sys; from pathlib import Path; from stablesr_kit.pipelines.journal import Journal\n"
         "folder = Path(sys.argv[1])\n"
-        "with Journal(folder, {}).in_progress(folder / 'in.png'): print('mine', flush=True); input()"
+        "with Journal(folder, {}).in_progress(folder / 'in.png', folder / 'in.png'): print('mine', flush=True); input()"
     )
     command = [sys.executable, "-c", program, results[0].parent]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "mine\n"
         with pytest.raises(JobError, match=r"in\.png: another process is restoring this picture; wait for it"):
-            with journal.in_progress(results[0]):
+            with journal.in_progress(results[1], results[0]):
                 pass
-        with journal.in_progress(results[1]):
+        with journal.in_progress(results[1], results[1]):
             pass
         other.kill()
-    with journal.in_progress(results[0]):
+    with journal.in_progress(results[1], results[0]):
         pass
     assert list(journal.jobs_folder.iterdir()) == []
 
 
-def test_the_state_is_kept_on_failure_and_deleted_on_success(results: list[Path]) -> None:
+def test_the_state_is_kept_on_failure_and_deleted_on_success(source: Path, results: list[Path]) -> None:
     journal = Journal(results[0].parent, SETTINGS)
-    with pytest.raises(OutputError), journal.in_progress(results[0]) as state:
-        state.mkdir()
+    with pytest.raises(OutputError), journal.in_progress(source, results[0]) as state:
+        (state / "latents").write_bytes(b"1")
         raise OutputError("disk full")
-    assert state.is_dir()
-    with journal.in_progress(results[0]) as again:
-        assert again == state
+    with pytest.raises(OutputError), journal.in_progress(source, results[0], resume=True) as again:
+        assert (again / "latents").read_bytes() == b"1"
+        raise OutputError("disk full")
+    with journal.in_progress(source, results[0]) as fresh:
+        assert not (fresh / "latents").exists()
     assert not state.exists()
+
+
+def test_a_state_of_another_picture_or_other_settings_is_refused_and_kept(source: Path, results: list[Path]) -> None:
+    folder = results[0].parent
+    with pytest.raises(OutputError), Journal(folder, SETTINGS).in_progress(source, results[0]) as state:
+        raise OutputError("disk full")
+    with pytest.raises(JobError, match=r"in\.png: was made with w 0\.5 \(now 1\.0\); give the same settings"):
+        with Journal(folder, {**SETTINGS, "w": 1.0}).in_progress(source, results[0], resume=True):
+            pass
+    source.write_bytes(b"another")
+    with pytest.raises(JobError, match=r"in\.png: was made with picture [0-9a-f]+ \(now [0-9a-f]+\)"):
+        with Journal(folder, SETTINGS).in_progress(source, results[0], resume=True):
+            pass
+    (state / "job.json").write_text("{")
+    with pytest.raises(JobError, match=r"job\.json: cannot be read .*; start again without --resume"):
+        with Journal(folder, SETTINGS).in_progress(source, results[0], resume=True):
+            pass
 
 
 def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
@@ -126,7 +145,7 @@ def test_what_cannot_be_read_or_written_is_one_line(source: Path, results: list[
     with pytest.raises(OutputError, match=r"journal\.jsonl: cannot be written \(File exists\); the result is there"):
         Journal(folder, SETTINGS).finish(source, results)
     with pytest.raises(OutputError, match=r"in\.png\.lock: cannot be written"):
-        with Journal(folder, SETTINGS).in_progress(results[0]):
+        with Journal(folder, SETTINGS).in_progress(results[1], results[0]):
             pass
     (folder / ".stablesr").unlink()
     (folder / ".stablesr" / "journal.jsonl").mkdir(parents=True)

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from PIL import Image
@@ -104,8 +104,10 @@ def restore(
 
             def work(job: Job) -> None:
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
-                with journal.in_progress(job.target):
-                    restore_file(job, lambda rgb: pipeline(rgb, generator=seeded(seed), **options).images[0])
+                picture = read_job(job)
+                with journal.in_progress(job.source, job.target, resume) as state:
+                    call = resumable(pipeline, state / "sampling.pt", seeded(seed), options)
+                    restore_file(job, picture, call)
                     journal.finish(job.source, job.results)
 
             run(jobs, work, report)
@@ -237,11 +239,33 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
     )
 
 
-def restore_file(job: Job, call: Callable[[Image.Image], Image.Image]) -> None:
-    """Read, restore, write. Raises StableSRKitError, whose message begins with the file."""
-    picture = read_job(job)
+def resumable(
+    pipeline: "StableSRPipeline", saved: Path, generator: "torch.Generator", options: dict[str, Any]
+) -> Callable[[Image.Image], Image.Image]:
+    """Restores a picture and saves where it stands after every step; goes on from there if that file exists."""
+    from stablesr_kit.pipelines.sampling_state import SamplingState
+
+    def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        # A tiled call draws its noise by position and takes nothing more from the generator.
+        SamplingState.after(step + 1, tensors["latents"], pipeline.scheduler, generator).save(saved)
+        return tensors
+
+    def call(rgb: Image.Image) -> Image.Image:
+        state = SamplingState.load(saved) if saved.exists() else None
+        restored: Image.Image = pipeline(
+            rgb, generator=generator, state=state, callback_on_step_end=save, **options
+        ).images[0]
+        return restored
+
+    return call
+
+
+def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image.Image]) -> None:
+    """Restore and write. Raises StableSRKitError, whose message begins with the file."""
     try:
         restored = call(picture.rgb)
+    except StableSRKitError:
+        raise
     # What models meet on some pictures: sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason, advice = str(error).partition("\n")[0], ""

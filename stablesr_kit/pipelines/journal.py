@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stablesr_kit.errors import JobError, OutputError
+from stablesr_kit.imaging.files import replacing
 
 JOBS_FOLDER = ".stablesr"
 
@@ -78,10 +79,13 @@ class Journal:
             ) from error
 
     @contextmanager
-    def in_progress(self, result: Path) -> Iterator[Path]:
-        """The folder, maybe not there yet, for the state of one result, kept for this process while the block runs.
+    def in_progress(self, source: Path, result: Path, resume: bool = False) -> Iterator[Path]:
+        """The folder for the state of one result, which belongs to this process while the block runs.
 
-        The state is deleted when the block ends without an exception. Raises JobError if another process has it.
+        The state is deleted when the block ends without an exception, and before it begins unless `resume`.
+
+        Raises:
+            JobError: another process has it, or the state to resume is of another picture or of other settings.
         """
         state = self.jobs_folder / f"{result.name}.job"
         path = self.jobs_folder / f"{result.name}.lock"
@@ -94,11 +98,31 @@ class Journal:
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         try:
+            self._open_state(state, source, result, resume)
             yield state
             shutil.rmtree(state, ignore_errors=True)
         finally:
             path.unlink(missing_ok=True)  # before the release: afterwards it may be another's
             lock.release()
+
+    def _open_state(self, state: Path, source: Path, result: Path, resume: bool) -> None:
+        """Make the folder of a state, or check that it is of this picture and these settings."""
+        path = state / "job.json"
+        try:
+            made_from = {"picture": sha256(source), **self.settings}
+            if resume and path.exists():
+                refuse_other_settings(result, json.loads(path.read_bytes()), made_from)
+                return
+            shutil.rmtree(state, ignore_errors=True)
+            state.mkdir()
+            with replacing(path) as part:
+                part.write_text(json.dumps(made_from))
+        except ValueError as error:
+            raise JobError(f"{path}: cannot be read ({error}); start again without --resume") from error
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{error.filename}: {error.strerror}; check the file, or choose another place") from error
 
 
 def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) -> None:

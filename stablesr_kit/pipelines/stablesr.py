@@ -34,6 +34,7 @@ from stablesr_kit.pipelines.pictures import Picture, to_image
 from stablesr_kit.pipelines.planner import TileSize, choose_tiling, tile_multiple
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
 from stablesr_kit.pipelines.sampling import Sampling
+from stablesr_kit.pipelines.sampling_state import SamplingState
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -194,6 +195,7 @@ class StableSRPipeline(
         color_fix: ColorFix = "wavelet",
         generator: Generators = None,
         latents: Tensor | None = None,
+        state: SamplingState | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
@@ -229,6 +231,7 @@ class StableSRPipeline(
             color_fix: "wavelet", "adain" or "none": where the result's colours come from.
             generator: source of all randomness, or one per result.
             latents: unit noise (B, C, h, w) to start with instead of a drawn one.
+            state: go on where another call with these arguments stood, to the bit; None begins.
             prompt_embeds, negative_prompt_embeds: text embeddings instead of prompts, one or one per picture.
             output_type: "pil", "np", "pt", or "latent" for the undecoded latents.
             return_dict: False returns a tuple.
@@ -349,6 +352,9 @@ class StableSRPipeline(
         kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, timesteps, sigmas)
         with drawing_from(noise, stage=1):
             latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
+        first_step = 0
+        if state is not None:
+            latents, first_step = state.restore(latents, self.scheduler, generator), state.step
 
         # 7. Denoise
         step_kwargs = {"generator": generator, "eta": eta}
@@ -363,9 +369,9 @@ class StableSRPipeline(
             jitter_seed=noise.seeds[0] if noise is not None and tile_jitter else None,
         )
         self._num_timesteps = len(kept_timesteps)
-        with self.progress_bar(total=aggregation.count(range(self._num_timesteps))) as progress_bar:
+        with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
             for i, t in enumerate(kept_timesteps):
-                if self.interrupt:
+                if self.interrupt or i < first_step:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, t)
                 predict = partial(

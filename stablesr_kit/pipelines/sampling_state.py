@@ -1,0 +1,71 @@
+"""Where sampling stands after a step, in memory and in a file: enough to go on from there to the bit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablesr_kit.errors import JobError
+from stablesr_kit.imaging.files import replacing
+from stablesr_kit.pipelines.coding import Generators
+
+_PLAIN = (Tensor, int, float, bool, str, type(None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingState:
+    """What the steps still to come depend on.
+
+    step: number of steps taken.
+    latents: (B, C, h, w) after them, on the CPU.
+    scheduler: what the scheduler remembers of them.
+    generators: state of each generator the noise comes from.
+    """
+
+    step: int
+    latents: Tensor
+    scheduler: dict[str, Any]
+    generators: list[Tensor]
+
+    @classmethod
+    def after(cls, step: int, latents: Tensor, scheduler: Any, generator: Generators) -> "SamplingState":
+        """The state after `step` steps."""
+        remembered = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
+        drawn = [one.get_state() for one in _as_list(generator)]
+        return cls(step=step, latents=latents.cpu(), scheduler=remembered, generators=drawn)
+
+    def restore(self, like: Tensor, scheduler: Any, generator: Generators) -> Tensor:
+        """The latents, on the device and of the dtype of `like`; scheduler and generator are as they were then."""
+        if self.latents.shape != like.shape:
+            raise ValueError(f"a state of latents {tuple(self.latents.shape)} is given, expected {tuple(like.shape)}")
+        vars(scheduler).update(self.scheduler)
+        for one, drawn in zip(_as_list(generator), self.generators, strict=False):
+            one.set_state(drawn)
+        return self.latents.to(like)
+
+    def save(self, path: Path) -> None:
+        """Write it whole, or leave the older one. Raises OutputError."""
+        with replacing(path) as part:
+            torch.save(vars(self), part)
+
+    @classmethod
+    def load(cls, path: Path) -> "SamplingState":
+        """Read what `save` wrote. Raises JobError if it is damaged."""
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except Exception as error:  # the unpickler meets damaged bytes with errors of every kind
+            reason = str(error).partition("\n")[0]
+            raise JobError(f"{path}: the state cannot be read ({reason}); start again without --resume") from error
+
+
+def _as_list(generator: Generators) -> list[torch.Generator]:
+    return generator if isinstance(generator, list) else [] if generator is None else [generator]
+
+
+def _is_plain(value: object) -> bool:
+    """False for what a scheduler is made of: arrays and tables that its config and its timesteps give again."""
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, _PLAIN)
