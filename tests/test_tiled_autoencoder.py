@@ -230,6 +230,10 @@ def test_what_cannot_be_tiled_is_refused_in_one_line() -> None:
         TiledAutoencoder(vae, tile_px=2)
     with pytest.raises(ConfigError, match="attention='local' is given"):
         TiledAutoencoder(vae, attention="local")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="mode='fast' is given"):
+        TiledAutoencoder(vae, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tile_px=64 leaves nothing between the halos .* give at least 128"):
+        TiledAutoencoder(vae, tile_px=64, mode="approximate")
     with pytest.raises(ConfigError, match="window=1 is given"):
         TiledAutoencoder(vae, window=1)
     with pytest.raises(ConfigError, match="has a AttnDownEncoderBlock2D, which cannot be tiled exactly"):
@@ -252,3 +256,53 @@ def test_what_cannot_be_tiled_is_refused_in_one_line() -> None:
         tiled.decode(torch.zeros(1, 4, 5, 4), features, 1.0)
     with pytest.raises(ValueError, match="features of level 2 are nothing"):
         tiled.decode(torch.zeros(1, 4, 4, 4), {1: features[1]}, 1.0)
+
+
+@pytest.mark.parametrize("size", [(70, 51), (96, 40)])
+@torch.no_grad()
+def test_the_approximate_mode_is_near_and_exact_if_one_tile_holds_the_picture(size: tuple[int, int]) -> None:
+    vae = tiny_vae(levels=2, mid_block_add_attention=False)
+    cfw = tiny_cfw(vae, levels=(1,))
+    image = torch.nn.functional.interpolate(unit_noise(1, 3, 6, 5), size, mode="bicubic")
+    posterior, features = encode_with_features(vae, image, (1,))
+    errors = []
+    for tile_px in (36, 44, 400):
+        tiled = TiledAutoencoder(vae, cfw, tile_px=tile_px, mode="approximate")
+        moments, tiled_features = tiled.encode_with_features(image, (1,))
+        assert largest_difference(tiled_features[1], features[1]) < 0.1
+        assert largest_difference(moments, posterior.parameters) < 0.1
+    if size[1] % 2 == 0:
+        expected = decode_with_features(vae, cfw, posterior.mean, features, 1.0)
+        for tile_px in (36, 400):
+            tiled = TiledAutoencoder(vae, cfw, tile_px=tile_px, mode="approximate")
+            errors.append(largest_difference(tiled.decode(posterior.mean, features_canvases(features), 1.0), expected))
+        assert errors[1] <= EXACT  # one tile holds it all
+        assert errors[0] < 0.1 * expected.abs().max()
+
+
+def features_canvases(features: dict[int, Tensor]) -> dict[int, Canvas]:
+    return {level: Canvas.from_tensor(values) for level, values in features.items()}
+
+
+@pytest.mark.parametrize("mode", ["exact", "approximate"])
+@torch.no_grad()
+def test_the_device_sees_tensors_of_one_size_however_large_the_picture(mode: Any) -> None:
+    """The largest input or output of any layer, counted, stays within 15% for four times the picture."""
+    vae = tiny_vae(levels=2, layers_per_block=1, mid_block_add_attention=mode == "exact")
+    largest = 0
+
+    def count(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, *(value.numel() for value in (*args, output) if isinstance(value, Tensor)))
+
+    for part in vae.modules():
+        if not list(part.children()):
+            part.register_forward_hook(count)
+    peaks = []
+    for side in (96, 192):
+        largest = 0
+        tiled = TiledAutoencoder(vae, tile_px=48, mode=mode, attention="windowed", window=16)
+        moments = tiled.encode(unit_noise(1, 3, side, side + 32))
+        tiled.decode(moments.to_tensor()[:, :4])
+        peaks.append(largest)
+    assert 0 < peaks[1] <= 1.15 * peaks[0]

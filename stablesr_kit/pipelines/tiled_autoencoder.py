@@ -1,39 +1,52 @@
-"""Encoding and decoding of pictures of any size, tile by tile and yet equal to the whole picture at once."""
+"""Encoding and decoding of pictures of any size tile by tile, equal to doing it at once, or nearly."""
 
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.canvas import Canvas, Readable, Region
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, FusionLayer
-from stablesr_kit.pipelines.canvas_attention import attended
-from stablesr_kit.pipelines.feature_maps import FeatureMap, Workspace, downsampled, layer, upsampled
+from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.pipelines.autoencoder_maps import decoded, encoded
+from stablesr_kit.pipelines.feature_maps import Workspace
 
+TilingMode = Literal["exact", "approximate"]
 AttentionMode = Literal["global", "windowed"]
+Statistics = dict[nn.GroupNorm, tuple[Tensor, Tensor]]
+
+APPROXIMATE_HALO = 8  # latent positions; the true receptive field is about twice that, its far taps are weak
+SAMPLED_PATCHES = 8  # per side of the picture
+SAMPLED_PATCH = 32  # latent positions
 
 
 class TiledAutoencoder:
-    """A stock AutoencoderKL, with CFW if wanted, run layer by layer over tiles.
+    """A stock AutoencoderKL, with CFW if wanted, run over tiles. The networks are used as they are and not changed.
 
-    Every layer sees its true neighbours, every group norm the statistics of the whole picture, and attention all of it,
-    so that the result is that of the networks themselves; in float32 the difference stays below 1e-4. The device holds
-    tiles only; feature maps lie on canvases. The networks are used as they are and not changed.
+    mode "exact" goes layer by layer: every layer sees its true neighbours, every group norm the statistics of the whole
+    picture, and attention all of it, so that the result is that of the networks themselves; in float32 the difference
+    stays below 1e-4. The device holds tiles only; feature maps lie on canvases.
+
+    mode "approximate" takes each tile through all layers at once. The statistics of the group norms come from 8 x 8
+    patches spread over the picture, tiles overlap by 8 latent positions on each side, which are cut off, and attention
+    sees its tile. No feature map is ever whole, but those CFW needs.
 
     Args:
         vae: the autoencoder.
         cfw: the fusion layers for it; None allows w = 0 only.
-        tile_px: side of a tile at the picture's resolution; deeper layers use tiles of as many values.
-        attention: "global", or "windowed" for pictures whose size makes global attention, which is quadratic, too slow.
+        tile_px: side of a tile in the picture; deeper layers of the exact mode use tiles of as many values.
+        mode: "exact" or "approximate".
+        attention: "global", or "windowed" for pictures whose size makes global attention, which is quadratic, too slow;
+            for the exact mode.
         window: side, in latent positions, of the square that windowed attention sees.
         folder: where the canvases are; None keeps them in memory.
         canvas_dtype: dtype of the feature maps' canvases; half precision halves them and costs exactness.
@@ -47,7 +60,8 @@ class TiledAutoencoder:
         vae: AutoencoderKL,
         cfw: ControllableFeatureWrapping | None = None,
         *,
-        tile_px: int = 512,
+        tile_px: int = 256,
+        mode: TilingMode = "exact",
         attention: AttentionMode = "global",
         window: int = 64,
         folder: Path | None = None,
@@ -55,15 +69,23 @@ class TiledAutoencoder:
     ) -> None:
         _check_blocks(vae)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if tile_px < factor:
-            raise ConfigError(f"tile_px={tile_px} is smaller than one latent position; give at least {factor}")
+        if mode not in get_args(TilingMode):
+            raise ConfigError(f"mode={mode!r} is given, expected one of {get_args(TilingMode)}")
         if attention not in get_args(AttentionMode):
             raise ConfigError(f"attention={attention!r} is given, expected one of {get_args(AttentionMode)}")
+        if tile_px < factor:
+            raise ConfigError(f"tile_px={tile_px} is smaller than one latent position; give at least {factor}")
+        if mode == "approximate" and tile_px <= 2 * APPROXIMATE_HALO * factor:
+            raise ConfigError(
+                f"tile_px={tile_px} leaves nothing between the halos of the approximate mode; "
+                f"give at least {4 * APPROXIMATE_HALO * factor}"
+            )
         if window < 4:
             raise ConfigError(f"window={window} is given, expected at least 4 latent positions")
         self.vae = vae
         self.cfw = cfw
         self.tile_px = tile_px
+        self.mode = mode
         self.window = window if attention == "windowed" else None
         self.folder = folder
         self.canvas_dtype = canvas_dtype
@@ -84,25 +106,29 @@ class TiledAutoencoder:
         """Moments as `encode` gives them, and canvases of the encoder's features (C, H / 2**level, W / 2**level)."""
         image = Canvas.from_tensor(image) if isinstance(image, Tensor) else image
         self._check_image(image, levels)
-        _bring_to_device(self.vae)
-        workspace, encoder = self._workspace(), self.vae.encoder
-        features = {}
-        x = layer(workspace.source(image, self.vae.dtype), encoder.conv_in, encoder.conv_in.out_channels, halo=1)
-        x.is_cheap = True
-        for level, block in enumerate(encoder.down_blocks):
-            for resnet in block.resnets:
-                x = _residual_block(x, resnet, workspace)
-            if level in levels:
-                features[level] = workspace.store(x)
-                x.is_kept = True
-            for downsampler in block.downsamplers or ():
-                x = downsampled(x, downsampler)
-        x = self._mid_block(x, encoder.mid_block, workspace)
-        moments = _output(x, encoder, self.vae.quant_conv, workspace)
-        return workspace.store(moments, with_moments=False), features
+        if self.mode == "exact":
+            return encoded(self.vae, image, levels, self._workspace(), self.window)
+
+        _, image_height, image_width = image.shape
+        height, width = image_height // self.factor, image_width // self.factor
+        sample = _sampled(image, height, width, self.factor)
+        sampling = self._workspace()
+        encoded(self.vae, sample, levels, sampling, self.window)
+        channels = self.vae.config.block_out_channels
+        moments = self._canvas(2 * self.vae.config.latent_channels, height, width)
+        features = {i: self._canvas(channels[i], image_height >> i, image_width >> i) for i in levels}
+        for inner, outer in self._tiles(height, width):
+            tile = _Part(image, _scaled(outer, self.factor, moments, image))
+            codes, maps = encoded(self.vae, tile, levels, self._workspace(sampling.statistics), None)
+            moments.write(inner, inner.cut_from(codes.to_tensor(), outer))
+            for level, canvas in features.items():
+                scale = self.factor >> level
+                inner_part, outer_part = (_scaled(part, scale, moments, canvas) for part in (inner, outer))
+                canvas.write(inner_part, inner_part.cut_from(maps[level].to_tensor(), outer_part))
+        return moments, features
 
     @torch.no_grad()
-    def decode(self, z: Readable | Tensor, features: dict[int, Canvas] | None = None, w: float = 0.0) -> Canvas:
+    def decode(self, z: Readable | Tensor, features: Mapping[int, Readable] | None = None, w: float = 0.0) -> Canvas:
         """Image (3, H, W), about [-1, 1], of the raw code z (C, h, w), with the LQ picture's features wrapped in.
 
         z: a canvas, anything that reads like one, or a tensor (1, C, h, w).
@@ -111,65 +137,41 @@ class TiledAutoencoder:
         """
         z = Canvas.from_tensor(z) if isinstance(z, Tensor) else z
         fused = self._features_for(z, features, w)
-        _bring_to_device(self.vae)
-        workspace, decoder = self._workspace(), self.vae.decoder
+        cfw = self.cfw if fused else None
+        if self.mode == "exact":
+            return decoded(self.vae, cfw, z, fused, w, self._workspace(), self.window)
 
-        def read_in(tile: Tensor) -> Tensor:
-            return decoder.conv_in(tile if self.vae.post_quant_conv is None else self.vae.post_quant_conv(tile))
+        _, height, width = z.shape
+        sample = _sampled(z, height, width, 1)
+        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
+        sampling = self._workspace()
+        decoded(self.vae, cfw, sample, samples, w, sampling, self.window)
+        image = self._canvas(self.vae.config.out_channels, height * self.factor, width * self.factor)
+        for inner, outer in self._tiles(height, width):
+            parts = {i: _Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
+            workspace = self._workspace(sampling.statistics)
+            tile = decoded(self.vae, cfw, _Part(z, outer), parts, w, workspace, None).to_tensor()
+            inner_px, outer_px = (_scaled(part, self.factor, z, image) for part in (inner, outer))
+            image.write(inner_px, inner_px.cut_from(tile, outer_px))
+        return image
 
-        x = layer(workspace.source(z, self.vae.dtype), read_in, decoder.conv_in.out_channels, halo=1)
-        x.is_cheap = True
-        x = self._mid_block(x, decoder.mid_block, workspace)
-        for level, block in zip(reversed(range(len(decoder.up_blocks))), decoder.up_blocks, strict=True):
-            for resnet in block.resnets:
-                x = _residual_block(x, resnet, workspace)
-            if level in fused:
-                x = self._wrapped(x, fused[level], level, w, workspace)
-            for upsampler in block.upsamplers or ():
-                x = upsampled(x, upsampler)
-        return workspace.store(_output(x, decoder, None, workspace), with_moments=False)
+    def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
+        """Latent regions without and with their halo; with it they are tile_px large."""
+        side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
+        return [(part, part.grown(APPROXIMATE_HALO, height, width)) for part in regions(height, width, side)]
 
-    def _mid_block(self, x: FeatureMap, block: UNetMidBlock2D, workspace: Workspace) -> FeatureMap:
-        x = _residual_block(x, block.resnets[0], workspace)
-        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-            if attention is not None:
-                x = attended(x, attention, workspace, self.window)
-            x = _residual_block(x, resnet, workspace)
-        return x
-
-    def _wrapped(
-        self, x: FeatureMap, encoder_features: Canvas, level: int, w: float, workspace: Workspace
-    ) -> FeatureMap:
-        """Decoder features + w * correction."""
-        assert self.cfw is not None
-        cfw = self.cfw
-        _bring_to_device(cfw)
-        workspace.store(x)
-        theirs = workspace.source(encoder_features, cfw.dtype)
-        fusion: FusionLayer = dict(zip(cfw.config.levels, cfw.fusion_layers.values(), strict=True))[level]
-        h = FeatureMap(
-            (2 * x.shape[0], *x.shape[1:]),
-            lambda region: torch.cat([theirs.read(region), x.read(region).to(cfw.dtype)], dim=1),
-            is_cheap=True,
-        )
-        h = _residual_block(h, fusion.merge, workspace)
-        for rrdb in fusion.rrdbs:
-            workspace.store(h, with_moments=False)
-            h = layer(h, rrdb, h.shape[0], halo=sum(isinstance(part, nn.Conv2d) for part in rrdb.modules()))
-        correction = _residual_block(h, fusion.refine, workspace)
-
-        def read(region: Region) -> Tensor:
-            return (x.read(region).to(cfw.dtype) + w * correction.read(region)).to(self.vae.dtype)
-
-        return FeatureMap(x.shape, read, overwrites=x)
-
-    def _workspace(self) -> Workspace:
+    def _workspace(self, statistics: Statistics | None = None) -> Workspace:
+        """For a whole picture or, with statistics, for a tile of the approximate mode, which is one piece in memory."""
         return Workspace(
             device=next(self.vae.parameters()).device,
-            tile_values=self.tile_px**2 * self.vae.config.block_out_channels[0],
-            canvas_dtype=self.canvas_dtype,
-            folder=self.folder,
+            tile_values=sys.maxsize if statistics else self.tile_px**2 * self.vae.config.block_out_channels[0],
+            canvas_dtype=self.vae.dtype if statistics else self.canvas_dtype,
+            folder=None if statistics else self.folder,
+            statistics=statistics or {},
         )
+
+    def _canvas(self, channels: int, height: int, width: int) -> Canvas:
+        return Canvas(channels, height, width, dtype=self.canvas_dtype, folder=self.folder)
 
     def _check_image(self, image: Readable, levels: tuple[int, ...]) -> None:
         channels, height, width = image.shape
@@ -182,7 +184,7 @@ class TiledAutoencoder:
         if not set(levels) <= set(available):
             raise ValueError(f"features of levels {levels} are asked for, expected some of {list(available)}")
 
-    def _features_for(self, z: Readable, features: dict[int, Canvas] | None, w: float) -> dict[int, Canvas]:
+    def _features_for(self, z: Readable, features: Mapping[int, Readable] | None, w: float) -> dict[int, Readable]:
         """The features that CFW fuses, by level; none if w is 0."""
         channels, height, width = z.shape
         if channels != self.vae.config.latent_channels:
@@ -200,35 +202,51 @@ class TiledAutoencoder:
         return {level: features[level] for level in self.cfw.config.levels}
 
 
-def _residual_block(x: FeatureMap, block: ResnetBlock2D, workspace: Workspace) -> FeatureMap:
-    """x + conv(norm(conv(norm(x)))): the map between the two norms is stored, the result is left to its reader."""
-    norm1 = workspace.normalization(x, block.norm1, block.nonlinearity)
-    h = layer(x, lambda tile: block.conv1(norm1(tile)), block.out_channels, halo=1)
-    norm2 = workspace.normalization(h, block.norm2, block.nonlinearity)
-    residual = layer(h, lambda tile: block.conv2(norm2(tile)), block.out_channels, halo=1)
+@dataclass(frozen=True)
+class _Part:
+    """A region of what can be read, as something to be read by itself."""
 
-    def read(region: Region) -> Tensor:
-        shortcut = x.read(region)
-        if block.conv_shortcut is not None:
-            shortcut = block.conv_shortcut(shortcut)
-        return (shortcut + residual.read(region)) / block.output_scale_factor
+    whole: Readable
+    region: Region
 
-    return FeatureMap(residual.shape, read, overwrites=x if block.conv_shortcut is None else None)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.whole.shape[0], self.region.height, self.region.width
 
-
-def _output(x: FeatureMap, coder: Encoder | Decoder, quant_conv: nn.Conv2d | None, workspace: Workspace) -> FeatureMap:
-    norm = workspace.normalization(x, coder.conv_norm_out, coder.conv_act)
-
-    def write_out(tile: Tensor) -> Tensor:
-        tile = coder.conv_out(norm(tile))
-        return tile if quant_conv is None else quant_conv(tile)
-
-    return layer(x, write_out, coder.conv_out.out_channels, halo=1)
+    def read(self, region: Region) -> Tensor:
+        top, left, bottom, right = region
+        return self.whole.read(
+            Region(self.region.top + top, self.region.left + left, self.region.top + bottom, self.region.left + right)
+        )
 
 
-@apply_forward_hook
-def _bring_to_device(_network: nn.Module) -> None:
-    """Let the hook of an offloaded network bring it to its device, as a call of it would."""
+def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:
+    """The region of a latent-sized canvas on one that is `scale` times larger and may have some positions more."""
+    _, height, width = latent.shape
+    return Region(
+        region.top * scale,
+        region.left * scale,
+        scaled.shape[1] if region.bottom == height else region.bottom * scale,
+        scaled.shape[2] if region.right == width else region.right * scale,
+    )
+
+
+def _sampled(whole: Readable, height: int, width: int, scale: int) -> Canvas:
+    """Patches from all over a canvas of height x width latent positions, put side by side; all of it if it is small."""
+    rows = [
+        torch.cat([whole.read(Region(top, left, bottom, right)) for left, right in _patches(width, scale)], dim=3)
+        for top, bottom in _patches(height, scale)
+    ]
+    return Canvas.from_tensor(torch.cat(rows, dim=2))
+
+
+def _patches(length: int, scale: int) -> list[tuple[int, int]]:
+    """Ends of evenly spaced patches along one side."""
+    if length <= SAMPLED_PATCHES * SAMPLED_PATCH:
+        return [(0, length * scale)]
+    last = length - SAMPLED_PATCH
+    starts = [i * last // (SAMPLED_PATCHES - 1) * scale for i in range(SAMPLED_PATCHES)]
+    return [(start, start + SAMPLED_PATCH * scale) for start in starts]
 
 
 def _check_blocks(vae: AutoencoderKL) -> None:
