@@ -234,16 +234,19 @@ def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> R
 def _sampled(whole: Readable, height: int, width: int, scale: int) -> Canvas:
     """Patches from all over a canvas of height x width latent positions, put side by side; all of it if it is small."""
     rows = [
-        torch.cat([whole.read(Region(top, left, bottom, right)) for left, right in _patches(width, scale)], dim=3)
-        for top, bottom in _patches(height, scale)
+        torch.cat(
+            [whole.read(Region(top, left, bottom, right)) for left, right in _patches(width, scale, whole.shape[2])],
+            dim=3,
+        )
+        for top, bottom in _patches(height, scale, whole.shape[1])
     ]
     return Canvas.from_tensor(torch.cat(rows, dim=2))
 
 
-def _patches(length: int, scale: int) -> list[tuple[int, int]]:
-    """Ends of evenly spaced patches along one side."""
+def _patches(length: int, scale: int, end: int) -> list[tuple[int, int]]:
+    """Ends of evenly spaced patches along a side of `end` values, which are `length` latent positions and a rest."""
     if length <= SAMPLED_PATCHES * SAMPLED_PATCH:
-        return [(0, length * scale)]
+        return [(0, end)]
     last = length - SAMPLED_PATCH
     starts = [i * last // (SAMPLED_PATCHES - 1) * scale for i in range(SAMPLED_PATCHES)]
     return [(start, start + SAMPLED_PATCH * scale) for start in starts]
