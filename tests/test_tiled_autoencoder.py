@@ -269,15 +269,15 @@ def test_the_approximate_mode_is_near_and_exact_if_one_tile_holds_the_picture(si
     for tile_px in (36, 44, 400):
         tiled = TiledAutoencoder(vae, cfw, tile_px=tile_px, mode="approximate")
         moments, tiled_features = tiled.encode_with_features(image, (1,))
-        assert largest_difference(tiled_features[1], features[1]) < 0.1
-        assert largest_difference(moments, posterior.parameters) < 0.1
+        assert largest_difference(tiled_features[1], features[1]) <= EXACT
+        assert largest_difference(moments, posterior.parameters) <= (EXACT if tile_px == 400 else 0.02)
     if size[1] % 2 == 0:
         expected = decode_with_features(vae, cfw, posterior.mean, features, 1.0)
         for tile_px in (36, 400):
             tiled = TiledAutoencoder(vae, cfw, tile_px=tile_px, mode="approximate")
             errors.append(largest_difference(tiled.decode(posterior.mean, features_canvases(features), 1.0), expected))
         assert errors[1] <= EXACT  # one tile holds it all
-        assert errors[0] < 0.1 * expected.abs().max()
+        assert errors[0] < 0.03 * expected.abs().max()
 
 
 def features_canvases(features: dict[int, Tensor]) -> dict[int, Canvas]:
