@@ -31,3 +31,7 @@ class ConfigError(StableSRKitError, ValueError):
 
 class JobError(StableSRKitError, RuntimeError):
     """A job that cannot be continued: of another picture or other settings, in other hands, or unreadable."""
+
+
+class DivergenceError(StableSRKitError, ArithmeticError):
+    """A training whose loss is no longer a finite number."""

@@ -14,16 +14,17 @@ from stablesr_kit.models.feature_wrapping import (
     decode_with_features,
     encode_with_features,
 )
+from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
 from stablesr_kit.training.config import RunConfig, load_config
 from stablesr_kit.training.pairs import DegradedCrops
-from stablesr_kit.training.photos import RandomCrops, load_photos, make_loader
-from stablesr_kit.training.run import RunningMean, learning_rate
+from stablesr_kit.training.photos import RandomCrops, load_photos
+from stablesr_kit.training.records import LossRecords
+from stablesr_kit.training.schedules import learning_rate_schedule
 from stablesr_kit.training.small_autoencoder import (
     build_small_autoencoder,
     fold_latent_statistics,
     start_fusion_silent,
 )
-from stablesr_kit.training.small_unet import stratified_timesteps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ def test_learning_rate_warms_up_holds_and_decays_to_its_end() -> None:
         lr_warmup_steps=10,
         lr_decay_fraction=0.5,
     )
-    rates = [learning_rate(config, step) for step in range(101)]
+    schedule = learning_rate_schedule(config, 1.0)
+    rates = [schedule(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10:51] == pytest.approx([1.0] * 41)
     assert rates[75] == pytest.approx(0.55)
@@ -93,10 +95,29 @@ def test_crops_depend_on_seed_and_index_alone(photos: list[np.ndarray]) -> None:
 
 def test_a_loader_resumed_after_some_steps_gives_the_remaining_batches(photos: list[np.ndarray]) -> None:
     crops = RandomCrops(photos, 16, 0)
-    whole = list(make_loader(crops, 2, step=0, max_steps=5))
-    rest = list(make_loader(crops, 2, step=3, max_steps=5))
+    whole = list(make_loader(crops, SharedBatches(2, 0, 5)))
+    rest = list(make_loader(crops, SharedBatches(2, 3, 5)))
     assert len(whole) == 5
-    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole[3:], rest, strict=True))
+
+
+def test_processes_and_accumulated_batches_share_the_samples_of_a_step() -> None:
+    whole = [index for batch in SharedBatches(8, 3, 5) for index in batch]
+    # two processes, two batches of two samples per step
+    shares = [list(SharedBatches(2, 3 * 2, 5 * 2, 2, process)) for process in (0, 1)]
+    assert sorted(index for share in shares for batch in share for index in batch) == whole
+    assert [len(share) for share in shares] == [4, 4]
+
+
+def test_draws_of_a_sample_depend_on_seed_and_number_alone() -> None:
+    together = SampleDraws(0, torch.tensor([5, 6, 7]), 3)
+    apart = [SampleDraws(0, torch.tensor([index]), 3) for index in (5, 6, 7)]
+    like = torch.empty(3, 4, 2)
+    noise = together.normal(like)
+    assert torch.equal(noise, torch.cat([draws.normal(like[:1]) for draws in apart]))
+    assert torch.equal(together.uniform(), torch.cat([draws.uniform() for draws in apart]))
+    assert not torch.equal(noise, SampleDraws(1, torch.tensor([5, 6, 7]), 3).normal(like))
+    assert not torch.equal(noise, together.normal(like))
 
 
 def test_versions_of_a_pair_share_the_crop_and_differ_in_damage(photos: list[np.ndarray]) -> None:
@@ -158,13 +179,28 @@ def test_silent_fusion_hardly_changes_the_plain_decode() -> None:
 
 
 def test_stratified_timesteps_take_one_from_each_part_of_the_schedule() -> None:
-    timesteps = stratified_timesteps(10, 1000, torch.device("cpu"))
+    halves = [SampleDraws(0, torch.arange(first, first + 5), 10) for first in (30, 35)]
+    timesteps = torch.cat([half.timesteps(1000, stratified=True) for half in halves])
     assert [t // 100 for t in timesteps.tolist()] == list(range(10))
 
 
-def test_running_means_count_each_loss_for_itself() -> None:
-    losses = RunningMean()
-    losses.add(a=torch.tensor(1.0))
-    losses.add(a=torch.tensor(3.0), b=torch.tensor(5.0))
-    assert losses.read() == "a 2.0000 b 5.0000"
-    assert losses.read() == ""
+def test_plain_timesteps_cover_the_schedule() -> None:
+    timesteps = SampleDraws(0, torch.arange(4000), 8).timesteps(1000, stratified=False)
+    assert timesteps.min() < 5 and timesteps.max() > 994
+    assert timesteps.double().mean().item() == pytest.approx(499.5, abs=15)
+
+
+def test_records_are_cut_back_to_the_step_a_run_resumes_from(tmp_path: Path) -> None:
+    file = tmp_path / "losses.jsonl"
+    records = LossRecords(file, 0)
+    records.add(1, {"a": 1.0})
+    records.add(2, {"a": 3.0, "b": 5.0})
+    assert records.recent_means() == {"a": 2.0, "b": 5.0}
+    assert records.recent_means() == {}
+    before = file.read_text()
+    records.add(3, {"a": 4.0})
+    records.close()
+    with file.open("a") as stream:
+        stream.write('{"step": 4, "a"')  # killed in the middle of a line
+    LossRecords(file, 2).close()
+    assert file.read_text() == before

@@ -4,7 +4,6 @@ python training/assemble_pipeline.py --config configs/mini/pipeline.yaml
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
-from stablesr_kit.training.config import ProgramConfig, load_config
+from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.program import launch
 from stablesr_kit.training.small_unet import build_small_scheduler
 
 
@@ -57,4 +57,4 @@ def main(config: AssembleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(load_config(AssembleConfig, sys.argv[1:]))
+    launch(main, AssembleConfig)

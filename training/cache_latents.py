@@ -4,7 +4,6 @@ python training/cache_latents.py --config configs/mini/latents.yaml --train_data
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from safetensors.torch import save_file
 from tqdm import trange
 
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.training.config import ProgramConfig, load_config
+from stablesr_kit.training.config import ProgramConfig
 from stablesr_kit.training.pairs import DegradedCrops
 from stablesr_kit.training.photos import load_photos
+from stablesr_kit.training.program import launch
 
 logger = logging.getLogger("cache_latents")
 
@@ -80,4 +80,4 @@ def main(config: CacheConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(load_config(CacheConfig, sys.argv[1:]))
+    launch(main, CacheConfig)

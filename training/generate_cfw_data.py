@@ -4,7 +4,6 @@ python training/generate_cfw_data.py --config configs/mini/cfw_data.yaml --train
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from tqdm import trange
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels
-from stablesr_kit.training.config import ProgramConfig, load_config
+from stablesr_kit.training.config import ProgramConfig
 from stablesr_kit.training.pairs import DegradedCrops
 from stablesr_kit.training.photos import load_photos
+from stablesr_kit.training.program import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,4 +87,4 @@ def main(config: CFWDataConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(load_config(CFWDataConfig, sys.argv[1:]))
+    launch(main, CFWDataConfig)

@@ -6,43 +6,23 @@ A share of the steps leaves the adapter out, so that the UNet remains a prior of
 freezes it.
 """
 
-import logging
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.training.config import RunConfig, load_config
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_loss, hide, noise_schedule
 from stablesr_kit.training.pairs import CachedLatents
-from stablesr_kit.training.photos import make_loader
-from stablesr_kit.training.run import (
-    RunningMean,
-    learning_rate,
-    resume,
-    save_checkpoint,
-    set_learning_rate,
-    start_run,
-)
-from stablesr_kit.training.small_unet import (
-    build_small_adapter,
-    build_small_scheduler,
-    build_small_unet,
-    stratified_timesteps,
-)
-
-logger = logging.getLogger("train_prior")
+from stablesr_kit.training.program import launch
+from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.small_unet import build_small_adapter, build_small_unet
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorConfig(RunConfig):
+class PriorConfig(DenoisingOptions, RunConfig):
     """Options of this program."""
 
     latents: str
@@ -63,9 +43,10 @@ class PriorConfig(RunConfig):
 
 def main(config: PriorConfig) -> None:
     """Train, write checkpoints, and save the averaged weights to output_dir/unet and output_dir/adapter."""
-    accelerator = start_run(config)
+    run = TrainingRun(config)
+    pairs = CachedLatents(config.latents, config.latent_crop, config.seed)
+    schedule = noise_schedule("v_prediction")
 
-    # networks: the UNet, the adapter, and the moving average of both
     if config.pretrained_unet is None:
         stock_unet = build_small_unet(config.block_out_channels)
     else:
@@ -75,78 +56,29 @@ def main(config: PriorConfig) -> None:
         adapter = build_small_adapter(unet, config.adapter_channels)
     else:
         adapter = StableSRAdapter.from_pretrained(config.pretrained_adapter)
-    unet, adapter = unet.to(memory_format=torch.channels_last), adapter.to(memory_format=torch.channels_last)
-    unet.train()
-    adapter.train()
-    parameters = [*unet.parameters(), *adapter.parameters()]
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-    )
-    unet, adapter, optimizer = accelerator.prepare(unet, adapter, optimizer)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-    step = resume(accelerator, config)
+    for network in (unet, adapter):
+        network.to(memory_format=torch.channels_last).train()
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+    assert adapter.empty_prompt_embeds is not None
+    no_text = adapter.empty_prompt_embeds.to(run.accelerator.device)
+    predict = run.train(unet, {"unet": ""})
+    adapt = run.train(adapter, {"adapter": ""})
 
-    # data and the noise they are hidden under
-    scheduler = build_small_scheduler()
-    pairs = CachedLatents(config.latents, config.latent_crop, config.seed)
-    loader = accelerator.prepare(
-        make_loader(
-            pairs,
-            config.train_batch_size,
-            step=step,
-            max_steps=config.max_train_steps,
-            processes=accelerator.num_processes,
-        )
-    )
-    no_text = accelerator.unwrap_model(adapter).empty_prompt_embeds
-    logger.info("%d parameters in UNet and adapter", sum(p.numel() for p in parameters))
+    for draws, (lq, hq) in run.batches(pairs):
+        # hide the good latent under noise, and find it again with the degraded one or, every few steps, without
+        hidden = hide(hq, draws, schedule, config)
+        is_unconditional = run.step % config.unconditional_every == 0
+        sft = None if is_unconditional else adapt(lq.to(memory_format=torch.channels_last), hidden.timestep)
+        context = no_text.expand(len(hq), -1, -1)
+        prediction = predict(hidden.x, hidden.timestep, context, sft=sft, return_dict=False)[0]
+        loss = denoising_loss(prediction, hidden, schedule, config)
 
-    losses = RunningMean()
-    progress = tqdm(
-        total=config.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_local_main_process
-    )
-    start = time.monotonic()
-    for lq, hq in loader:
-        set_learning_rate(optimizer, learning_rate(config, step))
+        run.backward(loss)
+        run.update(**{"unconditional" if is_unconditional else "conditional": loss})
 
-        # hide the good latent under noise
-        timestep = stratified_timesteps(len(hq), scheduler.config.num_train_timesteps, hq.device)
-        noise = torch.randn_like(hq)
-        x = scheduler.add_noise(hq, noise, timestep).to(memory_format=torch.channels_last)
-        target = scheduler.get_velocity(hq, noise, timestep)
-
-        # find it again, with the degraded one or, every few steps, without
-        is_unconditional = step % config.unconditional_every == 0
-        with accelerator.autocast():
-            sft = None if is_unconditional else adapter(lq.to(memory_format=torch.channels_last), timestep)
-            v = unet(x, timestep, no_text.expand(len(x), -1, -1), sft=sft, return_dict=False)[0]
-        loss = F.mse_loss(v.float(), target)
-
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        step += 1
-
-        losses.add(**{"unconditional" if is_unconditional else "conditional": loss.detach()})
-        progress.update()
-        if step % config.logging_steps == 0:
-            logger.info("step %d %s (%.0f s)", step, losses.read(), time.monotonic() - start)
-        if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
-            save_checkpoint(accelerator, config, step)
-
-    # the result: averaged weights
-    if accelerator.is_main_process:
-        ema.copy_to(parameters)
-        accelerator.unwrap_model(unet).save_pretrained(Path(config.output_dir) / "unet")
-        accelerator.unwrap_model(adapter).save_pretrained(Path(config.output_dir) / "adapter")
+    run.finish({"unet": run.averaged("unet"), "adapter": run.averaged("adapter")})
 
 
 if __name__ == "__main__":
-    main(load_config(PriorConfig, sys.argv[1:]))
+    launch(main, PriorConfig)

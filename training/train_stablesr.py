@@ -1,65 +1,54 @@
 """Train the adapter, StableSR's time-aware encoder and SFT layers, on a frozen UNet (Wang et al. 2023, stage 1).
 
-    accelerate launch training/train_stablesr.py --config configs/mini/stablesr.yaml
+    accelerate launch training/train_stablesr.py --config configs/official/stablesr_512.yaml --train_data_dir DATA
 
 Pairs are degraded on the fly from photographs and encoded, or read from the latents of cache_latents.py.
 """
 
-import logging
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from stablesr_kit.checkpoints.foundations import foundation_of_folder
+from stablesr_kit.checkpoints.networks import embed_empty_prompt
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.training.config import RunConfig, load_config
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_loss, hide, noise_schedule
 from stablesr_kit.training.pairs import CachedLatents, DegradedCrops
-from stablesr_kit.training.photos import load_photos, make_loader
-from stablesr_kit.training.run import (
-    RunningMean,
-    learning_rate,
-    resume,
-    save_checkpoint,
-    set_learning_rate,
-    start_run,
-)
-from stablesr_kit.training.small_unet import build_small_adapter, build_small_scheduler, stratified_timesteps
-
-logger = logging.getLogger("train_stablesr")
+from stablesr_kit.training.photo_options import PhotoOptions
+from stablesr_kit.training.program import launch
+from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.small_unet import build_small_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableSRConfig(RunConfig):
+class StableSRConfig(DenoisingOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
-    pretrained_unet: str
-    """Folder of the UNet, which stays as it is."""
+    pretrained_model: str | None = None
+    """Folder of a Stable Diffusion pipeline: its UNet, autoencoder, empty prompt and prediction type are used."""
+    pretrained_unet: str | None = None
+    """Folder of the UNet, where there is no pretrained_model."""
+    pretrained_vae: str | None = None
+    """Folder of the autoencoder, where there is no pretrained_model; cached latents need none."""
+    prediction_type: str = "v_prediction"
+    """What the UNet of pretrained_unet predicts: epsilon or v_prediction."""
     pretrained_adapter: str | None = None
     """Folder of an adapter to start from; None builds an untrained one."""
-    adapter_channels: tuple[int, ...] = (64, 96, 128)
-    """Widths of an untrained adapter's encoder."""
+    adapter_channels: tuple[int, ...] | None = (64, 96, 128)
+    """Widths of an untrained small adapter's encoder; None builds the published one."""
     latents: str | None = None
     """File written by cache_latents.py; None degrades and encodes photographs on the fly."""
     latent_crop: int = 32
     """Side of the square latents of a batch, when they are cached."""
-    pretrained_vae: str | None = None
-    """Folder of the autoencoder, for photographs."""
-    train_data_dir: str | None = None
-    """Folder of photographs."""
-    photo_scales: tuple[float, ...] = (1.0,)
-    """Every photograph is used once at each of these sizes."""
     resolution: int = 512
     """Side of the square crops in px, for photographs."""
     degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-512": 1.0})
@@ -67,108 +56,81 @@ class StableSRConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latents is None and (self.train_data_dir is None or self.pretrained_vae is None):
-            raise ConfigError("give latents, or both train_data_dir and pretrained_vae")
+        if (self.pretrained_model is None) == (self.pretrained_unet is None):
+            raise ConfigError("give either pretrained_model or pretrained_unet")
+        if self.latents is None and self.pretrained_model is None and self.pretrained_vae is None:
+            raise ConfigError("give latents, or pretrained_vae to encode photographs with")
 
 
 def main(config: StableSRConfig) -> None:
     """Train, write checkpoints, and save the averaged adapter to output_dir/adapter."""
-    accelerator = start_run(config)
+    run = TrainingRun(config)
+    pairs = pairs_of(config)
+    unet, vae, schedule, no_text = frozen_parts(config)
+    vae = vae if config.latents is None else None
 
-    # networks: only the adapter is trained, through the UNet
-    unet = SFTUNet2DConditionModel.from_unet(UNet2DConditionModel.from_pretrained(config.pretrained_unet))
-    unet.requires_grad_(False).eval()
-    vae = None
-    if config.latents is None:
-        vae = AutoencoderKL.from_pretrained(config.pretrained_vae).requires_grad_(False).eval()
-        vae.to(accelerator.device, memory_format=torch.channels_last)
-    if config.pretrained_adapter is None:
+    # only the adapter is trained, through the UNet
+    if config.pretrained_adapter is not None:
+        adapter = StableSRAdapter.from_pretrained(config.pretrained_adapter)
+    elif config.adapter_channels is not None:
         adapter = build_small_adapter(unet, config.adapter_channels)
     else:
-        adapter = StableSRAdapter.from_pretrained(config.pretrained_adapter)
-    adapter.train()
-    unet.to(accelerator.device, memory_format=torch.channels_last)
-    adapter = adapter.to(memory_format=torch.channels_last)
-    parameters = list(adapter.parameters())
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-    )
-    adapter, optimizer = accelerator.prepare(adapter, optimizer)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-    step = resume(accelerator, config)
+        adapter = StableSRAdapter.from_unet(unet)
+    if no_text is not None:
+        adapter.empty_prompt_embeds = no_text
+    no_text = adapter.empty_prompt_embeds.to(run.accelerator.device, run.frozen_dtype)
+    unet.requires_grad_(False).eval().to(run.accelerator.device, run.frozen_dtype, memory_format=torch.channels_last)
+    adapter.train().to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        adapter.enable_gradient_checkpointing()
+    if vae is not None:
+        vae.requires_grad_(False).eval().to(run.accelerator.device, memory_format=torch.channels_last)
+    adapt = run.train(adapter, {"adapter": ""})
 
-    # data and the noise they are hidden under
-    scheduler = build_small_scheduler()
-    loader = accelerator.prepare(
-        make_loader(
-            pairs_of(config),
-            config.train_batch_size,
-            step=step,
-            max_steps=config.max_train_steps,
-            processes=accelerator.num_processes,
-        )
-    )
-    no_text = accelerator.unwrap_model(adapter).empty_prompt_embeds
-    logger.info("%d trained parameters", sum(p.numel() for p in parameters))
-
-    losses = RunningMean()
-    progress = tqdm(
-        total=config.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_local_main_process
-    )
-    start = time.monotonic()
-    for lq, hq in loader:
-        set_learning_rate(optimizer, learning_rate(config, step))
-
+    for draws, (lq, hq) in run.batches(pairs):
         # photographs become latents, samples of their posterior
         if vae is not None:
-            with torch.no_grad(), accelerator.autocast():
-                z = vae.encode(torch.cat([lq, hq]).to(memory_format=torch.channels_last)).latent_dist.sample()
-            lq, hq = to_latent(z.float(), vae).chunk(2)
+            with torch.no_grad(), run.accelerator.autocast():
+                posterior = vae.encode(torch.cat([lq, hq]).to(memory_format=torch.channels_last)).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            noise = torch.cat([draws.normal(part) for part in mean.chunk(2)])
+            lq, hq = to_latent(mean + std * noise, vae).chunk(2)
 
-        # hide the good latent under noise
-        timestep = stratified_timesteps(len(hq), scheduler.config.num_train_timesteps, hq.device)
-        noise = torch.randn_like(hq)
-        x = scheduler.add_noise(hq, noise, timestep).to(memory_format=torch.channels_last)
-        target = scheduler.get_velocity(hq, noise, timestep)
+        # hide the good latent under noise, and find it again with the degraded one
+        hidden = hide(hq, draws, schedule, config)
+        sft = adapt(lq.to(memory_format=torch.channels_last), hidden.timestep).to(unet.dtype)
+        with run.accelerator.autocast():
+            context = no_text.expand(len(hq), -1, -1)
+            prediction = unet(hidden.x.to(unet.dtype), hidden.timestep, context, sft=sft, return_dict=False)[0]
+        loss = denoising_loss(prediction, hidden, schedule, config)
 
-        # find it again with the degraded one
-        with accelerator.autocast():
-            sft = adapter(lq.to(memory_format=torch.channels_last), timestep)
-            v = unet(x, timestep, no_text.expand(len(x), -1, -1), sft=sft, return_dict=False)[0]
-        loss = F.mse_loss(v.float(), target)
+        run.backward(loss)
+        run.update(loss=loss)
 
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        step += 1
+    run.finish({"adapter": run.averaged("adapter")})
 
-        losses.add(loss=loss.detach())
-        progress.update()
-        if step % config.logging_steps == 0:
-            logger.info("step %d %s (%.0f s)", step, losses.read(), time.monotonic() - start)
-        if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
-            save_checkpoint(accelerator, config, step)
 
-    # the result: averaged weights
-    if accelerator.is_main_process:
-        ema.copy_to(parameters)
-        accelerator.unwrap_model(adapter).save_pretrained(Path(config.output_dir) / "adapter")
+def frozen_parts(config: StableSRConfig) -> tuple[SFTUNet2DConditionModel, AutoencoderKL | None, Any, Any]:
+    """UNet, autoencoder, noise schedule, and the empty prompt's embedding where a text encoder makes one."""
+    if config.pretrained_model is not None:
+        foundation = foundation_of_folder(Path(config.pretrained_model), torch.float32)
+        assert foundation.prediction is not None  # a folder has a scheduler
+        no_text = None
+        if foundation.text_encoder is not None:
+            no_text = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
+        return foundation.unet, foundation.vae, noise_schedule(foundation.prediction.type), no_text
+    unet = SFTUNet2DConditionModel.from_unet(UNet2DConditionModel.from_pretrained(config.pretrained_unet))
+    vae = None if config.pretrained_vae is None else AutoencoderKL.from_pretrained(config.pretrained_vae)
+    return unet, vae, noise_schedule(config.prediction_type), None
 
 
 def pairs_of(config: StableSRConfig) -> Dataset[Any]:
     """Pairs (lq, hq): latents read from a file, or pictures degraded on the fly."""
     if config.latents is not None:
         return CachedLatents(config.latents, config.latent_crop, config.seed)
-    photos = load_photos(str(config.train_data_dir), min_side_px=config.resolution, scales=config.photo_scales)
-    return DegradedCrops(photos, config.resolution, config.degradations, config.seed)
+    return DegradedCrops(config.load_photos(), config.resolution, config.degradations, config.seed)
 
 
 if __name__ == "__main__":
-    main(load_config(StableSRConfig, sys.argv[1:]))
+    launch(main, StableSRConfig)

@@ -1,5 +1,6 @@
 """Discriminators of adversarial training."""
 
+import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -34,6 +35,15 @@ class PatchDiscriminator(nn.Module):
             h = F.leaky_relu(layer(h), 0.2)
             features.append(h)
         return self.to_logits(h), features
+
+    @torch.no_grad()
+    def update_norms(self) -> None:
+        """One power iteration of every layer's spectral norm, which a forward pass in eval mode leaves alone."""
+        was_training = self.training
+        self.train()
+        for layer in self.layers:
+            _ = layer.weight  # computing it is what moves the norm
+        self.train(was_training)
 
 
 class VQGANDiscriminator(ModelMixin, ConfigMixin):

@@ -14,6 +14,9 @@ import yaml
 
 from stablesr_kit.errors import ConfigError
 
+WARMUP_PLATEAU_COSINE = "warmup_plateau_cosine"
+"""Our own course of the learning rate."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramConfig:
@@ -37,31 +40,49 @@ class RunConfig(ProgramConfig):
     mixed_precision: str = "bf16"
     """Precision of the networks' arithmetic under autocast: no, fp16 or bf16; the weights stay in float32."""
     train_batch_size: int = 8
-    """Samples per process and step."""
+    """Samples per process and batch."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients make one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    dataloader_num_workers: int = 0
+    """Processes that prepare batches beside each training process; 0 prepares them in it."""
     max_train_steps: int
     """Optimizer steps of the whole run; the learning rate's schedule ends there."""
     learning_rate: float = 1e-4
     """Highest learning rate."""
-    final_learning_rate: float = 0.0
-    """Learning rate that the decay ends at."""
+    scale_lr: bool = False
+    """Multiply learning_rate by the number of samples of an optimizer step."""
+    lr_scheduler: str = WARMUP_PLATEAU_COSINE
+    """Course of the learning rate: warmup_plateau_cosine, or a name of diffusers.get_scheduler."""
     lr_warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
+    final_learning_rate: float = 0.0
+    """Learning rate that warmup_plateau_cosine ends at."""
     lr_decay_fraction: float = 1.0
-    """Last part of the run over which the learning rate falls along a half cosine; 1 means from the warm-up on."""
+    """Last part of the run over which warmup_plateau_cosine falls along a half cosine; 1 means from the warm-up on."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of polynomial."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's states in 8 bits; needs bitsandbytes and a GPU."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of the gradients."""
     adam_beta2: float = 0.999
     """Decay of AdamW's mean of the squared gradients."""
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
+    adam_epsilon: float = 1e-8
+    """What AdamW adds to the root of the mean squared gradients."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this total norm."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights; the average is what is saved as the result."""
+    """Decay of the moving average of the weights, which is what is saved as the result; 0 keeps none."""
     checkpointing_steps: int = 1000
     """A checkpoint is written every so many steps, and at the end."""
-    checkpoints_total_limit: int = 2
-    """Older checkpoints beyond this number are deleted."""
+    checkpoints_total_limit: int | None = 2
+    """Older checkpoints beyond this number are deleted; None keeps all."""
     resume_from_checkpoint: str | None = "latest"
     """Checkpoint folder to continue from; latest takes the newest whole one; None starts afresh."""
     logging_steps: int = 50
@@ -70,8 +91,16 @@ class RunConfig(ProgramConfig):
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             raise ConfigError(f"mixed_precision={self.mixed_precision!r} must be no, fp16 or bf16")
-        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            if getattr(self, name) < 1:
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.lr_decay_fraction <= 1:
             raise ConfigError(f"lr_decay_fraction={self.lr_decay_fraction} must lie in (0, 1]")

@@ -2,15 +2,13 @@
 
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.spaces import pixels_to_image
@@ -70,27 +68,3 @@ def random_crop(photos: list[np.ndarray], crop_px: int, random: np.random.Genera
     left = random.integers(photo.shape[1] - crop_px + 1)
     crop = np.rot90(photo[top : top + crop_px, left : left + crop_px], int(random.integers(4)))
     return (crop[:, ::-1] if random.integers(2) else crop).copy()
-
-
-class Consecutive(Sampler[int]):
-    """Indices start, start + 1, ..., stop - 1: with data that depend on the index alone, resuming is counting on."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start = start
-        self.stop = stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def make_loader(
-    dataset: Dataset[Any], batch_size: int, *, step: int, max_steps: int, processes: int = 1
-) -> DataLoader[Any]:
-    """Loader of the batches that a run has still to see after `step` steps of all its processes."""
-    samples = batch_size * processes
-    remaining = Consecutive(step * samples, max_steps * samples)
-    # a generator of its own: otherwise starting the loader would move the noise of a resumed run
-    return DataLoader(dataset, batch_size, sampler=remaining, generator=torch.Generator())

@@ -1,115 +1,337 @@
-"""A training run's state on disk and its learning rate: checkpoints appear whole or not at all."""
+"""What every training run does around its loop: processes, optimizers, averages, checkpoints, records."""
 
+import contextlib
 import logging
 import math
-import re
-import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from stablesr_kit.errors import ConfigError
+from stablesr_kit.errors import DivergenceError
+from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
+from stablesr_kit.training.checkpoints import UNFINISHED, checkpoint_folder, find_checkpoint, prune, publish, step_of
 from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
+from stablesr_kit.training.optimizers import build_optimizer
+from stablesr_kit.training.records import LossRecords
+from stablesr_kit.training.schedules import learning_rate_schedule
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(config: RunConfig) -> Accelerator:
-    """Accelerator of a seeded run; its main process logs to the screen and to output_dir/log.txt."""
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        config.save(output_dir / "config.yaml")
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(asctime)s %(name)s: %(message)s",
-            handlers=[logging.StreamHandler(), logging.FileHandler(output_dir / "log.txt")],
-        )
-    set_seed(config.seed)
-    return accelerator
+@dataclass(kw_only=True)
+class TrainedNetwork:
+    """A network that the run steps, with what belongs to it."""
+
+    parts: list[SavedPart]
+    """What of it checkpoints hold."""
+    prepared: nn.Module
+    """The network as the loop must call it, so that its gradients are those of all processes."""
+    optimizer: Optimizer
+    learning_rate: Callable[[int], float]
+    """Learning rate of each step."""
+    is_clipped: bool
+    """Whether its gradients count for, and obey, max_grad_norm."""
+    ema: EMAModel | None
+    """Moving average of its trained parameters."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.prepared.parameters() if parameter.requires_grad]
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of one step: linear warm-up, plateau, half a cosine down to the final rate.
+class TrainingRun:
+    """A run of `config.max_train_steps` steps that continues by itself where it was interrupted.
 
-    A function of the step and the options alone, so a run may be lengthened or shortened when it is resumed.
+    In this order: `train` every network, loop over `batches`, in it `backward` every loss and `update`; then `finish`.
+
+        run = TrainingRun(config)
+        network = run.train(network, {"vae": ""})
+        for draws, image in run.batches(crops):
+            loss = ...
+            run.backward(loss)
+            run.update(pixel=loss)
+        run.finish({"vae": run.averaged("vae")})
+
+    Attributes:
+        accelerator: of the run; `accelerator.autocast()` is the chosen precision.
+        step: optimizer steps behind the run.
     """
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    decay_steps = config.lr_decay_fraction * config.max_train_steps
-    progress = min(max(1 - (config.max_train_steps - step) / decay_steps, 0.0), 1.0)
-    fall = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+        self.step = 0
+        self.networks: list[TrainedNetwork] = []
+        self.accelerator.register_save_state_pre_hook(self._save_networks)
+        self.accelerator.register_load_state_pre_hook(self._load_networks)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            config.save(self.output_dir / "config.yaml")
+            logging.basicConfig(
+                level=logging.INFO,
+                format="%(asctime)s %(name)s: %(message)s",
+                handlers=[logging.StreamHandler(), logging.FileHandler(self.output_dir / "log.txt")],
+            )
+        set_seed(config.seed)
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Let every parameter group of the optimizer step at this rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer step, in all processes and accumulated batches together."""
+        batches = self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.config.train_batch_size * batches
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Precision of the weights of networks that are not trained."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.mixed_precision, torch.float32)
 
-def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int) -> None:
-    """Write output_dir/checkpoint-STEP beside its final name, rename it, and delete checkpoints beyond the limit."""
-    final = Path(config.output_dir) / f"checkpoint-{step}"
-    unfinished = final.with_name(final.name + ".unfinished")
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in _checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+    @property
+    def is_first_batch_of_step(self) -> bool:
+        """Whether no batch is accumulated yet."""
+        return not self.losses
 
+    def train(
+        self,
+        network: nn.Module,
+        parts: Mapping[str, str],
+        *,
+        learning_rate: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        is_clipped: bool = True,
+        average: bool = True,
+    ) -> nn.Module:
+        """The network as the loop must call it; those of its parameters that require gradients are stepped.
 
-def resume(accelerator: Accelerator, config: RunConfig) -> int:
-    """Load the state that the options ask for and return the number of steps it has behind it; 0 when none."""
-    if config.resume_from_checkpoint is None:
-        return 0
-    if config.resume_from_checkpoint == "latest":
-        whole = _checkpoints(config.output_dir)
-        if not whole:
-            return 0
-        folder = whole[-1]
-    else:
-        folder = Path(config.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise ConfigError(f"resume_from_checkpoint={folder} is no folder; give latest, or a checkpoint-STEP folder")
-    accelerator.load_state(str(folder))
-    step = _step_of(folder)
-    logger.info("resumed %s at step %d of %d", folder, step, config.max_train_steps)
-    return step
+        parts: what of it checkpoints hold, folder name -> name of the submodule, "" for the network itself.
+        learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
+        the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
+        """
+        config = self.config
+        peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
+        schedule = learning_rate_schedule(config, peak) if learning_rate is None else lambda _: float(learning_rate)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config, trained, betas=betas, weight_decay=weight_decay)
+        saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
+        prepared, optimizer = self.accelerator.prepare(network, optimizer)
+        self.networks.append(
+            TrainedNetwork(
+                parts=saved,
+                prepared=prepared,
+                optimizer=optimizer,
+                learning_rate=schedule,
+                is_clipped=is_clipped,
+                ema=None,
+            )
+        )
+        if average and config.ema_decay > 0:
+            # of the prepared parameters: those are what this process holds where parameters are sharded
+            ema = EMAModel(self.networks[-1].parameters(), decay=config.ema_decay, foreach=True)
+            ema.to(self.accelerator.device)
+            self.networks[-1].ema = ema
+        logger.info("%d trained parameters in %s", sum(p.numel() for p in trained), ", ".join(parts))
+        return prepared
 
+    def batches(self, dataset: Dataset[Any]) -> Iterator[tuple[SampleDraws, Any]]:
+        """Every batch that is still to come, with the random numbers of its samples; resumes the run first.
 
-def _checkpoints(output_dir: str) -> list[Path]:
-    """Whole checkpoint folders, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=_step_of)
+        Item i of the dataset must be a function of its seed and of i alone.
+        """
+        self._resume()
+        accelerator, config = self.accelerator, self.config
+        accumulated = config.gradient_accumulation_steps
+        indices = SharedBatches(
+            config.train_batch_size,
+            self.step * accumulated,
+            config.max_train_steps * accumulated,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        self.records = LossRecords(self.output_dir / "losses.jsonl", self.step) if self.is_main else None
+        self.losses: list[dict[str, Tensor]] = []
+        self.start = time.monotonic()
+        self.progress = tqdm(
+            total=config.max_train_steps * self.samples_per_step,
+            initial=self.step * self.samples_per_step,
+            unit="sample",
+            mininterval=5,
+            disable=not accelerator.is_local_main_process,
+        )
+        for numbers, batch in make_loader(dataset, indices, config.dataloader_num_workers):
+            for network in self.networks:
+                for group in network.optimizer.param_groups:
+                    group["lr"] = network.learning_rate(self.step)
+            with accelerator.accumulate(*(network.prepared for network in self.networks)):
+                draws = SampleDraws(config.seed, numbers, self.samples_per_step)
+                yield draws, send_to_device(batch, accelerator.device)
+        self.progress.close()
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, the mean over the batch."""
+        self.accelerator.backward(loss)
 
-def _step_of(folder: Path) -> int:
-    match = re.search(r"(\d+)$", folder.name)
-    if match is None:
-        raise ConfigError(f"{folder} must be named checkpoint-STEP")
-    return int(match.group(1))
+    def update(self, **losses: Tensor) -> None:
+        """End a batch: once enough of them are accumulated, step every network, record the losses, save when due.
 
+        losses: scalar tensors by name; recorded is their mean over the step's samples, in all processes. Raises
+        DivergenceError when one of them, or a gradient, is not finite; the networks are then as before the step.
+        """
+        self.losses.append({name: loss.detach().float() for name, loss in losses.items()})
+        if not self.accelerator.sync_gradients:
+            return
+        values = self._mean_losses()
+        norm = self._clip_gradients()
+        has_scaler = self.accelerator.scaler is not None  # which skips steps of infinite gradients by itself
+        if not all(map(math.isfinite, values.values())) or not (has_scaler or math.isfinite(norm)):
+            self._stop_diverged(values)
 
-class RunningMean:
-    """Mean of each named loss since it was last read."""
+        for network in self.networks:
+            network.optimizer.step()
+            network.optimizer.zero_grad()
+            if network.ema is not None:
+                network.ema.step(network.parameters())
+        rate = self.networks[0].learning_rate(self.step)
+        self.step += 1
+        self._record(values, rate)
+        if self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps:
+            self.save()
 
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
+    def save(self) -> None:
+        """Write output_dir/checkpoint-STEP beside its final name, rename it, and delete checkpoints beyond the limit.
 
-    def add(self, **losses: Tensor) -> None:
-        """Count one step's losses, scalar tensors."""
-        for name, value in losses.items():
-            self.values.setdefault(name, []).append(float(value))
+        An old checkpoint makes room before, unless it is the only one.
+        """
+        limit = self.config.checkpoints_total_limit
+        if self.is_main and limit is not None:
+            prune(self.output_dir, max(limit - 1, 1))
+        self._write_state(checkpoint_folder(self.output_dir, self.step))
+        if self.is_main and limit is not None:
+            prune(self.output_dir, limit)
 
-    def read(self) -> str:
-        """The means as text; counting starts again."""
-        text = " ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in self.values.items())
-        self.values = {}
-        return text
+    def averaged(self, name: str) -> Any:
+        """A copy of the part saved as `name`, with averaged weights where they are kept; None off the main process.
+
+        Every process must call it. The copy is in float32 on the device of the run.
+        """
+        network, part = next((net, part) for net in self.networks for part in net.parts if part.name == name)
+        with self._averages_in(network):
+            copied = part.copy_from(self.accelerator, network.prepared)
+        return None if copied is None else copied.to(self.accelerator.device).eval()
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results, networks by folder name, to output_dir; the main process's are taken."""
+        if self.is_main:
+            for name, network in results.items():
+                save_network(network, self.output_dir / name)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def _resume(self) -> None:
+        folder = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
+            return
+        self.step = step_of(folder)
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew
+        logger.info("resumed %s of %d steps", folder, self.config.max_train_steps)
+
+    def _write_state(self, folder: Path) -> None:
+        """The whole state as a folder that appears complete; every process must call it."""
+        unfinished = folder.with_name(folder.name + UNFINISHED)
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            publish(unfinished, folder, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _save_networks(self, _models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        for network in self.networks:
+            self._save_parts(network, Path(folder), "")
+            if network.ema is not None:
+                with self._averages_in(network):
+                    self._save_parts(network, Path(folder), "_ema")
+        weights.clear()  # accelerate's own copy of them
+
+    def _save_parts(self, network: TrainedNetwork, folder: Path, suffix: str) -> None:
+        for part in network.parts:
+            copied = part.copy_from(self.accelerator, network.prepared)
+            if copied is not None:
+                save_network(copied, folder / (part.name + suffix))
+
+    def _load_networks(self, models: list[nn.Module], folder: str) -> None:
+        for network in self.networks:
+            if network.ema is not None:
+                load_parts(network.prepared, network.parts, Path(folder), "_ema")
+                network.ema.shadow_params = [parameter.detach().clone() for parameter in network.parameters()]
+                network.ema.optimization_step = self.step
+            load_parts(network.prepared, network.parts, Path(folder))
+        models.clear()
+
+    @contextlib.contextmanager
+    def _averages_in(self, network: TrainedNetwork) -> Iterator[None]:
+        """For the time of the context the network has its averaged weights."""
+        if network.ema is None:
+            yield
+            return
+        network.ema.store(network.parameters())
+        network.ema.copy_to(network.parameters())
+        try:
+            yield
+        finally:
+            network.ema.restore(network.parameters())
+
+    def _clip_gradients(self) -> float:
+        """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
+        clipped = [network for network in self.networks if network.is_clipped]
+        clip = self.accelerator.clip_grad_norm_
+        if self.accelerator.distributed_type == DistributedType.FSDP:  # each wrapper adds up its own shards
+            norms = [clip(list(network.prepared.parameters()), self.config.max_grad_norm) for network in clipped]
+            return max(map(float, norms))
+        parameters = [parameter for network in clipped for parameter in network.parameters()]
+        norm = clip(parameters, self.config.max_grad_norm)
+        return 0.0 if norm is None else float(norm)  # DeepSpeed clips in its own step
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Mean of each loss over the accumulated batches and the processes."""
+        names = list(self.losses[0])
+        local = torch.stack([torch.stack([losses[name] for name in names]) for losses in self.losses]).mean(dim=0)
+        self.losses = []
+        return dict(zip(names, self.accelerator.reduce(local, reduction="mean").tolist(), strict=True))
+
+    def _record(self, values: dict[str, float], rate: float) -> None:
+        self.progress.update(self.samples_per_step)
+        self.progress.set_postfix({"lr": f"{rate:.2e}", **{name: f"{value:.4f}" for name, value in values.items()}})
+        if self.records is None:
+            return
+        self.records.add(self.step, {"learning_rate": rate, **values})
+        if self.step % self.config.logging_steps == 0:
+            means = " ".join(f"{name} {value:.4g}" for name, value in self.records.recent_means().items())
+            logger.info("step %d %s (%.0f s)", self.step, means, time.monotonic() - self.start)
+
+    def _stop_diverged(self, values: dict[str, float]) -> None:
+        folder = self.output_dir / f"diverged-{self.step + 1}"
+        self._write_state(folder)
+        raise DivergenceError(
+            f"step {self.step + 1} gave {values} or a gradient that is not finite; the state before it is in {folder}, "
+            "the last good checkpoint beside it; resume with a lower learning_rate or mixed_precision=no"
+        )

@@ -1,8 +1,6 @@
-"""The small prior: an untrained UNet and adapter of the sizes of mini, and timesteps that cover the schedule evenly."""
+"""The small prior: an untrained UNet and adapter of the sizes of mini, and the scheduler they sample with."""
 
-import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
 
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
@@ -51,9 +49,3 @@ def build_small_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
-
-
-def stratified_timesteps(count: int, train_timesteps: int, device: torch.device) -> Tensor:
-    """One timestep from each of `count` equal parts of the schedule, (count,): less noise in the loss than chance."""
-    positions = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
-    return (positions * train_timesteps).long()

@@ -1,0 +1,84 @@
+"""Networks in training as folders that diffusers loads, and back, also where processes share their parameters."""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from stablesr_kit.errors import CheckpointError
+from stablesr_kit.training.checkpoints import UNFINISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPart:
+    """A part of a network in training that is saved as a folder of its own."""
+
+    name: str
+    """Of the folder."""
+    path: str
+    """Of the submodule, "" for the network itself."""
+    blueprint: nn.Module
+    """The part without its weights, on the meta device."""
+
+    @classmethod
+    def of(cls, network: nn.Module, name: str, path: str) -> Self:
+        """The part of a network that no process has taken over yet."""
+        return cls(name=name, path=path, blueprint=copy.deepcopy(network.get_submodule(path)).to("meta"))
+
+    def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
+        """A copy of the part as it is now; None off the main process. Every process must call it."""
+        state = accelerator.get_state_dict(prepared)
+        if not accelerator.is_main_process:
+            return None
+        prefix = self.path and f"{self.path}."
+        copied = copy.deepcopy(self.blueprint)
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        copied.load_state_dict({name: tensor.detach().clone() for name, tensor in own.items()}, assign=True)
+        return copied
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """Weights of a saved part by their names in the whole network.
+
+        Raises CheckpointError when they are not those of the blueprint.
+        """
+        state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        expected = {name: tuple(tensor.shape) for name, tensor in self.blueprint.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in [*expected, *found]:
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {found.get(name)}, the options ask for {expected.get(name)}; "
+                    "resume with the options the checkpoint was written with, or give another output_dir"
+                )
+        prefix = self.path and f"{self.path}."
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
+    """Put the weights of folder/NAME + suffix of every part into the network; what is no part of it stays."""
+    state: dict[str, Any] = {}
+    for part in parts:
+        state |= part.read(folder / (part.name + suffix))
+    set_model_state_dict(prepared, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def save_network(network: nn.Module, folder: Path) -> None:
+    """Write a network to a folder that appears whole; one without a config as its weights alone."""
+    beside = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(beside, ignore_errors=True)
+    if isinstance(network, ModelMixin):
+        network.save_pretrained(beside)
+    else:
+        beside.mkdir(parents=True)
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)

@@ -1,0 +1,44 @@
+"""The learning rate as a function of the step alone, so that a resumed run needs no scheduler's state."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.config import WARMUP_PLATEAU_COSINE, RunConfig
+
+
+def learning_rate_schedule(config: RunConfig, peak: float) -> Callable[[int], float]:
+    """Learning rate of each step, 0 and on; `peak` is its highest.
+
+    config.lr_scheduler names a schedule of diffusers.get_scheduler, or our own warmup_plateau_cosine. Raises
+    ConfigError for an unknown name.
+    """
+    if config.lr_scheduler == WARMUP_PLATEAU_COSINE:
+        return lambda step: _warmup_plateau_cosine(config, peak, step)
+    names = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler not in names:
+        known = ", ".join([WARMUP_PLATEAU_COSINE, *names])
+        raise ConfigError(f"lr_scheduler={config.lr_scheduler!r} is unknown; use one of {known}")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)  # the schedule wants to see one
+    factor = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    ).lr_lambdas[0]
+    return lambda step: peak * float(factor(step))
+
+
+def _warmup_plateau_cosine(config: RunConfig, peak: float, step: int) -> float:
+    """Linear warm-up, plateau, half a cosine down to the final rate."""
+    if step < config.lr_warmup_steps:
+        return peak * (step + 1) / config.lr_warmup_steps
+    decay_steps = config.lr_decay_fraction * config.max_train_steps
+    progress = min(max(1 - (config.max_train_steps - step) / decay_steps, 0.0), 1.0)
+    fall = peak - config.final_learning_rate
+    return config.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * progress))
