@@ -1,6 +1,9 @@
-"""Every training program runs at a tiny size, from photographs to a pipeline that restores."""
+"""Every training program runs at a tiny size, from photographs to a pipeline that restores; however a step's samples
+are split, and wherever the run is cut, it ends in the same weights."""
 
-import runpy
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,73 +11,108 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
+from tests.training_runs import ROOT, run_programs
 
-ROOT = Path(__file__).parents[1]
+LOOPS = {
+    "train_autoencoder": ("autoencoder", "vae"),
+    "train_decoder": ("decoder", "vae"),
+    "train_prior": ("prior", "adapter"),
+    "train_stablesr": ("stablesr", "adapter"),
+    "train_cfw": ("cfw", "cfw"),
+}
+"""Programs with a loop: the name of their tiny config, and of a result."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(program: str, config: str, *flags: str) -> list[str]:
+    return [program, "--config", str(ROOT / "configs" / "tiny" / f"{config}.yaml"), *flags]
+
+
+def weights(folder: str | Path) -> dict[str, Tensor]:
+    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+def launch(processes: int, calls: list[list[str]], folder: Path) -> None:
+    """Run the programs in several processes."""
+    file = folder / "calls.json"
+    file.write_text(json.dumps(calls))
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2_processes.yaml")]
+    command = [sys.executable, "-m", *launcher, "--num_processes", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [*command, str(ROOT / "tests" / "training_runs.py"), str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder, with what every program needs from the ones before it."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "photos").mkdir()
-    random = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     for i in range(3):
-        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         coarse.resize((96, 80), Image.Resampling.BICUBIC).save(folder / "photos" / f"{i}.png")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TRAIN_DATA", str(folder / "photos"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        run_programs(
+            [
+                tiny("train_autoencoder", "autoencoder"),
+                tiny("train_decoder", "decoder"),
+                tiny("cache_latents", "latents"),
+                tiny("train_prior", "prior"),
+                tiny("train_stablesr", "stablesr"),
+                tiny("assemble_pipeline", "pipeline"),
+                tiny("generate_cfw_data", "cfw_data"),
+                tiny("train_cfw", "cfw"),
+                tiny("assemble_pipeline", "pipeline", "--pretrained_cfw", "runs/tiny/cfw/cfw"),
+            ]
+        )
+        yield folder
+        torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TRAIN_DATA", str(folder / "photos"))
-    yield
-
-
-def run(monkeypatch: pytest.MonkeyPatch, program: str, config: str, *flags: str) -> None:
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    arguments = [program, "--config", str(ROOT / "configs" / "tiny" / f"{config}.yaml"), *flags]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(ROOT / "training" / f"{program}.py"), run_name="__main__")
-
-
-def test_the_chain_of_programs_ends_in_a_pipeline_that_restores(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, "train_autoencoder", "autoencoder")
-    before = load_file("runs/tiny/autoencoder/vae/diffusion_pytorch_model.safetensors")
-
-    run(monkeypatch, "train_decoder", "decoder")
-    after = load_file("runs/tiny/decoder/vae/diffusion_pytorch_model.safetensors")
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"decoder", "post_quant_conv"}
-
-    run(monkeypatch, "cache_latents", "latents")
+def test_the_chain_of_programs_ends_in_a_pipeline_that_restores() -> None:
     latents = load_file("runs/tiny/latents/latents.safetensors")
     assert latents["hq"].shape == (2, 4, 16, 16)
     assert latents["lq"].shape == (2, 2, 4, 16, 16)
-
-    run(monkeypatch, "train_prior", "prior")
-    run(monkeypatch, "train_stablesr", "stablesr")
-    run(monkeypatch, "assemble_pipeline", "pipeline")
-    run(monkeypatch, "generate_cfw_data", "cfw_data")
-    run(monkeypatch, "train_cfw", "cfw")
-    run(monkeypatch, "assemble_pipeline", "pipeline", "--pretrained_cfw", "runs/tiny/cfw/cfw")
-
     pipeline = StableSRPipeline.from_pretrained("runs/tiny/pipeline", dtype=torch.float32)
     restored = pipeline(Image.open("photos/0.png").resize((16, 12)), w=0.5).images[0]
     assert restored.size == (64, 48)
     assert "_name_or_path" not in Path("runs/tiny/pipeline/unet/config.json").read_text()
 
 
-def test_a_resumed_run_ends_in_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, "train_autoencoder", "autoencoder", "--output_dir", "whole")
-    # stopped after two of the four steps: the later checkpoint never came to be
-    run(monkeypatch, "train_autoencoder", "autoencoder", "--output_dir", "parts")
-    Path("parts/checkpoint-4").rename("parts/checkpoint-4.unfinished")
-    run(monkeypatch, "train_autoencoder", "autoencoder", "--output_dir", "parts")
-    whole, parts = (load_file(f"{name}/vae/diffusion_pytorch_model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+def test_a_sharpened_decoder_leaves_the_encoder_as_it_was() -> None:
+    before, after = weights("runs/tiny/autoencoder/vae"), weights("runs/tiny/decoder/vae")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_step_is_the_same_however_its_samples_are_split(folder: Path) -> None:
+    def calls(name: str, *flags: str) -> list[list[str]]:
+        return [
+            tiny(program, config, "--output_dir", f"{name}/{config}", "--max_train_steps", "3", *flags)
+            for program, (config, _) in LOOPS.items()
+        ]
+
+    run_programs(calls("whole", "--train_batch_size", "4"))
+    run_programs(calls("accumulated", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
+    launch(2, calls("shared", "--train_batch_size", "2"), folder)
+    for program, (config, result) in LOOPS.items():
+        whole = weights(f"whole/{config}/{result}")
+        for name in ("accumulated", "shared"):
+            split = weights(f"{name}/{config}/{result}")
+            worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
+            print(program, name, worst)

@@ -73,7 +73,9 @@ class TrainingRun:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+            cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         self.step = 0
         self.networks: list[TrainedNetwork] = []
