@@ -3,8 +3,10 @@ are split, and wherever the run is cut, it ends in the same weights."""
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
-from tests.training_runs import ROOT, run_programs
+from tests.training_runs import ROOT, run_program, run_programs
 
 LOOPS = {
     "train_autoencoder": ("autoencoder", "vae"),
@@ -36,21 +38,22 @@ def weights(folder: str | Path) -> dict[str, Tensor]:
     return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
 
 
-def launch(processes: int, calls: list[list[str]], folder: Path) -> None:
-    """Run the programs in several processes."""
-    file = folder / "calls.json"
-    file.write_text(json.dumps(calls))
-    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2_processes.yaml")]
-    command = [sys.executable, "-m", *launcher, "--num_processes", str(processes)]
+def launch_two_processes(calls: list[list[str]]) -> None:
+    """Run the programs in two processes that talk through gloo."""
+    Path("calls.json").write_text(json.dumps(calls))
+    config = str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    run = start([*launcher, str(ROOT / "tests" / "training_runs.py"), "calls.json"])
+    try:
+        _, errors = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors[-4000:]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [*command, str(ROOT / "tests" / "training_runs.py"), str(file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,19 +103,51 @@ def test_a_sharpened_decoder_leaves_the_encoder_as_it_was() -> None:
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_a_step_is_the_same_however_its_samples_are_split(folder: Path) -> None:
+def test_a_step_is_the_same_however_its_samples_are_split() -> None:
     def calls(name: str, *flags: str) -> list[list[str]]:
+        common = ["--max_train_steps", "3", "--adam_epsilon", "1e-4", *flags]
         return [
-            tiny(program, config, "--output_dir", f"{name}/{config}", "--max_train_steps", "3", *flags)
-            for program, (config, _) in LOOPS.items()
+            tiny(program, config, "--output_dir", f"{name}/{config}", *common) for program, (config, _) in LOOPS.items()
         ]
 
     run_programs(calls("whole", "--train_batch_size", "4"))
     run_programs(calls("accumulated", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
-    launch(2, calls("shared", "--train_batch_size", "2"), folder)
-    for program, (config, result) in LOOPS.items():
+    launch_two_processes(calls("shared", "--train_batch_size", "2"))
+    for config, result in LOOPS.values():
         whole = weights(f"whole/{config}/{result}")
         for name in ("accumulated", "shared"):
             split = weights(f"{name}/{config}/{result}")
             worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
-            print(program, name, worst)
+            assert worst <= 1e-6, (config, name, worst)
+
+
+@pytest.mark.parametrize("program", ["train_autoencoder", "train_cfw"])
+def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(program: str) -> None:
+    config, result = LOOPS[program]
+    whole, killed = Path("unbroken", config), Path("killed", config)
+    flags = ["--max_train_steps", "14", "--checkpointing_steps", "2", "--output_dir"]
+    run_program(*tiny(program, config, *flags, str(whole)))
+    draws = random.Random(program)
+    for part in range(3):
+        call = tiny(program, config, *flags, str(killed))
+        run = start([sys.executable, str(ROOT / "training" / f"{program}.py"), *call[1:]])
+        wait_for_step(killed / "losses.jsonl", 3 * part + draws.randint(2, 4), run)
+        run.kill()
+        run.communicate()
+        assert not (killed / result).exists()
+    run_program(*tiny(program, config, *flags, str(killed)))
+
+    assert (killed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    last = "checkpoint-14"
+    for file in sorted((whole / last).rglob("*.safetensors")):
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), file
+    for file in sorted((whole / last).glob("optimizer*.bin")):
+        states = [torch.load(folder / last / file.name)["state"] for folder in (whole, killed)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def wait_for_step(records: Path, step: int, run: subprocess.Popen[str]) -> None:
+    """Return when so many steps are recorded."""
+    while not records.exists() or len(records.read_text().splitlines()) < step:
+        assert run.poll() is None, run.communicate()[1][-2000:]
+        time.sleep(0.001)

@@ -32,4 +32,6 @@ def run_programs(calls: Iterable[Iterable[str]]) -> None:
 
 
 if __name__ == "__main__":
+    # a group of processes cannot reliably be built again after it is destroyed, so that the programs share one
+    PartialState.destroy_process_group = lambda self, group=None: None  # noqa: ARG005
     run_programs(json.loads(Path(sys.argv[1]).read_text()))

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.denoising import DenoisingOptions, denoising_loss, hide, noise_schedule
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
 from stablesr_kit.training.pairs import CachedLatents
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
@@ -67,12 +67,12 @@ def main(config: PriorConfig) -> None:
 
     for draws, (lq, hq) in run.batches(pairs):
         # hide the good latent under noise, and find it again with the degraded one or, every few steps, without
-        hidden = hide(hq, draws, schedule, config)
+        task = denoising_task(hq, draws, schedule, config)
         is_unconditional = run.step % config.unconditional_every == 0
-        sft = None if is_unconditional else adapt(lq.to(memory_format=torch.channels_last), hidden.timestep)
+        sft = None if is_unconditional else adapt(lq.to(memory_format=torch.channels_last), task.timestep)
         context = no_text.expand(len(hq), -1, -1)
-        prediction = predict(hidden.x, hidden.timestep, context, sft=sft, return_dict=False)[0]
-        loss = denoising_loss(prediction, hidden, schedule, config)
+        prediction = predict(task.x, task.timestep, context, sft=sft, return_dict=False)[0]
+        loss = task.loss(prediction)
 
         run.backward(loss)
         run.update(**{"unconditional" if is_unconditional else "conditional": loss})

@@ -21,7 +21,7 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.denoising import DenoisingOptions, denoising_loss, hide, noise_schedule
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
 from stablesr_kit.training.pairs import CachedLatents, DegradedCrops
 from stablesr_kit.training.photo_options import PhotoOptions
 from stablesr_kit.training.program import launch
@@ -98,12 +98,12 @@ def main(config: StableSRConfig) -> None:
             lq, hq = to_latent(mean + std * noise, vae).chunk(2)
 
         # hide the good latent under noise, and find it again with the degraded one
-        hidden = hide(hq, draws, schedule, config)
-        sft = adapt(lq.to(memory_format=torch.channels_last), hidden.timestep).to(unet.dtype)
+        task = denoising_task(hq, draws, schedule, config)
+        sft = adapt(lq.to(memory_format=torch.channels_last), task.timestep).to(unet.dtype)
         with run.accelerator.autocast():
             context = no_text.expand(len(hq), -1, -1)
-            prediction = unet(hidden.x.to(unet.dtype), hidden.timestep, context, sft=sft, return_dict=False)[0]
-        loss = denoising_loss(prediction, hidden, schedule, config)
+            prediction = unet(task.x.to(unet.dtype), task.timestep, context, sft=sft, return_dict=False)[0]
+        loss = task.loss(prediction)
 
         run.backward(loss)
         run.update(loss=loss)

@@ -1,15 +1,15 @@
-"""The noising and the loss of a diffusion model (Ho et al. 2020; v-prediction: Salimans and Ho 2022)."""
+"""What a program that trains by denoising chooses: the noise schedule, the timesteps, the weights of the loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.batches import SampleDraws
+from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,33 +36,26 @@ def noise_schedule(prediction_type: str) -> DDPMScheduler:
     )
 
 
-class Hidden(NamedTuple):
-    """Latents under noise."""
+class DenoisingTask(NamedTuple):
+    """Latents under noise, and what a network should say of them."""
 
     x: Tensor
     """Noised latent, (B, C, h, w)."""
     timestep: Tensor
     """(B,), whole numbers."""
     target: Tensor
-    """What the network is to predict, (B, C, h, w): the noise, or the velocity."""
+    """The noise or the velocity, (B, C, h, w)."""
+    schedule: DDPMScheduler
+    options: DenoisingOptions
+
+    def loss(self, prediction: Tensor) -> Tensor:
+        """Mean squared error of the prediction (B, C, h, w), weighed as the options say."""
+        return denoising_loss(prediction, self.target, self.timestep, self.schedule, snr_gamma=self.options.snr_gamma)
 
 
-def hide(x0: Tensor, draws: SampleDraws, schedule: DDPMScheduler, options: DenoisingOptions) -> Hidden:
-    """The latents (B, C, h, w) under noise at random timesteps of the schedule."""
+def denoising_task(x0: Tensor, draws: SampleDraws, schedule: DDPMScheduler, options: DenoisingOptions) -> DenoisingTask:
+    """The latents (B, C, h, w) under the noise of their samples, at random timesteps of the schedule."""
     timestep = draws.timesteps(schedule.config.num_train_timesteps, stratified=options.stratified_timesteps)
     timestep = timestep.to(x0.device)
-    noise = draws.normal(x0)
-    x = schedule.add_noise(x0, noise, timestep).to(memory_format=torch.channels_last)
-    is_velocity = schedule.config.prediction_type == "v_prediction"
-    target = schedule.get_velocity(x0, noise, timestep) if is_velocity else noise
-    return Hidden(x, timestep, target)
-
-
-def denoising_loss(prediction: Tensor, hidden: Hidden, schedule: DDPMScheduler, options: DenoisingOptions) -> Tensor:
-    """Mean squared error of the prediction (B, C, h, w), of every sample weighed as the options say."""
-    error = (prediction.float() - hidden.target.float()).square().mean(dim=(1, 2, 3))
-    if options.snr_gamma is not None:
-        snr = compute_snr(schedule, hidden.timestep)
-        unit = snr + 1 if schedule.config.prediction_type == "v_prediction" else snr
-        error = error * snr.clamp(max=options.snr_gamma) / unit
-    return error.mean()
+    x, target = hide_in_noise(x0, draws.normal(x0), timestep, schedule)
+    return DenoisingTask(x.to(memory_format=torch.channels_last), timestep, target, schedule, options)

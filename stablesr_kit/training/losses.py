@@ -95,9 +95,10 @@ def adaptive_adversarial_weight(
 
 
 def feature_matching_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """Mean L1 between features of two pictures, each layer measured in units of the real features' mean size."""
-    terms = [
-        (a.float() - b.float()).abs().mean() / b.float().abs().mean().clamp(min=1e-3)
-        for a, b in zip(fake, real, strict=True)
-    ]
+    """Mean L1 between features of pictures, (B, ...) per layer, in units of the mean size of each real picture's."""
+
+    def size(features: Tensor) -> Tensor:
+        return features.float().abs().flatten(1).mean(dim=1)
+
+    terms = [(size(a.float() - b.float()) / size(b).clamp(min=1e-3)).mean() for a, b in zip(fake, real, strict=True)]
     return torch.stack(terms).mean()
