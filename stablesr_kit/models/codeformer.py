@@ -35,7 +35,7 @@ class CodeFormer(ModelMixin, ConfigMixin):
 
     Args:
         image_size, base_channels, channel_multipliers, layers_per_block, attention_resolutions, codebook_size,
-            code_channels: those of `VQGAN`.
+            code_channels, norm_num_groups: those of `VQGAN`.
         dim: width of the transformer.
         num_heads: its attention heads.
         num_layers: its layers.
@@ -57,6 +57,7 @@ class CodeFormer(ModelMixin, ConfigMixin):
         attention_resolutions: tuple[int, ...] = (16,),
         codebook_size: int = 1024,
         code_channels: int = 256,
+        norm_num_groups: int = 32,
         dim: int = 512,
         num_heads: int = 8,
         num_layers: int = 9,
@@ -71,6 +72,7 @@ class CodeFormer(ModelMixin, ConfigMixin):
             attention_resolutions=attention_resolutions,
             codebook_size=codebook_size,
             code_channels=code_channels,
+            norm_num_groups=norm_num_groups,
         )
         widths = {image_size // 2**i: base_channels * m for i, m in enumerate(channel_multipliers)}
         unknown = [size for size in fuse_sizes if size not in widths]
@@ -82,7 +84,9 @@ class CodeFormer(ModelMixin, ConfigMixin):
         self.layers = nn.ModuleList(CodeTransformerLayer(dim, num_heads) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, codebook_size, bias=False)
-        self.fusions = nn.ModuleDict({str(size): ControllableFeatureTransform(widths[size]) for size in fuse_sizes})
+        self.fusions = nn.ModuleDict(
+            {str(size): ControllableFeatureTransform(widths[size], norm_num_groups) for size in fuse_sizes}
+        )
         self.fused_levels = {list(widths).index(size): str(size) for size in fuse_sizes}
         self.gradient_checkpointing = False
 
@@ -111,6 +115,7 @@ class CodeFormer(ModelMixin, ConfigMixin):
             attention_resolutions=tuple(config.attention_resolutions),
             codebook_size=config.codebook_size,
             code_channels=config.code_channels,
+            norm_num_groups=config.norm_num_groups,
             dim=dim,
             num_heads=num_heads,
             num_layers=num_layers,
@@ -204,9 +209,9 @@ class CodeTransformerLayer(nn.Module):
 class ControllableFeatureTransform(nn.Module):
     """CFT: h + w * (h * scale + shift), both from the input's features and the decoder's (Zhou et al. 2022, eq. 4)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.merge = ResidualBlock(2 * channels, channels)
+        self.merge = ResidualBlock(2 * channels, channels, groups)
         self.scale = self._branch(channels)
         self.shift = self._branch(channels)
 

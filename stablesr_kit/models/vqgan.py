@@ -58,6 +58,7 @@ class VQGAN(ModelMixin, ConfigMixin):
         beta: weight of the codebook's term in the loss of "nearest".
         kl_weight: weight of the divergence from the uniform choice, the loss of "gumbel".
         straight_through: whether "gumbel" draws one code in training too, instead of a mixture.
+        norm_num_groups: groups of every group norm; every width must be a multiple of it.
     """
 
     _supports_gradient_checkpointing = True
@@ -78,6 +79,7 @@ class VQGAN(ModelMixin, ConfigMixin):
         beta: float = 0.25,
         kl_weight: float = 1e-8,
         straight_through: bool = False,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         factor = 2 ** (len(channel_multipliers) - 1)
@@ -91,13 +93,13 @@ class VQGAN(ModelMixin, ConfigMixin):
         self.factor = factor
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         has_attention = [image_size // 2**level in attention_resolutions for level in range(len(widths))]
-        self.encoder = Encoder(base_channels, widths, has_attention, layers_per_block, code_channels)
+        self.encoder = Encoder(base_channels, widths, has_attention, layers_per_block, code_channels, norm_num_groups)
         self.quantizer: Quantizer = (
             NearestQuantizer(codebook_size, code_channels, beta)
             if quantization == "nearest"
             else GumbelQuantizer(codebook_size, code_channels, kl_weight, straight_through)
         )
-        self.decoder = Decoder(widths, has_attention, layers_per_block, code_channels)
+        self.decoder = Decoder(widths, has_attention, layers_per_block, code_channels, norm_num_groups)
 
     def encode(self, image: Tensor) -> Quantized:
         """Codes of image (B, 3, H, W) in [-1, 1]; H and W multiples of `factor`.
@@ -222,18 +224,19 @@ class Encoder(nn.Module):
         has_attention: list[bool],
         layers_per_block: int,
         code_channels: int,
+        groups: int,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(before, width, layers_per_block, with_attention, tapped=layers_per_block - 1)
+            Level(before, width, layers_per_block, with_attention, layers_per_block - 1, groups)
             for before, width, with_attention in zip([base_channels, *widths], widths, has_attention, strict=False)
         )
         self.downsamplers = nn.ModuleList(
             Downsample2D(width, use_conv=True, padding=0, name="op") for width in widths[:-1]
         )
-        self.middle = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.middle = Middle(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], code_channels, 3, padding=1)
 
     def forward(self, image: Tensor, tapped_levels: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
@@ -250,20 +253,22 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Codes to picture; its features can be changed at every level. `levels` go from the smallest to the largest."""
 
-    def __init__(self, widths: list[int], has_attention: list[bool], layers_per_block: int, code_channels: int) -> None:
+    def __init__(
+        self, widths: list[int], has_attention: list[bool], layers_per_block: int, code_channels: int, groups: int
+    ) -> None:
         super().__init__()
         rising = widths[::-1]
         self.conv_in = nn.Conv2d(code_channels, rising[0], 3, padding=1)
-        self.middle = Middle(rising[0])
+        self.middle = Middle(rising[0], groups)
         self.levels = nn.ModuleList(
             # the published model taps the smallest level after its last block, the others after their first
-            Level(before, width, layers_per_block, with_attention, tapped=0 if i else layers_per_block - 1)
+            Level(before, width, layers_per_block, with_attention, 0 if i else layers_per_block - 1, groups)
             for i, (before, width, with_attention) in enumerate(
                 zip([rising[0], *rising], rising, reversed(has_attention), strict=False)
             )
         )
         self.upsamplers = nn.ModuleList(Upsample2D(width, use_conv=True) for width in rising[:-1])
-        self.norm_out = group_norm(rising[-1])
+        self.norm_out = group_norm(rising[-1], groups)
         self.conv_out = nn.Conv2d(rising[-1], 3, 3, padding=1)
 
     def forward(self, features: Tensor, taps: Mapping[int, Tap] | None = None) -> Tensor:
@@ -286,11 +291,17 @@ def keep(taps: dict[int, Tensor], level: int, h: Tensor) -> Tensor:
 class Level(nn.Module):
     """The residual blocks of one size, each followed by attention if the level has it."""
 
-    def __init__(self, in_channels: int, channels: int, num_layers: int, with_attention: bool, tapped: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, num_layers: int, with_attention: bool, tapped: int, groups: int
+    ) -> None:
         super().__init__()
         self.tapped = tapped
-        self.resnets = nn.ModuleList(ResidualBlock(channels if i else in_channels, channels) for i in range(num_layers))
-        self.attentions = nn.ModuleList(SelfAttention(channels) for _ in range(num_layers if with_attention else 0))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels if i else in_channels, channels, groups) for i in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            SelfAttention(channels, groups) for _ in range(num_layers if with_attention else 0)
+        )
         self._gradient_checkpointing_func: Any = None
         self.gradient_checkpointing = False
 
@@ -310,10 +321,10 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the smallest size."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
-        self.attention = SelfAttention(channels)
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
+        self.attention = SelfAttention(channels, groups)
 
     def forward(self, h: Tensor) -> Tensor:
         before, after = self.resnets
@@ -326,11 +337,11 @@ class ResidualBlock(nn.Module):
     The arithmetic of diffusers' ResnetBlock2D, with fewer passes over memory, which is half of the cost on a CPU.
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2 = group_norm(channels)
+        self.norm2 = group_norm(channels, groups)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
 
@@ -349,9 +360,9 @@ class SelfAttention(nn.Module):
     round thirty times as much on a CPU.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
 
@@ -363,6 +374,6 @@ class SelfAttention(nn.Module):
         return x + self.to_out(gathered).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """The norm of every block."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
