@@ -15,7 +15,8 @@ import yaml
 from stablesr_kit.errors import ConfigError
 
 WARMUP_PLATEAU_COSINE = "warmup_plateau_cosine"
-"""Our own course of the learning rate."""
+MULTISTEP = "multistep"
+"""Our own courses of the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,15 @@ class RunConfig(ProgramConfig):
     scale_lr: bool = False
     """Multiply learning_rate by the number of samples of an optimizer step."""
     lr_scheduler: str = WARMUP_PLATEAU_COSINE
-    """Course of the learning rate: warmup_plateau_cosine, or a name of diffusers.get_scheduler."""
+    """Course of the learning rate: warmup_plateau_cosine, multistep, or a name of diffusers.get_scheduler."""
     lr_warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     final_learning_rate: float = 0.0
     """Learning rate that warmup_plateau_cosine ends at."""
     lr_decay_fraction: float = 1.0
     """Last part of the run over which warmup_plateau_cosine falls along a half cosine; 1 means from the warm-up on."""
+    lr_milestones: tuple[int, ...] = ()
+    """Steps from which on multistep halves the learning rate once more."""
     lr_num_cycles: int = 1
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0

@@ -37,6 +37,8 @@ class PhotoOptions:
     """Every photograph of a folder is used once at each of these sizes; smaller ones hide its compression."""
     favourite_photos: tuple[str, ...] = ()
     """Patterns of file names that are drawn twice as often, in folders."""
+    excluded_photos: tuple[str, ...] = ()
+    """Patterns of file names that are left out, in folders."""
     min_photo_area_px: int = 0
     """Photographs of fewer pixels are passed over; StableSR: 147456, which is 384 x 384."""
     min_photo_bytes: int = 0
@@ -100,4 +102,5 @@ def open_source(options: PhotoOptions) -> PhotoSource:
         options.favourite_photos,
         options.lq_data_dir,
         options.lq_name_ending,
+        options.excluded_photos,
     )

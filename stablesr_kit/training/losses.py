@@ -7,9 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
-"""The two pixel losses by name."""
-
 
 def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the horizontal and vertical first differences: weighs edges and fine texture."""
@@ -35,6 +32,14 @@ def reconstruction_loss(image: Tensor, target: Tensor) -> Tensor:
     l1 = (image - target).abs().mean()
     rest = gradient_l1(image, target) + chroma_l1(image, target) + pooled_l1(image, target, 16)
     return l1 + 0.5 * rest
+
+
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "reconstruction": reconstruction_loss,
+}
+"""The losses between pictures by name."""
 
 
 class AdversarialLoss(NamedTuple):

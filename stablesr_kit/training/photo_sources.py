@@ -47,9 +47,10 @@ class PhotoSource(Protocol):
 class FolderPhotos:
     """The photographs of folders and all folders below them, each once per scale; nothing is decoded yet.
 
-    favourites: patterns of file names that are drawn twice as often. lq_folder: where their damaged versions are,
-    under the same relative names but for the suffix and `lq_ending`, such as x4 in 0001x4.png; what has no partner is
-    left out and named in one line of the log. Raises ImageError where a folder cannot be read or nothing is left.
+    favourites: patterns of file names that are drawn twice as often; excluded: of those left out. lq_folder: where
+    their damaged versions are, under the same relative names but for the suffix and `lq_ending`, such as x4 in
+    0001x4.png; what has no partner is left out and named in one line of the log. Raises ImageError where a folder
+    cannot be read or nothing is left.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FolderPhotos:
         favourites: Sequence[str] = (),
         lq_folder: str | Path | None = None,
         lq_ending: str = "",
+        excluded: Sequence[str] = (),
     ) -> None:
         if lq_folder is None:
             pairs: list[tuple[Path, Path | None]] = [(path, None) for folder in folders for path in list_photos(folder)]
@@ -67,9 +69,12 @@ class FolderPhotos:
         self.photos = [
             StoredPhoto(hq, lq, scale)
             for hq, lq in pairs
+            if not any(fnmatch.fnmatch(hq.name, pattern) for pattern in excluded)
             for scale in scales
             for _ in range(2 if any(fnmatch.fnmatch(hq.name, pattern) for pattern in favourites) else 1)
         ]
+        if not self.photos:
+            raise ImageError(f"{folders[0]}: every picture in it is excluded by {', '.join(excluded)}")
         self.is_paired = lq_folder is not None
         self.group_sizes = [len(self.photos)]
 

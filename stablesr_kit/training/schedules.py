@@ -7,20 +7,22 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.config import WARMUP_PLATEAU_COSINE, RunConfig
+from stablesr_kit.training.config import MULTISTEP, WARMUP_PLATEAU_COSINE, RunConfig
 
 
 def learning_rate_schedule(config: RunConfig, peak: float) -> Callable[[int], float]:
     """Learning rate of each step, 0 and on; `peak` is its highest.
 
-    config.lr_scheduler names a schedule of diffusers.get_scheduler, or our own warmup_plateau_cosine. Raises
-    ConfigError for an unknown name.
+    config.lr_scheduler names a schedule of diffusers.get_scheduler, or one of our own, warmup_plateau_cosine and
+    multistep. Raises ConfigError for an unknown name.
     """
     if config.lr_scheduler == WARMUP_PLATEAU_COSINE:
         return lambda step: _warmup_plateau_cosine(config, peak, step)
+    if config.lr_scheduler == MULTISTEP:
+        return lambda step: _multistep(config, peak, step)
     names = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
     if config.lr_scheduler not in names:
-        known = ", ".join([WARMUP_PLATEAU_COSINE, *names])
+        known = ", ".join([WARMUP_PLATEAU_COSINE, MULTISTEP, *names])
         raise ConfigError(f"lr_scheduler={config.lr_scheduler!r} is unknown; use one of {known}")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)  # the schedule wants to see one
     factor = get_scheduler(
@@ -42,3 +44,10 @@ def _warmup_plateau_cosine(config: RunConfig, peak: float, step: int) -> float:
     progress = min(max(1 - (config.max_train_steps - step) / decay_steps, 0.0), 1.0)
     fall = peak - config.final_learning_rate
     return config.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _multistep(config: RunConfig, peak: float, step: int) -> float:
+    """Linear warm-up, then half the rate from each milestone on."""
+    if step < config.lr_warmup_steps:
+        return peak * (step + 1) / config.lr_warmup_steps
+    return peak * 0.5 ** sum(step >= milestone for milestone in config.lr_milestones)

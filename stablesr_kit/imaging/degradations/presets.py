@@ -32,6 +32,12 @@ CODEFORMER_COLORIZATION = ClassicalConfig(
 CODEFORMER_INPAINTING = ClassicalConfig(
     blur_sigma=None, downsample=(1.0, 1.0), noise_sigma=(0.0, 0.0), jpeg_quality=None, stroke_probability=1.0
 )
+CODEFORMER_256 = ClassicalConfig(
+    kernel_size=21, blur_sigma=(0.5, 7.5), downsample=(2.0, 15.0), noise_sigma=(0.0, 20.0), jpeg_quality=(30.0, 80.0)
+)
+CODEFORMER_256_SMALL = ClassicalConfig(
+    kernel_size=21, blur_sigma=(0.1, 5.0), downsample=(1.0, 6.0), noise_sigma=(0.0, 15.0), jpeg_quality=(60.0, 100.0)
+)
 
 LIGHT = ClassicalConfig(
     kernel_size=13,
@@ -70,6 +76,8 @@ PRESETS: dict[str, DegradationConfig] = {
     "codeformer-small": CODEFORMER_SMALL,
     "codeformer-colorization": CODEFORMER_COLORIZATION,
     "codeformer-inpainting": CODEFORMER_INPAINTING,
+    "codeformer-256": CODEFORMER_256,
+    "codeformer-256-small": CODEFORMER_256_SMALL,
     "light": LIGHT,
     "bicubic": BICUBIC,
     "area": AREA,
@@ -85,6 +93,8 @@ DESCRIPTIONS: dict[str, str] = {
     "codeformer-small": "one weak pass: the small half of CodeFormer's stage III",
     "codeformer-colorization": "one strong pass with changed or lost colours: CodeFormer's colourisation",
     "codeformer-inpainting": "white brush strokes and nothing else: CodeFormer's inpainting",
+    "codeformer-256": "codeformer for faces of 256 px: blur and reduction at half their lengths",
+    "codeformer-256-small": "codeformer-small for faces of 256 px",
     "light": "a clean photograph of today, 4x smaller and enlarged again",
     "bicubic": "nothing but 4x smaller by bicubic reduction, and enlarged again",
     "area": "nothing but 4x smaller by the mean of 4x4 pixels, and enlarged again",

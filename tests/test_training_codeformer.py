@@ -1,0 +1,258 @@
+"""CodeFormer's stages at a tiny size: they learn, leave alone what is frozen, survive being killed, and follow on."""
+
+import json
+import random
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from stablesr_kit.errors import ImageError
+from stablesr_kit.models.codeformer import CodeFormer
+from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.training.codebooks import fit_codes, revive_codes
+from stablesr_kit.training.config import RunConfig, load_config
+from stablesr_kit.training.grafting import GraftedVQGAN, target_features
+from stablesr_kit.training.photo_sources import FolderPhotos
+from stablesr_kit.training.schedules import learning_rate_schedule
+from tests.test_training_programs import launch_two_processes, start, tiny, wait_for_step, weights
+from tests.training_runs import ROOT, run_program, run_programs
+
+STAGES = {
+    "start_vqgan": ("start_vqgan", "vqgan"),
+    "vqgan": ("train_vqgan", "vqgan"),
+    "codeformer_stage2": ("train_codeformer", "codeformer"),
+    "codeformer_stage3": ("train_codeformer", "codeformer"),
+}
+"""Tiny configs: the program that each is for, and the name of its result."""
+OFFICIAL = (
+    "vqgan_512",
+    "codeformer_stage2",
+    "codeformer_stage3",
+    "codeformer_inpainting",
+    "codeformer_colorization",
+)
+
+
+def stage(config: str, *flags: str) -> list[str]:
+    return tiny(STAGES[config][0], config, *flags)
+
+
+def losses(folder: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(folder, "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder, with the results of every stage."""
+    folder = tmp_path_factory.mktemp("faces")
+    (folder / "faces").mkdir()
+    draws = np.random.default_rng(0)
+    for i in range(3):
+        coarse = Image.fromarray(draws.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / "faces" / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TRAIN_FACES", str(folder / "faces"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        run_programs([*map(stage, STAGES), tiny("generate_codes", "codes")])
+        yield folder
+        torch.set_num_threads(threads)
+
+
+def test_the_stages_end_in_a_codeformer_that_restores_faces() -> None:
+    codeformer = CodeFormer.from_pretrained("runs/tiny/codeformer_stage3/codeformer").eval()
+    face = pixels_to_image(np.asarray(Image.open("faces/0.png")))
+    with torch.no_grad():
+        images = [codeformer(face, w).image for w in (0.0, 1.0)]
+    assert all(image.shape == face.shape and image.isfinite().all() for image in images)
+    assert not torch.equal(*images)
+
+
+def test_quantiser_and_decoder_stay_those_of_stage_one() -> None:
+    vqgan = weights("runs/tiny/vqgan/vqgan")
+    frozen = {name for name in vqgan if name.startswith(("quantizer", "decoder"))}
+    assert frozen
+    for name in ("codeformer_stage2", "codeformer_stage3"):
+        codeformer = weights(f"runs/tiny/{name}/codeformer")
+        assert all(torch.equal(vqgan[key], codeformer[f"vqgan.{key}"]) for key in frozen)
+        assert not torch.equal(vqgan["encoder.conv_in.weight"], codeformer["vqgan.encoder.conv_in.weight"])
+
+
+def test_only_stage_three_moves_the_fusion_layers() -> None:
+    torch.manual_seed(0)
+    second, third = (weights(f"runs/tiny/codeformer_stage{i}/codeformer") for i in (2, 3))
+    first = weights("runs/tiny/codeformer_stage2/checkpoint-2/codeformer")
+    fusions = [name for name in second if name.startswith("fusions")]
+    assert all(torch.equal(first[name], second[name]) for name in fusions)
+    assert not any(torch.equal(second[name], third[name]) for name in fusions if name.endswith("2.weight"))
+
+
+def test_a_grafted_vqgan_keeps_the_autoencoders_outer_levels() -> None:
+    vae = load_file(resolve_model("mini") / "vae" / "diffusion_pytorch_model.safetensors")
+    vqgan = weights("runs/tiny/start_vqgan/vqgan")
+    assert torch.equal(
+        vqgan["encoder.levels.1.resnets.0.conv1.weight"], vae["encoder.down_blocks.1.resnets.0.conv1.weight"].float()
+    )
+    assert torch.equal(vqgan["decoder.conv_out.weight"], vae["decoder.conv_out.weight"].float())
+
+
+def test_the_outer_decoder_of_a_graft_reconstructs_from_the_autoencoders_features() -> None:
+    vae = AutoencoderKL.from_pretrained(resolve_model("mini") / "vae", torch_dtype=torch.float32).eval()
+    vqgan = VQGAN(
+        image_size=64,
+        base_channels=24,
+        channel_multipliers=(1, 2, 4, 4),
+        layers_per_block=1,
+        attention_resolutions=(),
+        norm_num_groups=1,
+        codebook_size=8,
+        code_channels=8,
+    )
+    image = 0.3 * pixels_to_image(np.asarray(Image.open("faces/0.png").resize((64, 64))))
+    graft = GraftedVQGAN(vqgan, vae, image)
+    with torch.no_grad():
+        h = target_features(vae, image)
+        for i in range(graft.inner, graft.inner + graft.outer - 1):
+            h = vqgan.decoder.levels[i + 1](vqgan.decoder.upsamplers[i](h))
+        ours = vqgan.decoder.conv_out(vqgan.decoder.norm_out(h))
+    assert (ours - image).square().mean() < 0.3 * image.var()
+
+
+def test_a_folders_codes_are_those_of_its_faces_and_of_their_mirror_images() -> None:
+    codes = load_file("runs/tiny/codes/codes.safetensors")
+    assert set(codes) == {f"{i}/{kind}" for i in range(3) for kind in ("orig", "hflip")}
+    vqgan = VQGAN.from_pretrained("runs/tiny/vqgan/vqgan").eval()
+    face = pixels_to_image(np.asarray(Image.open("faces/1.png")))
+    with torch.no_grad():
+        for kind, image in {"orig": face, "hflip": face.flip(-1)}.items():
+            assert torch.equal(codes[f"1/{kind}"].long(), vqgan.encode(image).indices[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "quantity", "factor", "flags"),
+    [
+        ("start_vqgan", "feature", 0.75, ["--codebook_fit_steps", "[2, 20]"]),
+        ("vqgan", "pixel", 0.5, ["--adversarial_weight", "0", "--codebook_fit_steps", "[0, 10]"]),
+        ("codeformer_stage2", "token", 0.4, ["--lr_milestones", "[]"]),
+        ("codeformer_stage3", "pixel", 0.75, ["--codes_only_start", "200", "--adversarial_weight", "0"]),
+    ],
+)
+def test_a_stage_overfits_three_faces(config: str, quantity: str, factor: float, flags: list[str]) -> None:
+    common = ["--max_train_steps", "80", "--train_batch_size", "3", "--learning_rate", "4e-3", "--random_flip", "false"]
+    output = f"overfit/{config}"
+    run_program(*stage(config, *common, *flags, "--checkpointing_steps", "80", "--output_dir", output))
+    values = [record[quantity] for record in losses(output)]
+    assert np.mean(values[-8:]) < factor * np.mean(values[:3])
+
+
+def test_a_stage_two_step_is_the_same_however_its_samples_are_split() -> None:
+    common = ["--max_train_steps", "3", "--adam_epsilon", "1e-4"]
+
+    def call(name: str, *flags: str) -> list[str]:
+        return stage("codeformer_stage2", "--output_dir", name, *common, *flags)
+
+    run_program(*call("whole", "--train_batch_size", "4"))
+    run_program(*call("accumulated", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
+    launch_two_processes([call("shared", "--train_batch_size", "2")])
+    whole = weights("whole/codeformer")
+    for name in ("accumulated", "shared"):
+        split = weights(f"{name}/codeformer")
+        assert max(float((whole[key] - split[key]).abs().max()) for key in whole) <= 1e-6
+
+
+@pytest.mark.parametrize("config", ["vqgan", "codeformer_stage3"])
+def test_a_run_killed_twice_ends_bitwise_as_if_it_had_not_been(config: str) -> None:
+    program, result = STAGES[config]
+    whole, killed = Path("unbroken", config), Path("killed", config)
+    flags = ["--max_train_steps", "10", "--checkpointing_steps", "2", "--output_dir"]
+    run_program(*stage(config, *flags, str(whole)))
+    draws = random.Random(config)
+    for part in range(2):
+        call = stage(config, *flags, str(killed))
+        run = start([sys.executable, str(ROOT / "training" / f"{program}.py"), *call[1:]])
+        wait_for_step(killed / "losses.jsonl", 3 * part + draws.randint(2, 4), run)
+        run.kill()
+        run.communicate()
+        assert not (killed / result).exists()
+    run_program(*stage(config, *flags, str(killed)))
+    assert (killed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    for file in sorted((whole / "checkpoint-10").rglob("*.safetensors")):
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), file
+
+
+def test_without_a_trained_vqgan_there_are_no_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "tiny" / "codeformer_stage2.yaml"
+    for value, told in (("missing", "missing"), ("faces", "faces")):
+        with pytest.raises(SystemExit):
+            run_program(
+                "train_codeformer", "--config", str(config), "--pretrained_vqgan", value, "--output_dir", "none"
+            )
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error:") and told in message and "VQGAN" in message
+
+
+def test_a_codeformer_of_another_vqgan_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_program(*stage("codeformer_stage3", "--pretrained_vqgan", "overfit/vqgan/vqgan", "--output_dir", "none"))
+    assert "another codebook" in capsys.readouterr().err
+
+
+def test_stage_three_fuses_as_published() -> None:
+    options = runpy.run_path(str(ROOT / "training" / "train_codeformer.py"))["CodeFormerConfig"]
+    arguments = ["--config", str(ROOT / "configs/official/codeformer_stage3.yaml"), "--train_data_dir", "[faces]"]
+    config = load_config(options, arguments)
+    expected = {0: 1.0, 39_999: 1.0, 40_000: 1.3, 79_999: 1.3, 80_000: 0.0, 119_999: 0.0, 120_000: 0.0}
+    assert {step: config.fidelity(step) for step in expected} == expected
+    assert [step for step in range(120_000, 120_050) if config.fidelity(step)] == [120_014, 120_029, 120_044]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_options_are_understood(name: str) -> None:
+    program = "train_vqgan" if name.startswith("vqgan") else "train_codeformer"
+    kinds = runpy.run_path(str(ROOT / "training" / f"{program}.py"))
+    kind = kinds["VQGANConfig" if program == "train_vqgan" else "CodeFormerConfig"]
+    file = str(ROOT / "configs" / "official" / f"{name}.yaml")
+    config = load_config(kind, ["--config", file, "--train_data_dir", "[faces]"])
+    schedule = learning_rate_schedule(config, config.learning_rate)
+    assert schedule(0) == config.learning_rate
+    assert schedule(config.max_train_steps) < config.learning_rate
+
+
+def test_multistep_halves_the_rate_at_every_milestone() -> None:
+    config = RunConfig(
+        output_dir="", max_train_steps=10, lr_scheduler="multistep", lr_milestones=(4, 6), lr_warmup_steps=0
+    )
+    schedule = learning_rate_schedule(config, 1.0)
+    assert [schedule(step) for step in (0, 3, 4, 5, 6, 9)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_fitted_codebook_finds_the_centres_of_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    latents = (centres[:, None] + 0.01 * torch.randn(3, 50, 2, generator=generator)).flatten(0, 1)
+    fitted = fit_codes(latents, 8, generator)
+    assert torch.cdist(centres, fitted).min(dim=1).values.max() < 0.1
+
+
+def test_codes_in_use_stay_and_dead_ones_move_onto_latents() -> None:
+    codes, latents = torch.zeros(3, 2), torch.ones(5, 2)
+    revived = revive_codes(codes, torch.tensor([2, 0, 1]), latents, torch.Generator().manual_seed(0))
+    assert revived.tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+def test_excluded_photographs_are_left_out(folder: Path) -> None:
+    source = FolderPhotos([folder / "faces"], excluded=["1.*"])
+    assert [Path(source.name(i)).name for i in range(source.group_sizes[0])] == ["0.png", "2.png"]
+    with pytest.raises(ImageError, match="excluded"):
+        FolderPhotos([folder / "faces"], excluded=["*"])

@@ -1,0 +1,122 @@
+"""Start a narrow VQGAN from a trained autoencoder: only the levels between its latent and the codes are trained, on
+features of the faces that are computed once. A tenth of the work of stage I, which goes on from here.
+
+accelerate launch training/start_vqgan.py --config configs/mini_faces/start.yaml --train_data_dir '[FACES]'
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.grafting import GraftedVQGAN, target_features
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.program import launch
+from stablesr_kit.training.run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig(CodebookOptions, PhotoOptions, RunConfig):
+    """Options of this program."""
+
+    pretrained_model: str = "mini"
+    """Pipeline whose autoencoder is taken: mini or a folder."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 6, 8)
+    """Widths of the levels in units of the autoencoder's first; the first ones are those of the autoencoder."""
+    codebook_size: int = 512
+    """Number of codes."""
+    code_channels: int = 64
+    """Width of a code."""
+    cached_crops: int = 1000
+    """Crops whose features are kept in memory, 1.6 MB each at 256 px, and drawn from."""
+    quantization_start: int = 100
+    """Steps before the latent is replaced by codes."""
+    codebook_weight: float = 0.25
+    """Weight of the quantiser's loss."""
+
+
+class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
+    """Features before and behind the inner levels, as bfloat16; item i is drawn by (seed, i) alone."""
+
+    def __init__(self, given: Tensor, wanted: Tensor, seed: int) -> None:
+        self.given = given
+        self.wanted = wanted
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        which = int(torch.randint(len(self.given), (1,), generator=torch.Generator().manual_seed(self.seed + index)))
+        return self.given[which].float(), self.wanted[which].float()
+
+
+def main(config: StartConfig) -> None:
+    """Train, write checkpoints, and save the VQGAN with averaged weights to output_dir/vqgan."""
+    run = TrainingRun(config)
+    crops = PhotoCrops(config, config.seed)
+    vae = AutoencoderKL.from_pretrained(resolve_model(config.pretrained_model) / "vae", torch_dtype=torch.float32)
+    vae = vae.to(run.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    vqgan = VQGAN(
+        image_size=config.resolution,
+        base_channels=vae.config.block_out_channels[0],
+        channel_multipliers=config.channel_multipliers,
+        layers_per_block=1,
+        attention_resolutions=(),
+        norm_num_groups=vae.config.norm_num_groups,
+        codebook_size=config.codebook_size,
+        code_channels=config.code_channels,
+    ).to(run.accelerator.device)
+    images = RandomCrops(crops)
+    graft = GraftedVQGAN(vqgan, vae, torch.stack([images[i] for i in range(4)]).to(run.accelerator.device))
+    graft.to(memory_format=torch.channels_last)
+    features, mean, std = cache_features(run, graft, vae, images, config)
+    reconstruct = run.train(graft.train(), {"vqgan": "vqgan"})
+
+    def find_latents(count: int) -> Tensor:
+        first = run.step * run.samples_per_step
+        with run.accelerator.autocast():
+            latents = [graft.encode(features[first + i][0][None].to(mean.device)).float() for i in range(count)]
+        return torch.cat([latent.flatten(2)[0].T for latent in latents])
+
+    for _, (given, wanted) in run.batches(features):
+        is_quantized = run.step >= config.quantization_start
+        if run.is_first_batch_of_step:
+            refresh_codebook(config, vqgan.quantizer.codebook, run.step, find_latents)
+        output, quantized = reconstruct(given.to(memory_format=torch.channels_last), is_quantized)
+        output = (output.float() - mean) / std
+        feature = F.l1_loss(output, wanted) + 0.5 * F.mse_loss(F.avg_pool2d(output, 4), F.avg_pool2d(wanted, 4))
+        # before codes are used, their loss would only hold the latent back
+        loss = feature + (config.codebook_weight if is_quantized else 0.0) * quantized.loss
+        run.backward(loss)
+        run.update(feature=feature, codebook=quantized.loss, perplexity=quantized.perplexity)
+
+    report_skipped(crops, run.accelerator)
+    run.finish({"vqgan": run.averaged("vqgan")})
+
+
+@torch.no_grad()
+def cache_features(
+    run: TrainingRun, graft: GraftedVQGAN, vae: AutoencoderKL, images: RandomCrops, config: StartConfig
+) -> tuple[CachedFeatures, Tensor, Tensor]:
+    """Features of the first crops, and mean and deviation, (1, C, 1, 1), by which the wanted ones are normalised."""
+    given, wanted = [], []
+    for i in tqdm(range(config.cached_crops), desc="features", disable=not run.is_main, mininterval=5):
+        image = images[i][None].to(run.accelerator.device, memory_format=torch.channels_last)
+        with run.accelerator.autocast():
+            given.append(graft.outer_encode(image).bfloat16().cpu())
+            wanted.append(target_features(vae, image).bfloat16().cpu())
+    std, mean = torch.std_mean(torch.cat(wanted[:8]).float(), dim=(0, 2, 3), keepdim=True)
+    normalised = torch.cat([((features.float() - mean) / std).bfloat16() for features in wanted])
+    device = run.accelerator.device
+    return CachedFeatures(torch.cat(given), normalised, config.seed), mean.to(device), std.to(device)
+
+
+if __name__ == "__main__":
+    launch(main, StartConfig)

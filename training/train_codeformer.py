@@ -1,0 +1,161 @@
+"""Train CodeFormer's stages II and III, inpainting and colorization (Zhou et al. 2022, sec. 3.2 and 3.3).
+
+Quantiser and decoder stay those of the VQGAN of stage I, whose codes of the good face are what is to be predicted.
+
+accelerate launch training/train_codeformer.py --config configs/official/codeformer_stage2.yaml --train_data_dir FACES
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.codeformer import CodeFormer
+from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.face_pairs import TwiceDegradedFaces
+from stablesr_kit.training.losses import PIXEL_LOSSES
+from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
+from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
+from stablesr_kit.training.program import launch
+from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeFormerConfig(VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, RunConfig):
+    """Options of this program."""
+
+    pretrained_vqgan: str
+    """Folder of the trained VQGAN: its codes of the good face are the targets."""
+    pretrained_codeformer: str | None = None
+    """Folder of a CodeFormer to start from, that of stage II for stage III; None builds one around the VQGAN."""
+    dim: int = 512
+    """Width of an untrained transformer."""
+    num_heads: int = 8
+    """Its attention heads."""
+    num_layers: int = 9
+    """Its layers."""
+    fuse_sizes: tuple[int, ...] = (32, 64, 128, 256)
+    """Sizes in px at which features of the input are fused into an untrained CodeFormer's decoder."""
+    w: float = 0.0
+    """Weight of the fused features where faces are decoded; 0: only codes are predicted, fusion layers rest."""
+    late_w: float | None = None
+    """Weight from late_w_start on; None: the same."""
+    late_w_start: int = 0
+    """First step at late_w."""
+    small_degradations: Mapping[str, float] = field(default_factory=dict)
+    """Degradations of the faces that are decoded; those of `degradations` are for predicting codes only. Empty: the
+    same face serves both."""
+    codes_only_start: int | None = None
+    """From this step on, codes are predicted only; None: every step decodes."""
+    alternation_start: int | None = None
+    """From this step on, every decoding_interval-th step decodes again."""
+    decoding_interval: int = 15
+    """See alternation_start."""
+    pixel_loss: str = "l1"
+    """Loss between pictures: l1, or reconstruction, which also weighs gradients, colour and brightness of areas."""
+    feature_weight: float = 1.0
+    """Weight of the distance between the input's latent and the codes of the good face."""
+    token_weight: float = 0.5
+    """Weight of the cross-entropy of the predicted codes."""
+
+    def fidelity(self, step: int) -> float:
+        """The weight of the fused features at a step; 0 where codes are predicted only."""
+        if self.codes_only_start is not None and step >= self.codes_only_start:
+            is_alternating = self.alternation_start is not None and step >= self.alternation_start
+            if not is_alternating or (step + 1) % self.decoding_interval:
+                return 0.0
+        return self.w if self.late_w is None or step < self.late_w_start else self.late_w
+
+
+def main(config: CodeFormerConfig) -> None:
+    """Train, write checkpoints, and save averaged weights to output_dir/codeformer, the discriminator beside them."""
+    vqgan = load_vqgan(config.pretrained_vqgan)
+    run = TrainingRun(config)
+    crops = PhotoCrops(config, config.seed)
+    faces = TwiceDegradedFaces(crops, config.small_degradations)
+
+    vqgan.to(run.accelerator.device)
+    codeformer = load_codeformer(config, vqgan).to(memory_format=torch.channels_last)
+    codeformer.vqgan.quantizer.requires_grad_(False)
+    codeformer.vqgan.decoder.requires_grad_(False)
+    codeformer.fusions.requires_grad_(config.w > 0)
+    if config.gradient_checkpointing:
+        codeformer.enable_gradient_checkpointing()
+    restore = run.train(codeformer.train(), {"codeformer": ""})
+    perceptual = load_perceptual_loss(config) if config.w > 0 else None
+    if perceptual is not None:
+        perceptual.to(run.accelerator.device)
+    adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
+    fusion = codeformer.fusions[str(codeformer.config.fuse_sizes[-1])] if adversary is not None else None
+
+    for _, (large, small, hq) in run.batches(faces):
+        w = config.fidelity(run.step)
+        lq = (small if w > 0 else large).to(memory_format=torch.channels_last)
+        hq = hq.to(memory_format=torch.channels_last)
+
+        # the codes of the good face, from the damaged one
+        with torch.no_grad(), run.accelerator.autocast():
+            targets = vqgan.quantizer.nearest(vqgan.encoder(hq)[0])
+            codes = vqgan.quantizer.lookup(targets)
+        output = restore(lq, w, code_only=w == 0)
+        feature = commitment_loss(output.lq_feat.float(), codes.float())
+        token = code_token_loss(output.logits, targets.flatten(1))
+        loss = config.feature_weight * feature + config.token_weight * token
+        accuracy = (output.indices == targets).float().mean()
+        terms = {"feature": feature, "token": token, "accuracy": accuracy}
+
+        # the good face itself, with features of the damaged one
+        if w > 0:
+            fake = output.image.float()
+            image_loss = terms["pixel"] = PIXEL_LOSSES[config.pixel_loss](fake, hq)
+            if perceptual is not None:
+                terms["perceptual"] = perceptual(fake, hq)
+                image_loss = image_loss + config.perceptual_factor * terms["perceptual"]
+            loss = loss + image_loss
+            if adversary is not None and fusion is not None:
+                adversarial, judged = adversary.judge(fake, hq, image_loss, fusion.shift[2].weight)
+                loss, terms = loss + adversarial, terms | judged
+        run.backward(loss)
+        run.update(**terms)
+
+    report_skipped(crops, run.accelerator)
+    names = ["codeformer"] + (["discriminator"] if adversary is not None else [])
+    run.finish({name: run.averaged(name) for name in names})
+
+
+def load_vqgan(folder: str) -> VQGAN:
+    """The frozen VQGAN of stage I. Raises ConfigError where there is none: untrained codes teach nothing."""
+    file = Path(folder) / "config.json"
+    name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+    if name != "VQGAN":
+        raise ConfigError(
+            f"pretrained_vqgan={folder} holds {name or 'no network'}, expected a trained VQGAN; train it with "
+            "train_vqgan.py or convert vqgan_code1024.pth"
+        )
+    vqgan: VQGAN = VQGAN.from_pretrained(folder)
+    return vqgan.eval().requires_grad_(False)
+
+
+def load_codeformer(config: CodeFormerConfig, vqgan: VQGAN) -> CodeFormer:
+    """The CodeFormer to start from. Raises ConfigError where it does not belong to the VQGAN."""
+    if config.pretrained_codeformer is None:
+        return CodeFormer.from_vqgan(vqgan, config.dim, config.num_heads, config.num_layers, config.fuse_sizes)
+    codeformer = CodeFormer.from_pretrained(config.pretrained_codeformer)
+    ours, theirs = codeformer.vqgan.quantizer.codebook.weight, vqgan.quantizer.codebook.weight
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours)):
+        raise ConfigError(
+            f"{config.pretrained_codeformer} has another codebook than {config.pretrained_vqgan}; "
+            "give the VQGAN that it was trained with"
+        )
+    return codeformer
+
+
+if __name__ == "__main__":
+    launch(main, CodeFormerConfig)

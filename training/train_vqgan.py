@@ -1,0 +1,123 @@
+"""Train CodeFormer's stage I: a VQ autoencoder of aligned faces (Zhou et al. 2022, sec. 3.1; Esser et al. 2021).
+
+accelerate launch training/train_vqgan.py --config configs/official/vqgan_512.yaml --train_data_dir FACES
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
+from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.losses import PIXEL_LOSSES
+from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.program import launch
+from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, RunConfig):
+    """Options of this program."""
+
+    image_size: int | None = None
+    """Side in px of the pictures the VQGAN is for, where crops are smaller; None: the resolution."""
+    pretrained_vqgan: str | None = None
+    """Folder of a VQGAN to start from; None builds an untrained one by the options below."""
+    base_channels: int = 64
+    """Width of its first convolution."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 4, 8)
+    """Widths of its levels in units of base_channels; each level but the last halves the picture."""
+    layers_per_block: int = 2
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Sizes in px of the levels with attention."""
+    norm_num_groups: int = 32
+    """Groups of its group norms; narrow networks need few, or brightness and colour are lost."""
+    codebook_size: int = 1024
+    """Number of codes."""
+    code_channels: int = 256
+    """Width of a code."""
+    quantization: str = "nearest"
+    """How codes are chosen: nearest or gumbel."""
+    gumbel_annealing_steps: int = 160_000
+    """Steps over which Gumbel's temperature falls from 1 towards 0, at least 1/16."""
+    pixel_loss: str = "l1"
+    """Loss between pictures: l1, or reconstruction, which also weighs gradients, colour and brightness of areas."""
+    codebook_weight: float = 1.0
+    """Weight of the quantiser's loss."""
+
+
+def main(config: VQGANConfig) -> None:
+    """Train, write checkpoints, and save averaged weights to output_dir/vqgan, the discriminator beside them."""
+    run = TrainingRun(config)
+    crops = PhotoCrops(config, config.seed)
+    images = RandomCrops(crops)
+
+    vqgan = build_vqgan(config) if config.pretrained_vqgan is None else VQGAN.from_pretrained(config.pretrained_vqgan)
+    if config.gradient_checkpointing:
+        vqgan.enable_gradient_checkpointing()
+    reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
+    perceptual = load_perceptual_loss(config)
+    if perceptual is not None:
+        perceptual.to(run.accelerator.device)
+    adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
+
+    def find_latents(count: int) -> Tensor:
+        first = run.step * run.samples_per_step
+        with run.accelerator.autocast():
+            latents = [
+                vqgan.encoder(images[first + i][None].to(run.accelerator.device))[0].float().flatten(2)[0].T
+                for i in range(count)
+            ]
+        return torch.cat(latents)
+
+    for _, image in run.batches(images):
+        image = image.to(memory_format=torch.channels_last)
+        if run.is_first_batch_of_step:
+            refresh_codebook(config, vqgan.quantizer.codebook, run.step, find_latents)
+            if isinstance(vqgan.quantizer, GumbelQuantizer):
+                vqgan.quantizer.temperature = max(1 / 16, 1 - run.step / config.gumbel_annealing_steps)
+
+        fake, quantized = reconstruct(image)
+        fake = fake.float()
+        pixel = PIXEL_LOSSES[config.pixel_loss](fake, image)
+        terms = {"pixel": pixel, "codebook": quantized.loss, "perplexity": quantized.perplexity}
+        loss = pixel
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(fake, image)
+            loss = loss + config.perceptual_factor * terms["perceptual"]
+        if adversary is not None:
+            adversarial, judged = adversary.judge(fake, image, loss, vqgan.decoder.conv_out.weight)
+            loss, terms = loss + adversarial, terms | judged
+        run.backward(loss + config.codebook_weight * quantized.loss)
+        run.update(**terms)
+
+    report_skipped(crops, run.accelerator)
+    results = {"vqgan": run.averaged("vqgan")}
+    if adversary is not None:
+        results["discriminator"] = run.averaged("discriminator")
+    run.finish(results)
+
+
+def build_vqgan(config: VQGANConfig) -> VQGAN:
+    """Untrained, by the options."""
+    return VQGAN(
+        image_size=config.image_size or config.resolution,
+        base_channels=config.base_channels,
+        channel_multipliers=config.channel_multipliers,
+        layers_per_block=config.layers_per_block,
+        attention_resolutions=config.attention_resolutions,
+        norm_num_groups=config.norm_num_groups,
+        codebook_size=config.codebook_size,
+        code_channels=config.code_channels,
+        quantization=config.quantization,
+    )
+
+
+if __name__ == "__main__":
+    launch(main, VQGANConfig)
