@@ -3,12 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from stablesr_kit.errors import ConfigError, ImageError
+from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.feature_wrapping import (
     ControllableFeatureWrapping,
     decode_with_features,
@@ -16,8 +14,8 @@ from stablesr_kit.models.feature_wrapping import (
 )
 from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
 from stablesr_kit.training.config import RunConfig, load_config
-from stablesr_kit.training.pairs import DegradedCrops
-from stablesr_kit.training.photos import RandomCrops, load_photos
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops
 from stablesr_kit.training.records import LossRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
 from stablesr_kit.training.small_autoencoder import (
@@ -25,18 +23,13 @@ from stablesr_kit.training.small_autoencoder import (
     fold_latent_statistics,
     start_fusion_silent,
 )
+from tests.photo_files import save_photos
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExampleConfig(RunConfig):
+class ExampleConfig(PhotoOptions, RunConfig):
     scales: tuple[float, ...] = (1.0,)
     folder: str | None = None
-
-
-@pytest.fixture
-def photos() -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [random.integers(0, 256, (80, 96, 3), dtype=np.uint8) for _ in range(3)]
 
 
 def test_flags_override_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> None:
@@ -45,6 +38,12 @@ def test_flags_override_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> N
     config = load_config(ExampleConfig, ["--config", str(file), "--max_train_steps=20", "--folder", "photos"])
     assert (config.max_train_steps, config.learning_rate, config.scales) == (20, 1e-3, (1.0, 0.5))
     assert (config.folder, config.seed) == ("photos", 0)
+
+
+def test_a_single_value_stands_for_a_list_of_one() -> None:
+    flags = ["--output_dir", "out", "--max_train_steps", "1"]
+    config = load_config(ExampleConfig, [*flags, "--train_data_dir", "photos", "--scales", "1"])
+    assert (config.train_data_dir, config.scales) == (("photos",), (1.0,))
 
 
 def test_a_saved_config_loads_as_the_same_config(tmp_path: Path) -> None:
@@ -60,6 +59,8 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path: Path) -> None:
         (["--output_dir", "out"], "max_train_steps must be given"),
         (["--output_dir", "out", "--max_train_steps", "many"], "max_train_steps='many' must be int"),
         (["--output_dir", "out", "--max_train_steps", "0"], "at least 1"),
+        (["--output_dir", "out", "--max_train_steps", "1", "--small_photos", "crop"], "must be skip or pad"),
+        (["--output_dir", "out", "--max_train_steps", "1", "--scales", "many"], "scales='many' must be float"),
         (["--output_dir"], "needs a value"),
         (["output_dir"], "expected --key value"),
     ],
@@ -86,15 +87,9 @@ def test_learning_rate_warms_up_holds_and_decays_to_its_end() -> None:
     assert rates[100] == pytest.approx(0.1)
 
 
-def test_crops_depend_on_seed_and_index_alone(photos: list[np.ndarray]) -> None:
-    first, again, other = (RandomCrops(photos, 32, seed) for seed in (0, 0, 1))
-    assert torch.equal(first[7], again[7])
-    assert not torch.equal(first[7], first[8])
-    assert not torch.equal(first[7], other[7])
-
-
-def test_a_loader_resumed_after_some_steps_gives_the_remaining_batches(photos: list[np.ndarray]) -> None:
-    crops = RandomCrops(photos, 16, 0)
+def test_a_loader_resumed_after_some_steps_gives_the_remaining_batches(tmp_path: Path) -> None:
+    folder = save_photos(tmp_path / "photos", 3)
+    crops = RandomCrops(PhotoCrops(PhotoOptions(train_data_dir=(str(folder),), resolution=16), 0))
     whole = list(make_loader(crops, SharedBatches(2, 0, 5)))
     rest = list(make_loader(crops, SharedBatches(2, 3, 5)))
     assert len(whole) == 5
@@ -118,33 +113,6 @@ def test_draws_of_a_sample_depend_on_seed_and_number_alone() -> None:
     assert torch.equal(together.uniform(), torch.cat([draws.uniform() for draws in apart]))
     assert not torch.equal(noise, SampleDraws(1, torch.tensor([5, 6, 7]), 3).normal(like))
     assert not torch.equal(noise, together.normal(like))
-
-
-def test_versions_of_a_pair_share_the_crop_and_differ_in_damage(photos: list[np.ndarray]) -> None:
-    pairs = DegradedCrops(photos, 64, {"light": 1.0}, seed=0, versions=2)
-    first, second, next_crop = pairs[0], pairs[1], pairs[2]
-    assert torch.equal(first.hq, second.hq)
-    assert not torch.equal(first.lq, second.lq)
-    assert not torch.equal(first.hq, next_crop.hq)
-    assert first.lq.shape == first.hq.shape == (3, 64, 64)
-
-
-def test_photos_are_scaled_and_unreadable_files_skipped(
-    tmp_path: Path, photos: list[np.ndarray], caplog: pytest.LogCaptureFixture
-) -> None:
-    for i, photo in enumerate(photos):
-        Image.fromarray(photo).save(tmp_path / f"photo_{i}.png")
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    loaded = load_photos(tmp_path, min_side_px=40, scales=(1.0, 0.5, 0.25), favourites=("photo_0*",))
-    assert [photo.shape for photo in loaded[:4]] == [(80, 96, 3), (80, 96, 3), (40, 48, 3), (40, 48, 3)]
-    assert len(loaded) == 8
-    assert "broken.jpg" in caplog.text
-
-
-def test_a_folder_without_large_enough_photos_is_refused(tmp_path: Path) -> None:
-    Image.new("RGB", (30, 30)).save(tmp_path / "small.png")
-    with pytest.raises(ImageError, match="at least 64 px"):
-        load_photos(tmp_path, min_side_px=64)
 
 
 def test_folding_normalises_latents_and_keeps_reconstructions() -> None:

@@ -1,5 +1,6 @@
 """Where photographs come from: nested folders, pairs, Hugging Face datasets, WebDataset shards."""
 
+import dataclasses
 import functools
 import http.server
 import io
@@ -89,6 +90,17 @@ def test_what_has_no_partner_is_named_in_one_line(tmp_path: Path, caplog: pytest
     assert "001.png" in line and "other.webp" in line
     with pytest.raises(ImageError, match="say with lq_name_ending how they end"):
         PhotoCrops(PhotoOptions(train_data_dir=options.train_data_dir, lq_data_dir=options.lq_data_dir), 0)
+
+
+def test_pairs_refuse_what_is_for_photographs_that_are_degraded(tmp_path: Path) -> None:
+    options = paired_folders(tmp_path)
+    with pytest.raises(ConfigError, match="versions=2: photographs that come in pairs have one version"):
+        open_pairs(options, 0, versions=2)
+    queued = dataclasses.replace(options, pair_queue_size=4)
+    with pytest.raises(ConfigError, match="pair_queue_size=4 is for runs that degrade whole batches"):
+        open_pairs(queued, 0)
+    with pytest.raises(ConfigError, match="pair_queue_size mixes what is degraded together"):
+        PhotoCrops(queued, 0)
 
 
 def test_a_pair_of_sizes_that_do_not_fit_is_not_used(tmp_path: Path) -> None:

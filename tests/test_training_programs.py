@@ -2,6 +2,7 @@
 are split, and wherever the run is cut, it ends in the same weights."""
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -10,14 +11,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
+from tests.photo_files import save_photos
 from tests.training_runs import ROOT, run_program, run_programs
 
 LOOPS = {
@@ -119,6 +123,55 @@ def test_a_step_is_the_same_however_its_samples_are_split() -> None:
             split = weights(f"{name}/{config}/{result}")
             worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
             assert worst <= 1e-6, (config, name, worst)
+
+
+SOURCES = {
+    "folder": ["--train_data_dir", "sources/hq"],
+    "pairs": ["--train_data_dir", "sources/hq", "--lq_data_dir", "sources/lq"],
+    "dataset": ["--train_data_dir", "[]", "--dataset_name", "sources/saved", "--image_column", "photo"],
+    "shards": ["--train_data_dir", "[]", "--shards", "sources/set-{000..001}.tar"],
+    "queue": ["--train_data_dir", "sources/hq", "--pair_queue_size", "4"],
+}
+"""Flags for every source of photographs, and for the pair queue."""
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path) -> Path:
+    """The same four photographs in every form, and one that is damaged."""
+    place = folder / "sources"
+    save_photos(place / "hq", 4, 80, 96)
+    save_photos(place / "lq", 4, 20, 24)
+    (place / "hq" / "broken.png").write_bytes(b"no picture")
+    (place / "lq" / "broken.png").write_bytes(b"no picture")
+    files = sorted((place / "hq").iterdir())
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    features = datasets.Features({"photo": datasets.Image()})
+    datasets.Dataset.from_dict({"photo": cells}, features=features).save_to_disk(str(place / "saved"))
+    with webdataset.ShardWriter(str(place / "set-%03d.tar"), maxcount=3, verbose=0) as writer:
+        for file in files:
+            writer.write({"__key__": file.stem, "png": file.read_bytes()})
+    return place
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_training_on_every_source_resumes_at_the_exact_sample(
+    source: str, sources: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def train(name: str, steps: int) -> Path:
+        flags = ["--lr_scheduler", "constant", "--output_dir", f"{sources}/{source}/{name}", *SOURCES[source]]
+        run_program(*tiny("train_stablesr", "stablesr", "--max_train_steps", str(steps), *flags))
+        return sources / source / name
+
+    whole = train("whole", 5)
+    assert "1 of 5 photographs were skipped" in caplog.text
+    train("halted", 2)
+    resumed = train("halted", 5)
+    assert "checkpoint-2 of 5 steps" in caplog.text
+    assert (resumed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    ours, theirs = weights(resumed / "adapter"), weights(whole / "adapter")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("program", ["train_autoencoder", "train_cfw"])

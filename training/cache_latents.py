@@ -4,8 +4,7 @@ python training/cache_latents.py --config configs/mini/latents.yaml --train_data
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,33 +14,24 @@ from tqdm import trange
 
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.pairs import DegradedCrops
-from stablesr_kit.training.photos import load_photos
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.photo_crops import report_skipped
+from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
 
 logger = logging.getLogger("cache_latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(ProgramConfig):
+class CacheConfig(PhotoOptions, ProgramConfig):
     """Options of this program."""
 
-    train_data_dir: str
-    """Folder of photographs."""
-    photo_scales: tuple[float, ...] = (1.0,)
-    """Every photograph is used once at each of these sizes."""
-    favourite_photos: tuple[str, ...] = ()
-    """Patterns of file names that are drawn twice as often."""
     pretrained_vae: str
     """Folder of the autoencoder."""
-    resolution: int = 256
-    """Side of the square crops in px."""
     crops: int = 1500
     """Number of crops."""
     versions: int = 3
     """Degraded versions of each crop."""
-    degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-768v": 1.0})
-    """Names of degradations and how often each is drawn."""
 
 
 @torch.no_grad()
@@ -50,13 +40,7 @@ def main(config: CacheConfig) -> None:
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = AutoencoderKL.from_pretrained(config.pretrained_vae).to(device, memory_format=torch.channels_last)
-    photos = load_photos(
-        config.train_data_dir,
-        min_side_px=config.resolution,
-        scales=config.photo_scales,
-        favourites=config.favourite_photos,
-    )
-    pairs = DegradedCrops(photos, config.resolution, config.degradations, config.seed, config.versions)
+    pairs = open_pairs(config, config.seed, versions=config.versions)
 
     hq_latents, lq_latents = [], []
     for first in trange(0, config.crops * config.versions, config.versions, mininterval=10):
@@ -69,6 +53,7 @@ def main(config: CacheConfig) -> None:
         hq_latents.append(latents[0])
         lq_latents.append(latents[1:])
 
+    report_skipped(pairs.crops)
     hq, lq = torch.stack(hq_latents), torch.stack(lq_latents)
     logger.info("mean %s", [round(x, 3) for x in hq.float().mean(dim=(0, 2, 3)).tolist()])
     logger.info("deviation %s", [round(x, 3) for x in hq.float().std(dim=(0, 2, 3)).tolist()])

@@ -4,8 +4,7 @@ python training/generate_cfw_data.py --config configs/mini/cfw_data.yaml --train
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,25 +14,18 @@ from tqdm import trange
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels
 from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.pairs import DegradedCrops
-from stablesr_kit.training.photos import load_photos
+from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.photo_crops import report_skipped
+from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWDataConfig(ProgramConfig):
+class CFWDataConfig(PhotoOptions, ProgramConfig):
     """Options of this program."""
 
-    train_data_dir: str
-    """Folder of photographs."""
-    photo_scales: tuple[float, ...] = (1.0,)
-    """Every photograph is used once at each of these sizes."""
-    favourite_photos: tuple[str, ...] = ()
-    """Patterns of file names that are drawn twice as often."""
     pretrained_model: str
     """Folder of the pipeline; it needs no fusion layers yet."""
-    resolution: int = 256
-    """Side of the square crops in px."""
     crops: int = 600
     """Number of crops."""
     batch_size: int = 2
@@ -42,8 +34,6 @@ class CFWDataConfig(ProgramConfig):
     """Numbers of denoising steps, taken in turn."""
     eta: float = 1.0
     """Noise of the steps, for schedulers that take it."""
-    degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-768v": 1.0})
-    """Names of degradations and how often each is drawn."""
 
 
 def main(config: CFWDataConfig) -> None:
@@ -52,13 +42,7 @@ def main(config: CFWDataConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    photos = load_photos(
-        config.train_data_dir,
-        min_side_px=config.resolution,
-        scales=config.photo_scales,
-        favourites=config.favourite_photos,
-    )
-    pairs = DegradedCrops(photos, config.resolution, config.degradations, config.seed)
+    pairs = open_pairs(config, config.seed)
 
     hq_pixels, lq_pixels, latents = [], [], []
     for i, first in enumerate(trange(0, config.crops, config.batch_size, mininterval=10)):
@@ -79,6 +63,7 @@ def main(config: CFWDataConfig) -> None:
         hq_pixels.append(torch.from_numpy(image_to_pixels(hq)))
         lq_pixels.append(torch.from_numpy(image_to_pixels(lq)))
 
+    report_skipped(pairs.crops)
     output = Path(config.output_dir) / "samples.safetensors"
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"hq": hq_pixels, "lq": lq_pixels, "latents": latents}

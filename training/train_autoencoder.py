@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.losses import reconstruction_loss
-from stablesr_kit.training.photo_options import PhotoOptions
-from stablesr_kit.training.photos import RandomCrops
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_autoencoder import build_small_autoencoder, fold_latent_statistics
@@ -38,7 +38,8 @@ class AutoencoderConfig(PhotoOptions, RunConfig):
 def main(config: AutoencoderConfig) -> None:
     """Train, write checkpoints, and save the averaged weights with normalised latents to output_dir/vae."""
     run = TrainingRun(config)
-    crops = RandomCrops(config.load_photos(), config.resolution, config.seed)
+    crops = PhotoCrops(config, config.seed, run.share)
+    images = RandomCrops(crops)
 
     if config.pretrained_vae is None:
         vae = build_small_autoencoder(config.block_out_channels, config.latent_channels, config.layers_per_block)
@@ -49,7 +50,7 @@ def main(config: AutoencoderConfig) -> None:
     network = Reconstruction(vae.to(memory_format=torch.channels_last).train())
     reconstruct = run.train(network, {"vae": "vae"})
 
-    for draws, image in run.batches(crops):
+    for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
 
         # reconstruct through a sampled latent; only the network runs in low precision
@@ -61,17 +62,19 @@ def main(config: AutoencoderConfig) -> None:
         run.backward(loss)
         run.update(pixel=pixel, kl=kl)
 
+    report_skipped(crops, run.accelerator)
+
     # the result: averaged weights whose latents have mean 0 and deviation 1
     vae = run.averaged("vae")
     if run.is_main:
-        fold_latent_statistics(vae, *latent_statistics(vae, crops, count=256))
+        fold_latent_statistics(vae, *latent_statistics(vae, images, count=256))
     run.finish({"vae": vae})
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, crops: RandomCrops, count: int) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKL, images: RandomCrops, count: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation per channel, (C,), of the latents of the first `count` crops."""
-    latents = torch.cat([vae.encode(crops[i][None].to(vae.device)).latent_dist.mean for i in range(count)])
+    latents = torch.cat([vae.encode(images[i][None].to(vae.device)).latent_dist.mean for i in range(count)])
     return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 
+from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, encode_with_features
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.losses import reconstruction_loss
+from stablesr_kit.training.losses import PIXEL_LOSSES
 from stablesr_kit.training.pairs import RestoredCrops
+from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_autoencoder import start_fusion_silent
@@ -21,7 +23,7 @@ from stablesr_kit.training.whole_forward import FusedDecoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWConfig(AdversarialOptions, RunConfig):
+class CFWConfig(AdversarialOptions, PerceptualOptions, RunConfig):
     """Options of this program."""
 
     samples: str
@@ -36,6 +38,14 @@ class CFWConfig(AdversarialOptions, RunConfig):
     """RRDBs per untrained fusion layer."""
     growth_channels: int = 16
     """Growth of the dense blocks of untrained fusion layers."""
+    pixel_loss: str = "reconstruction"
+    """Loss between pictures: l1 and mse, or reconstruction, which also weighs gradients, colour and brightness of
+    areas. StableSR: l1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pixel_loss not in PIXEL_LOSSES:
+            raise ConfigError(f"pixel_loss={self.pixel_loss!r} must be one of {', '.join(PIXEL_LOSSES)}")
 
 
 def main(config: CFWConfig) -> None:
@@ -58,6 +68,9 @@ def main(config: CFWConfig) -> None:
         cfw.enable_gradient_checkpointing()
     levels = tuple(cfw.config.levels)
     decode = run.train(FusedDecoding(vae, cfw.to(memory_format=torch.channels_last).train()), {"cfw": "cfw"})
+    perceptual = load_perceptual_loss(config)
+    if perceptual is not None:
+        perceptual.to(run.accelerator.device)
     has_adversary = config.adversarial_weight > 0 or config.feature_matching_weight > 0
     adversary = Adversary(run, config) if has_adversary else None
 
@@ -70,8 +83,11 @@ def main(config: CFWConfig) -> None:
         z = from_latent(latent, vae).to(memory_format=torch.channels_last)
         fake = decode(z, features, 1.0).float()
 
-        loss = reconstruction_loss(fake, hq)
+        loss = PIXEL_LOSSES[config.pixel_loss](fake, hq)
         terms = {"pixel": loss}
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(fake, hq)
+            loss = loss + config.perceptual_factor * terms["perceptual"]
         if adversary is not None:
             adversarial, judged = adversary.judge(fake, hq)
             loss, terms = loss + adversarial, terms | judged

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL
 
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.losses import reconstruction_loss
-from stablesr_kit.training.photo_options import PhotoOptions
-from stablesr_kit.training.photos import RandomCrops
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.whole_forward import Decoding
@@ -38,7 +38,8 @@ class DecoderConfig(AdversarialOptions, PhotoOptions, RunConfig):
 def main(config: DecoderConfig) -> None:
     """Train, write checkpoints, and save the autoencoder with the averaged decoder to output_dir/vae."""
     run = TrainingRun(config)
-    crops = RandomCrops(config.load_photos(), config.resolution, config.seed)
+    crops = PhotoCrops(config, config.seed, run.share)
+    images = RandomCrops(crops)
 
     # only the decoder is trained
     vae = AutoencoderKL.from_pretrained(config.pretrained_vae).to(memory_format=torch.channels_last)
@@ -51,7 +52,7 @@ def main(config: DecoderConfig) -> None:
     decode = run.train(Decoding(vae), {"vae": "vae"})
     adversary = Adversary(run, config)
 
-    for draws, image in run.batches(crops):
+    for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
 
         # reconstruct from a latent that is slightly off
@@ -65,6 +66,8 @@ def main(config: DecoderConfig) -> None:
         adversarial, terms = adversary.judge(fake, image)
         run.backward(pixel + adversarial)
         run.update(pixel=pixel, **terms)
+
+    report_skipped(crops, run.accelerator)
 
     # the result: the averaged decoder, mixed with the first one, beside the encoder it belongs to
     vae = run.averaged("vae")

@@ -5,14 +5,12 @@
 Pairs are degraded on the fly from photographs and encoded, or read from the latents of cache_latents.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch.utils.data import Dataset
 
 from stablesr_kit.checkpoints.foundations import foundation_of_folder
 from stablesr_kit.checkpoints.networks import embed_empty_prompt
@@ -21,9 +19,13 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
-from stablesr_kit.training.pairs import CachedLatents, DegradedCrops
-from stablesr_kit.training.photo_options import PhotoOptions
+from stablesr_kit.training.pair_queue import QueuedDegradation
+from stablesr_kit.training.pairs import CachedLatents
+from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.photo_order import Share
+from stablesr_kit.training.photo_pairs import DegradedCrops, PairedCrops, open_pairs
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_unet import build_small_adapter
@@ -49,10 +51,6 @@ class StableSRConfig(DenoisingOptions, PhotoOptions, RunConfig):
     """File written by cache_latents.py; None degrades and encodes photographs on the fly."""
     latent_crop: int = 32
     """Side of the square latents of a batch, when they are cached."""
-    resolution: int = 512
-    """Side of the square crops in px, for photographs."""
-    degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-512": 1.0})
-    """Names of degradations and how often each is drawn, for photographs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +63,10 @@ class StableSRConfig(DenoisingOptions, PhotoOptions, RunConfig):
 def main(config: StableSRConfig) -> None:
     """Train, write checkpoints, and save the averaged adapter to output_dir/adapter."""
     run = TrainingRun(config)
-    pairs = pairs_of(config)
+    data = open_data(config, run.share)
+    queue = None
+    if isinstance(data, RandomCrops):
+        queue = QueuedDegradation(config, config.seed, config.train_batch_size, run.accelerator)
     unet, vae, schedule, no_text = frozen_parts(config)
     vae = vae if config.latents is None else None
 
@@ -88,7 +89,9 @@ def main(config: StableSRConfig) -> None:
         vae.requires_grad_(False).eval().to(run.accelerator.device, memory_format=torch.channels_last)
     adapt = run.train(adapter, {"adapter": ""})
 
-    for draws, (lq, hq) in run.batches(pairs):
+    for draws, batch in run.batches(data):
+        lq, hq = batch if queue is None else queue(batch)
+
         # photographs become latents, samples of their posterior
         if vae is not None:
             with torch.no_grad(), run.accelerator.autocast():
@@ -108,6 +111,8 @@ def main(config: StableSRConfig) -> None:
         run.backward(loss)
         run.update(loss=loss)
 
+    if not isinstance(data, CachedLatents):
+        report_skipped(data.crops, run.accelerator)
     run.finish({"adapter": run.averaged("adapter")})
 
 
@@ -125,11 +130,13 @@ def frozen_parts(config: StableSRConfig) -> tuple[SFTUNet2DConditionModel, Autoe
     return unet, vae, noise_schedule(config.prediction_type), None
 
 
-def pairs_of(config: StableSRConfig) -> Dataset[Any]:
-    """Pairs (lq, hq): latents read from a file, or pictures degraded on the fly."""
+def open_data(config: StableSRConfig, share: Share) -> CachedLatents | DegradedCrops | PairedCrops | RandomCrops:
+    """Pairs (lq, hq) of latents or of pictures; for the pair queue, which degrades by itself, good crops alone."""
     if config.latents is not None:
         return CachedLatents(config.latents, config.latent_crop, config.seed)
-    return DegradedCrops(config.load_photos(), config.resolution, config.degradations, config.seed)
+    if config.pair_queue_size:
+        return RandomCrops(PhotoCrops(config, config.seed, share))
+    return open_pairs(config, config.seed, share)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.models.discriminators import PatchDiscriminator
-from stablesr_kit.training.losses import feature_matching_loss, hinge_discriminator_loss, hinge_generator_loss
+from stablesr_kit.training.losses import HINGE, feature_matching_loss
 from stablesr_kit.training.run import TrainingRun
 
 
@@ -71,7 +71,7 @@ class Adversary:
         with run.accelerator.autocast():
             logits, features = self.discriminator(torch.cat([real, fake.detach()]))
         real_logits, fake_logits = logits.float().chunk(2)
-        discriminator_loss = hinge_discriminator_loss(real_logits, fake_logits)
+        discriminator_loss = 0.5 * (HINGE.real(real_logits) + HINGE.fake(fake_logits))
         run.backward(discriminator_loss)
 
         # the other's loss: close to the photographs to the discriminator's eye, which is not trained by this
@@ -80,7 +80,7 @@ class Adversary:
             fake_logits, fake_features = frozen(fake)
         frozen.requires_grad_(True)
         matching = feature_matching_loss(fake_features, [feature.detach().chunk(2)[0] for feature in features])
-        adversarial = hinge_generator_loss(fake_logits.float())
+        adversarial = HINGE.generator(fake_logits.float())
         ramp = min(1.0, waited / max(options.discriminator_warmup_steps, 1))
         loss = ramp * (options.feature_matching_weight * matching + options.adversarial_weight * adversarial)
         return loss, {"matching": matching, "adversarial": adversarial, "discriminator": discriminator_loss}

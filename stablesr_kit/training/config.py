@@ -20,7 +20,15 @@ MULTISTEP = "multistep"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgramConfig:
+class Options:
+    """Options that a program is composed of. A class that checks its own in __post_init__ hands on to the next one."""
+
+    def __post_init__(self) -> None:
+        """Nothing is left to check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig(Options):
     """What every program has in common."""
 
     output_dir: str
@@ -92,6 +100,7 @@ class RunConfig(ProgramConfig):
     """The mean loss of every so many steps goes to the log."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             raise ConfigError(f"mixed_precision={self.mixed_precision!r} must be no, fp16 or bf16")
         for name in (
@@ -159,14 +168,15 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    """The YAML value as the field's type: paths expanded, integers as floats where asked, lists as tuples."""
+    """The YAML value as the type of the field: paths expanded, floats for integers, tuples for lists and values."""
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
             return None
         hint = next(option for option in hint.__args__ if option is not type(None))
     origin = typing.get_origin(hint) or hint
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(key, item, typing.get_args(hint)[0]) for item in value)
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(key, item, typing.get_args(hint)[0]) for item in items)
     if origin is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as text

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.config import Options
 from stablesr_kit.training.photo_sources import DatasetPhotos, FolderPhotos, PhotoSource
 from stablesr_kit.training.shards import ShardPhotos
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoOptions:
+class PhotoOptions(Options):
     """Options of programs that train on photographs: where they are, which ones are used, how crops are cut.
 
     Exactly one of train_data_dir, dataset_name and shards must be given.
@@ -64,6 +65,7 @@ class PhotoOptions:
     and share some draws; 0 degrades every picture for itself in the loader."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.small_photos not in ("skip", "pad"):
             raise ConfigError(f"small_photos={self.small_photos!r} must be skip or pad")
         if self.resolution < 1:
@@ -72,8 +74,6 @@ class PhotoOptions:
             raise ConfigError(f"photo_scales={self.photo_scales} must be positive numbers, such as (1.0, 0.5)")
         if self.lq_data_dir is not None and len(self.photo_scales) > 1:
             raise ConfigError("photo_scales cannot be used with lq_data_dir: pairs have the size they have")
-        if self.pair_queue_size and (self.lq_data_dir or self.conditioning_image_column):
-            raise ConfigError("pair_queue_size mixes what is degraded together; leave it out for pairs as they come")
 
 
 def open_source(options: PhotoOptions) -> PhotoSource:

@@ -72,16 +72,6 @@ ADVERSARIAL_LOSSES = {"hinge": HINGE, "vanilla": VANILLA}
 """Both by name."""
 
 
-def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Mean of the two terms of `HINGE`, as VQGAN and StableSR's fusion layers use it."""
-    return 0.5 * (HINGE.real(real_logits) + HINGE.fake(fake_logits))
-
-
-def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Loss of the generator against a hinge discriminator."""
-    return HINGE.generator(fake_logits)
-
-
 def adaptive_adversarial_weight(
     reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, largest: float = 1.0
 ) -> Tensor:

@@ -1,51 +1,16 @@
-"""Pairs of a good crop and its degraded version, of photographs or of latents computed beforehand."""
+"""Pairs that were computed beforehand: latents, and samples of a pipeline."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.degradations import Pair, find_preset, make_pair
+from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.spaces import pixels_to_image
-from stablesr_kit.training.photos import random_crop
-
-
-class DegradedCrops(Dataset[Pair]):
-    """Pairs (lq, hq), each (3, crop_px, crop_px) in [-1, 1]; the low-quality one is enlarged to the size of the other.
-
-    The degradation of a pair is drawn by the weights of the presets' names in `degradations`. Item i is a function of
-    (seed, i) alone. `versions` successive items share their crop and differ in its degradation.
-    """
-
-    def __init__(
-        self,
-        photos: list[np.ndarray],
-        crop_px: int,
-        degradations: Mapping[str, float],
-        seed: int,
-        versions: int = 1,
-    ) -> None:
-        self.photos = photos
-        self.crop_px = crop_px
-        self.presets = [find_preset(name) for name in degradations]
-        self.probabilities = np.array(list(degradations.values())) / sum(degradations.values())
-        self.seed = seed
-        self.versions = versions
-
-    def __getitem__(self, index: int) -> Pair:
-        crop_draws = np.random.default_rng((self.seed, index // self.versions))
-        pixels = random_crop(self.photos, self.crop_px, crop_draws)
-        draws = np.random.default_rng((self.seed, index // self.versions, 1 + index % self.versions))
-        preset = self.presets[draws.choice(len(self.presets), p=self.probabilities)]
-        generator = torch.Generator().manual_seed(int(draws.integers(2**62)))
-        lq, hq = make_pair(pixels_to_image(pixels), preset, generator)
-        return Pair(lq[0], hq[0])
 
 
 class CachedLatents(Dataset[Pair]):

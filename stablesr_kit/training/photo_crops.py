@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablesr_kit.errors import ImageError
+from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.data_options import PhotoOptions, open_source
 from stablesr_kit.training.photo_order import Draws, EpochOrder, Share, stream
@@ -67,6 +67,8 @@ class PhotoCrops:
         self.options = options
         self.seed = seed
         self.source = open_source(options)
+        if options.pair_queue_size and self.source.is_paired:
+            raise ConfigError("pair_queue_size mixes what is degraded together; leave it out for pairs as they come")
         self.order = EpochOrder(self.source.group_sizes, seed, share or Share())
         # one byte per photograph, which the processes of a loader write and the main process reads
         self.faults = torch.zeros(sum(self.source.group_sizes), dtype=torch.uint8).share_memory_()
@@ -174,10 +176,15 @@ def describe_faults(source: PhotoSource, faults: Tensor) -> str:
     return some_of(told)
 
 
-def report_skipped(crops: PhotoCrops, accelerator: Accelerator) -> None:
-    """Say in the log, on one line, which photographs any process has skipped so far and why. All processes call it."""
-    faults = accelerator.gather(crops.faults[None].to(accelerator.device)).amax(0).cpu()
-    if faults.any():
+def report_skipped(crops: PhotoCrops, accelerator: Accelerator | None = None) -> None:
+    """Say in the log, on one line, which photographs any process has skipped so far and why. All processes call it.
+
+    accelerator: of the run; None in a program of one process.
+    """
+    faults = crops.faults
+    if accelerator is not None:
+        faults = accelerator.gather(faults[None].to(accelerator.device)).amax(0).cpu()
+    if faults.any() and (accelerator is None or accelerator.is_main_process):
         count = int(faults.count_nonzero())
         logger.warning(
             "%d of %d photographs were skipped: %s", count, len(crops), describe_faults(crops.source, faults)

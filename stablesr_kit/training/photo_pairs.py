@@ -17,14 +17,24 @@ from stablesr_kit.training.photo_crops import PhotoCrops
 from stablesr_kit.training.photo_order import Draws, Share, stream
 
 
-def open_pairs(options: PhotoOptions, seed: int, share: Share | None = None) -> "DegradedCrops | PairedCrops":
+def open_pairs(
+    options: PhotoOptions, seed: int, share: Share | None = None, versions: int = 1
+) -> "DegradedCrops | PairedCrops":
     """Pairs of the photographs that the options name: those they come in, or crops and their degraded versions.
 
-    share: how the run deals out its samples, which keeps apart what its processes read of shards. Raises ConfigError
-    or ImageError where no photograph can be used.
+    share: how the run deals out its samples, which keeps apart what its processes read of shards. versions: degraded
+    versions of each crop. Raises ConfigError or ImageError where no photograph can be used.
     """
+    if options.pair_queue_size:
+        raise ConfigError(
+            f"pair_queue_size={options.pair_queue_size} is for runs that degrade whole batches; leave it out here"
+        )
     crops = PhotoCrops(options, seed, share)
-    return PairedCrops(crops) if crops.source.is_paired else DegradedCrops(crops)
+    if not crops.source.is_paired:
+        return DegradedCrops(crops, versions)
+    if versions > 1:
+        raise ConfigError(f"versions={versions}: photographs that come in pairs have one version; use versions=1")
+    return PairedCrops(crops)
 
 
 class DegradedCrops(Dataset[Pair]):

@@ -24,6 +24,7 @@ from stablesr_kit.training.checkpoints import UNFINISHED, checkpoint_folder, fin
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
 from stablesr_kit.training.optimizers import build_optimizer
+from stablesr_kit.training.photo_order import Share
 from stablesr_kit.training.records import LossRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
 
@@ -96,6 +97,11 @@ class TrainingRun:
         """Samples of an optimizer step, in all processes and accumulated batches together."""
         batches = self.config.gradient_accumulation_steps * self.accelerator.num_processes
         return self.config.train_batch_size * batches
+
+    @property
+    def share(self) -> Share:
+        """How the samples are dealt out to the processes."""
+        return Share(self.config.train_batch_size, self.accelerator.num_processes)
 
     @property
     def frozen_dtype(self) -> torch.dtype:
