@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from stablesr_kit.errors import CheckpointError, ConfigError, StableSRKitError
+from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, StableSRKitError
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
 from stablesr_kit.faces.face import Box
 from stablesr_kit.faces.given import place_given_faces, read_given_faces
@@ -52,6 +52,15 @@ def test_a_box_gets_landmarks_of_the_detector_or_of_an_upright_face() -> None:
     assert np.abs(seen.landmarks[0] - (83.5, 80.5)).max() < 5
     assert (empty.landmarks.min(0) > 0).all()
     assert (empty.landmarks.max(0) < (40, 50)).all()
+
+
+@pytest.mark.parametrize("given", [Box(60, 10, 90, 40), np.array([[-50.0, 5], [-40, 5], [-45, 20]])])
+def test_a_face_outside_the_picture_is_refused_and_one_across_its_border_is_not(given: Box | np.ndarray) -> None:
+    pixels = np.zeros((50, 60, 3), np.uint8)
+    with pytest.raises(ImageError, match="outside the picture, 50 pixels high and 60 wide"):
+        place_given_faces(pixels, [given], MTCNNDetector())
+    (face,) = place_given_faces(pixels, [Box(50, 10, 90, 40)], MTCNNDetector())
+    assert face.box == (50, 10, 90, 40)
 
 
 def test_detectors_without_their_file_say_which_one_they_need(tmp_path: Path) -> None:

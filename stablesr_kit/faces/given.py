@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablesr_kit.errors import ConfigError
+from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
 from stablesr_kit.faces.face import Box, Face, Points
 from stablesr_kit.faces.geometry import template
@@ -42,11 +42,20 @@ def place_given_faces(pixels: NDArray[np.uint8], given: Sequence[Box | Points], 
     """Faces of what was given for pixels (H, W, 3); a box gets its landmarks from the detector's last network.
 
     Where that network sees no face in the box, an upright one that fills it is assumed (landmarks_from "template").
+
+    Raises:
+        ImageError: a face lies outside the picture.
     """
+    height, width = pixels.shape[:2]
     faces = []
     for one in given:
+        box = one if isinstance(one, Box) else Box(*one.min(axis=0).tolist(), *one.max(axis=0).tolist())
+        if box.x2 < 0 or box.y2 < 0 or box.x1 > width - 1 or box.y1 > height - 1:
+            raise ImageError(
+                f"a given face at ({box.x1:.0f}, {box.y1:.0f}) to ({box.x2:.0f}, {box.y2:.0f}) lies outside the "
+                f"picture, {height} pixels high and {width} wide; give x before y, in pixels of the photo"
+            )
         if not isinstance(one, Box):
-            box = Box(*one.min(axis=0).tolist(), *one.max(axis=0).tolist())
             faces.append(Face(box=box, score=1.0, landmarks=one, landmarks_from="given"))
             continue
         scores, landmarks = detector.landmarks_in(pixels, [one])

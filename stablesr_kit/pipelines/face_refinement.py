@@ -141,7 +141,7 @@ class FaceRefinement:
             given = faces[i] if faces is not None else None
             # Numpy sees the tensor's own memory, in rows of pixels.
             picture = refined[i].permute(1, 2, 0).numpy()
-            self.reports.append([report for report, _ in self._refine(picture, lq, given)])
+            self.reports.append([report for report, _ in self.refine(picture, lq, given)])
         return refined.to(images.device, images.dtype)
 
     def find(self, pixels: NDArray[np.uint8]) -> list[Face]:
@@ -150,6 +150,23 @@ class FaceRefinement:
         return select_faces(
             self.detector.detect(pixels), height, width, min_eye_distance=self.min_eye_distance, only=self.only
         )
+
+    @torch.no_grad()
+    def refine(
+        self, picture: NDArray[np.float32], lq: Tensor, given: Sequence[Face] | None = None
+    ) -> Iterator[tuple[FaceReport, "RestoredFace"]]:
+        """Pastes the faces of one photo into a picture (H, W, 3) in [-1, 1], in place, and yields each with its report.
+
+        lq: the photo (3, h, w) in [-1, 1], of which the picture is an enlargement. given: as in a call.
+        """
+        pixels = image_to_pixels(lq[None])[0]
+        levels = ((lq.detach().float().cpu() + 1) * 127.5).permute(1, 2, 0).contiguous().numpy()
+        faces = self.find(pixels) if given is None else given
+        scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
+        for face in self.restore_crops(levels, faces):
+            if face.w is not None:
+                self._paste(picture, face, scale)
+            yield self._report(face, is_given=given is not None), face
 
     def restore_crops(self, picture: NDArray[np.float32], faces: Sequence[Face]) -> Iterator["RestoredFace"]:
         """Each face of a picture (H, W, 3) in 8-bit levels, aligned and restored."""
@@ -161,19 +178,6 @@ class FaceRefinement:
             restored, strengths, distances = self._restore_checked(aligned, grey)
             for parts in zip(group, matrices, aligned, restored, strengths, distances, strict=True):
                 yield RestoredFace(*parts)
-
-    def _refine(
-        self, picture: NDArray[np.float32], lq: Tensor, given: Sequence[Face] | None
-    ) -> Iterator[tuple[FaceReport, "RestoredFace"]]:
-        """Pastes the faces of one photo into the picture (H, W, 3) in [-1, 1], in place."""
-        pixels = image_to_pixels(lq[None])[0]
-        levels = ((lq.detach().float().cpu() + 1) * 127.5).permute(1, 2, 0).contiguous().numpy()
-        faces = self.find(pixels) if given is None else given
-        scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
-        for face in self.restore_crops(levels, faces):
-            if face.w is not None:
-                self._paste(picture, face, scale)
-            yield self._report(face, is_given=given is not None), face
 
     def _restore_checked(
         self, aligned: NDArray[np.float32], grey: bool
