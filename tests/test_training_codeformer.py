@@ -1,8 +1,10 @@
 """CodeFormer's stages at a tiny size: they learn, leave alone what is frozen, survive being killed, and follow on."""
 
 import json
+import os
 import random
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +36,18 @@ STAGES = {
     "codeformer_stage3": ("train_codeformer", "codeformer"),
 }
 """Tiny configs: the program that each is for, and the name of its result."""
-OFFICIAL = (
-    "vqgan_512",
-    "codeformer_stage2",
-    "codeformer_stage3",
-    "codeformer_inpainting",
-    "codeformer_colorization",
+OPTIONS = (
+    ("train_vqgan", "VQGANConfig", "official/vqgan_512"),
+    ("train_codeformer", "CodeFormerConfig", "official/codeformer_stage2"),
+    ("train_codeformer", "CodeFormerConfig", "official/codeformer_stage3"),
+    ("train_codeformer", "CodeFormerConfig", "official/codeformer_inpainting"),
+    ("train_codeformer", "CodeFormerConfig", "official/codeformer_colorization"),
+    ("start_vqgan", "StartConfig", "mini_faces/start"),
+    ("train_vqgan", "VQGANConfig", "mini_faces/vqgan"),
+    ("train_codeformer", "CodeFormerConfig", "mini_faces/codeformer_stage2"),
+    ("train_codeformer", "CodeFormerConfig", "mini_faces/codeformer_stage3"),
 )
+"""Programs, their options, and configs that are too large to run here."""
 
 
 def stage(config: str, *flags: str) -> list[str]:
@@ -191,6 +198,22 @@ def test_a_run_killed_twice_ends_bitwise_as_if_it_had_not_been(config: str) -> N
         assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), file
 
 
+def test_the_sweep_over_w_measures_and_plots() -> None:
+    tiny = ["--model", "runs/tiny/codeformer_stage3/codeformer", "--vqgan", "runs/tiny/vqgan/vqgan", "--w", "0", "1"]
+    shown = ["--plot", "sweep.svg", "--sheet", "sheet.png", "--json"]
+    command = ["-m", "benchmarks.face_sweep", *tiny, "--faces", "faces", "--degradation", "light", *shown]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    report = json.loads(finished.stdout)
+    assert report["faces"] == 3
+    assert report["results"]["input"]["psnr_to_input"] == 100
+    assert report["results"]["w=0"]["psnr_y"] != report["results"]["w=1"]["psnr_y"]
+    assert set(report["code_accuracy"]) == {"transformer", "nearest"}
+    assert Image.open("sheet.png").size == (6 * 32, 3 * 32)
+    assert "</svg>" in Path("sweep.svg").read_text()
+
+
 def test_without_a_trained_vqgan_there_are_no_targets(capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "tiny" / "codeformer_stage2.yaml"
     for value, told in (("missing", "missing"), ("faces", "faces")):
@@ -217,16 +240,12 @@ def test_stage_three_fuses_as_published() -> None:
     assert [step for step in range(120_000, 120_050) if config.fidelity(step)] == [120_014, 120_029, 120_044]
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_official_options_are_understood(name: str) -> None:
-    program = "train_vqgan" if name.startswith("vqgan") else "train_codeformer"
-    kinds = runpy.run_path(str(ROOT / "training" / f"{program}.py"))
-    kind = kinds["VQGANConfig" if program == "train_vqgan" else "CodeFormerConfig"]
-    file = str(ROOT / "configs" / "official" / f"{name}.yaml")
-    config = load_config(kind, ["--config", file, "--train_data_dir", "[faces]"])
-    schedule = learning_rate_schedule(config, config.learning_rate)
-    assert schedule(0) == config.learning_rate
-    assert schedule(config.max_train_steps) < config.learning_rate
+@pytest.mark.parametrize(("program", "options", "name"), OPTIONS)
+def test_the_options_of_large_runs_are_understood(program: str, options: str, name: str) -> None:
+    kind = runpy.run_path(str(ROOT / "training" / f"{program}.py"))[options]
+    config = load_config(kind, ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--train_data_dir", "[faces]"])
+    rates = [learning_rate_schedule(config, 1.0)(step) for step in (config.lr_warmup_steps, config.max_train_steps)]
+    assert rates[0] == 1.0 > rates[1]
 
 
 def test_multistep_halves_the_rate_at_every_milestone() -> None:
