@@ -77,7 +77,7 @@ class CodeFormerConfig(VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, R
 def main(config: CodeFormerConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/codeformer, the discriminator beside them."""
     vqgan = load_vqgan(config.pretrained_vqgan)
-    run = TrainingRun(config)
+    run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed)
     faces = TwiceDegradedFaces(crops, config.small_degradations)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -65,18 +65,21 @@ class TrainingRun:
             run.update(pixel=loss)
         run.finish({"vae": run.averaged("vae")})
 
+    some_rest: whether there are steps that some trained parameters take no part in.
+
     Attributes:
         accelerator: of the run; `accelerator.autocast()` is the chosen precision.
         step: optimizer steps behind the run.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, some_rest: bool = False) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
         )
         self.step = 0
         self.networks: list[TrainedNetwork] = []
