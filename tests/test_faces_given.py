@@ -1,16 +1,17 @@
-"""Faces given by hand, and detectors by name: what is read, and what is refused in one line."""
+"""Faces given by hand, detectors by name, and the parser: what is read, and what is refused in one line."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage import data
 
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, StableSRKitError
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
 from stablesr_kit.faces.face import Box
 from stablesr_kit.faces.given import place_given_faces, read_given_faces
-from stablesr_kit.pipelines.face_parts import load_detector
+from stablesr_kit.pipelines.face_parts import load_detector, load_parser
 
 
 def test_boxes_and_landmarks_are_read_by_photo(tmp_path: Path) -> None:
@@ -74,3 +75,20 @@ def test_detectors_without_their_file_say_which_one_they_need(tmp_path: Path) ->
         load_detector("yunet", tmp_path / "broken.onnx")
     with pytest.raises(ConfigError, match="facexlib|weights"):
         load_detector("retinaface")
+
+
+def test_parsenet_labels_faces_of_any_size_and_refuses_other_weights(tmp_path: Path) -> None:
+    parsenet = pytest.importorskip("facexlib.parsing.parsenet", reason="needs the extra faces")
+    torch.manual_seed(0)
+    network = parsenet.ParseNet(in_size=512, out_size=512, parsing_ch=19).eval()
+    torch.save(network.state_dict(), tmp_path / "parsing_parsenet.pth")
+    face = np.random.default_rng(0).uniform(0, 255, (1, 512, 512, 3)).astype(np.float32)
+    labels = load_parser(tmp_path / "parsing_parsenet.pth").parse(face)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(face).permute(0, 3, 1, 2) / 127.5 - 1)[0].argmax(1)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, expected)
+    assert load_parser(tmp_path / "parsing_parsenet.pth").parse(face[:, :64, :64]).shape == (1, 512, 512)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="no weights of ParseNet"):
+        load_parser(tmp_path / "other.pth")

@@ -1,4 +1,4 @@
-"""Detectors by name, with their weights read safely."""
+"""Detectors by name and the parser, with their weights read safely."""
 
 import importlib.util
 from pathlib import Path
@@ -12,6 +12,7 @@ from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
 from stablesr_kit.faces.detect.retinaface import WEIGHT_FILES, RetinaFaceDetector
 from stablesr_kit.faces.detect.yunet import YuNetDetector
 from stablesr_kit.faces.face import FaceDetector
+from stablesr_kit.faces.parse import ParseNetParser
 
 DetectorName = Literal["mtcnn", "retinaface", "yunet"]
 
@@ -37,8 +38,21 @@ def load_detector(name: DetectorName, weights: Path | None = None, device: torch
     if weights is not None and weights.name == WEIGHT_FILES["mobile0.25"]:
         backbone = "mobile0.25"
     path = weights or _facexlib_copy(WEIGHT_FILES[backbone])
-    tensors = {k: v for k, v in read_checkpoint(path).content.items() if isinstance(v, torch.Tensor)}
-    return RetinaFaceDetector(tensors, backbone, device=device)
+    return RetinaFaceDetector(_tensors(path), backbone, device=device)
+
+
+def load_parser(weights: Path, device: torch.device | str = "cpu") -> ParseNetParser:
+    """ParseNet with the weights of parsing_parsenet.pth.
+
+    Raises:
+        ConfigError: the extra is not installed.
+        CheckpointError: the file is missing, unsafe or of another network.
+    """
+    return ParseNetParser(_tensors(weights), device)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in read_checkpoint(path).content.items() if isinstance(v, torch.Tensor)}
 
 
 def _facexlib_copy(file_name: str) -> Path:
