@@ -229,6 +229,12 @@ def test_without_a_trained_vqgan_there_are_no_targets(capsys: pytest.CaptureFixt
         assert message.startswith("error:") and told in message and "VQGAN" in message
 
 
+def test_an_unknown_pixel_loss_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_program(*stage("vqgan", "--pixel_loss", "l3", "--output_dir", "none"))
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: pixel_loss='l3' must be one of")
+
+
 def test_a_codeformer_of_another_vqgan_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_program(*stage("codeformer_stage3", "--pretrained_vqgan", "overfit/vqgan/vqgan", "--output_dir", "none"))

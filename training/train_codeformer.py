@@ -5,10 +5,8 @@ Quantiser and decoder stay those of the VQGAN of stage I, whose codes of the goo
 accelerate launch training/train_codeformer.py --config configs/official/codeformer_stage2.yaml --train_data_dir FACES
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,7 +17,8 @@ from stablesr_kit.training.codebook_losses import code_token_loss, commitment_lo
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.face_pairs import TwiceDegradedFaces
-from stablesr_kit.training.losses import PIXEL_LOSSES
+from stablesr_kit.training.losses import find_pixel_loss
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
 from stablesr_kit.training.program import launch
@@ -76,7 +75,9 @@ class CodeFormerConfig(VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, R
 
 def main(config: CodeFormerConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/codeformer, the discriminator beside them."""
-    vqgan = load_vqgan(config.pretrained_vqgan)
+    # codes of an untrained VQGAN would teach nothing, so there must be a trained one
+    vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").eval().requires_grad_(False)
+    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed)
     faces = TwiceDegradedFaces(crops, config.small_degradations)
@@ -114,7 +115,7 @@ def main(config: CodeFormerConfig) -> None:
         # the good face itself, with features of the damaged one
         if w > 0:
             fake = output.image.float()
-            image_loss = terms["pixel"] = PIXEL_LOSSES[config.pixel_loss](fake, hq)
+            image_loss = terms["pixel"] = pixel_loss(fake, hq)
             if perceptual is not None:
                 terms["perceptual"] = perceptual(fake, hq)
                 image_loss = image_loss + config.perceptual_factor * terms["perceptual"]
@@ -130,24 +131,11 @@ def main(config: CodeFormerConfig) -> None:
     run.finish({name: run.averaged(name) for name in names})
 
 
-def load_vqgan(folder: str) -> VQGAN:
-    """The frozen VQGAN of stage I. Raises ConfigError where there is none: untrained codes teach nothing."""
-    file = Path(folder) / "config.json"
-    name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
-    if name != "VQGAN":
-        raise ConfigError(
-            f"pretrained_vqgan={folder} holds {name or 'no network'}, expected a trained VQGAN; train it with "
-            "train_vqgan.py or convert vqgan_code1024.pth"
-        )
-    vqgan: VQGAN = VQGAN.from_pretrained(folder)
-    return vqgan.eval().requires_grad_(False)
-
-
 def load_codeformer(config: CodeFormerConfig, vqgan: VQGAN) -> CodeFormer:
     """The CodeFormer to start from. Raises ConfigError where it does not belong to the VQGAN."""
     if config.pretrained_codeformer is None:
         return CodeFormer.from_vqgan(vqgan, config.dim, config.num_heads, config.num_layers, config.fuse_sizes)
-    codeformer = CodeFormer.from_pretrained(config.pretrained_codeformer)
+    codeformer = load_network(CodeFormer, config.pretrained_codeformer, "pretrained_codeformer")
     ours, theirs = codeformer.vqgan.quantizer.codebook.weight, vqgan.quantizer.codebook.weight
     if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours)):
         raise ConfigError(

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
 from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.losses import PIXEL_LOSSES
+from stablesr_kit.training.losses import find_pixel_loss
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
@@ -54,11 +56,15 @@ class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PerceptualOptions, Pho
 
 def main(config: VQGANConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/vqgan, the discriminator beside them."""
+    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config)
     crops = PhotoCrops(config, config.seed)
     images = RandomCrops(crops)
 
-    vqgan = build_vqgan(config) if config.pretrained_vqgan is None else VQGAN.from_pretrained(config.pretrained_vqgan)
+    if config.pretrained_vqgan is None:
+        vqgan = build_vqgan(config)
+    else:
+        vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan")
     if config.gradient_checkpointing:
         vqgan.enable_gradient_checkpointing()
     reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
@@ -85,7 +91,7 @@ def main(config: VQGANConfig) -> None:
 
         fake, quantized = reconstruct(image)
         fake = fake.float()
-        pixel = PIXEL_LOSSES[config.pixel_loss](fake, image)
+        pixel = pixel_loss(fake, image)
         terms = {"pixel": pixel, "codebook": quantized.loss, "perplexity": quantized.perplexity}
         loss = pixel
         if perceptual is not None:
@@ -105,7 +111,9 @@ def main(config: VQGANConfig) -> None:
 
 
 def build_vqgan(config: VQGANConfig) -> VQGAN:
-    """Untrained, by the options."""
+    """Untrained, by the options. Raises ConfigError for another quantization."""
+    if config.quantization not in ("nearest", "gumbel"):
+        raise ConfigError(f"quantization={config.quantization!r} must be nearest or gumbel")
     return VQGAN(
         image_size=config.image_size or config.resolution,
         base_channels=config.base_channels,

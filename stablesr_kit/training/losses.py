@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablesr_kit.errors import ConfigError
+
 
 def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the horizontal and vertical first differences: weighs edges and fine texture."""
@@ -40,6 +42,13 @@ PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reconstruction": reconstruction_loss,
 }
 """The losses between pictures by name."""
+
+
+def find_pixel_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of this name. Raises ConfigError."""
+    if name not in PIXEL_LOSSES:
+        raise ConfigError(f"pixel_loss={name!r} must be one of {', '.join(PIXEL_LOSSES)}")
+    return PIXEL_LOSSES[name]
 
 
 class AdversarialLoss(NamedTuple):

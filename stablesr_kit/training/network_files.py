@@ -1,10 +1,11 @@
 """Networks in training as folders that diffusers loads, and back, also where processes share their parameters."""
 
 import copy
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from stablesr_kit.errors import CheckpointError
+from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.training.checkpoints import UNFINISHED
+
+Network = TypeVar("Network", bound=ModelMixin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +85,16 @@ def save_network(network: nn.Module, folder: Path) -> None:
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+
+
+def load_network(kind: type[Network], folder: str, option: str) -> Network:
+    """The network of this class in a folder that an option names. Raises ConfigError where there is none."""
+    file = Path(folder) / "config.json"
+    name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+    if name != kind.__name__:
+        raise ConfigError(
+            f"{option}={folder} holds {name or 'no network'}, expected a trained {kind.__name__}; give the folder that "
+            "training or conversion wrote"
+        )
+    network: Network = kind.from_pretrained(folder)
+    return network

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from stablesr_kit.models.discriminators import VQGANDiscriminator
 from stablesr_kit.training.losses import HINGE, adaptive_adversarial_weight
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.run import TrainingRun
 
 
@@ -36,7 +37,9 @@ class VQGANAdversary:
                 base_channels=options.discriminator_channels, num_layers=options.discriminator_layers
             )
         else:
-            self.discriminator = VQGANDiscriminator.from_pretrained(options.pretrained_discriminator)
+            self.discriminator = load_network(
+                VQGANDiscriminator, options.pretrained_discriminator, "pretrained_discriminator"
+            )
         self.prepared = run.train(self.discriminator.train(), {"discriminator": ""}, is_clipped=False, average=False)
 
     def judge(
