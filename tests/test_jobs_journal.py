@@ -98,6 +98,26 @@ def test_one_process_at_a_time_is_at_a_picture(results: list[Path]) -> None:
     assert list(journal.jobs_folder.iterdir()) == []
 
 
+def test_locks_of_processes_that_are_gone_are_removed(source: Path, results: list[Path]) -> None:
+    journal = Journal(results[0].parent, SETTINGS)
+    with journal.in_progress(source, results[0]):
+        stale = journal.jobs_folder / "gone.png.lock"
+        stale.touch()
+        Journal(results[0].parent, SETTINGS).remove_stale_locks()
+        assert not stale.exists()
+        assert (journal.jobs_folder / "in.png.lock").exists()
+
+
+def test_what_a_killed_process_half_wrote_is_removed_and_its_state_kept(source: Path, results: list[Path]) -> None:
+    journal = Journal(results[0].parent, SETTINGS)
+    with pytest.raises(OutputError), journal.in_progress(source, results[0]) as state:
+        (state / "latents").write_bytes(b"1")
+        (state / ".0123.part").write_bytes(b"1")
+        raise OutputError("disk full")
+    with journal.in_progress(source, results[0], resume=True) as again:
+        assert {path.name for path in again.iterdir()} == {"job.json", "latents"}
+
+
 def test_the_state_is_kept_on_failure_and_deleted_on_success(source: Path, results: list[Path]) -> None:
     journal = Journal(results[0].parent, SETTINGS)
     with pytest.raises(OutputError), journal.in_progress(source, results[0]) as state:

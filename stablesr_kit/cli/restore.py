@@ -96,6 +96,7 @@ def restore(
                     **options,
                 }
                 journal = Journal(jobs[0].target.parent, settings)
+                journal.remove_stale_locks()
                 jobs = unfinished(jobs, journal, report) if resume else jobs
         if jobs:
             with failing_in_one_line():
@@ -107,7 +108,7 @@ def restore(
                 picture = read_job(job)
                 with journal.in_progress(job.source, job.target, resume) as state:
                     call = resumable(pipeline, state / "sampling.pt", seeded(seed), options)
-                    restore_file(job, picture, call)
+                    restore_file(job, picture, call, state)
                     journal.finish(job.source, job.results)
 
             run(jobs, work, report)
@@ -247,7 +248,9 @@ def resumable(
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         # A tiled call draws its noise by position and takes nothing more from the generator.
-        SamplingState.after(step + 1, tensors["latents"], pipeline.scheduler, generator).save(saved)
+        SamplingState.after(
+            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.tiling, pipeline.vae_tile_px
+        ).save(saved)
         return tensors
 
     def call(rgb: Image.Image) -> Image.Image:
@@ -260,8 +263,8 @@ def resumable(
     return call
 
 
-def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image.Image]) -> None:
-    """Restore and write. Raises StableSRKitError, whose message begins with the file."""
+def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image.Image], scratch: Path) -> None:
+    """Restore and write; unfinished files are in `scratch`. Raises StableSRKitError, beginning with the file."""
     try:
         restored = call(picture.rgb)
     except StableSRKitError:
@@ -272,6 +275,6 @@ def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image
         if is_out_of_memory(error):
             reason, advice = "not enough memory", "; restore with a smaller --tile or --scale"
         raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
-    write_picture(job.target, restored, picture)
+    write_picture(job.target, restored, picture, scratch)
     if job.companion:
-        write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb))
+        write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb), scratch)

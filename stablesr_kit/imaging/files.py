@@ -151,10 +151,12 @@ def as_picture(image: Image.Image, is_deep: bool = False) -> Picture:
     )
 
 
-def write_picture(path: Path, restored: Image.Image, source: Picture) -> None:
+def write_picture(path: Path, restored: Image.Image, source: Picture, scratch: Path | None = None) -> None:
     """Write a restored RGB picture with the alpha, greyness, profile and EXIF of its source; the suffix is the format.
 
-    The file appears whole or not at all; an older one of that name is replaced. Raises OutputError.
+    The file appears whole or not at all; an older one of that name is replaced. scratch: as in `replacing`.
+
+    Raises OutputError.
     """
     check_output(path, source)
     format_name, options = _WRITE_OPTIONS[path.suffix.lower()]
@@ -168,7 +170,7 @@ def write_picture(path: Path, restored: Image.Image, source: Picture) -> None:
     except (OSError, ValueError) as error:
         given = f"{image.width}x{image.height} pixels cannot be written as {format_name}"
         raise OutputError(f"{path}: {given} ({error}); choose .png or .tif") from error
-    with replacing(path) as part:
+    with replacing(path, scratch) as part:
         part.write_bytes(encoded.getbuffer())
 
 

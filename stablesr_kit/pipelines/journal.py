@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ class Journal:
                 f"{self.path}: cannot be written ({error.strerror}); the result is there, but --resume will repeat it"
             ) from error
 
+    def remove_stale_locks(self) -> None:
+        """Delete the locks of processes that were killed; those of running processes stay."""
+        for path in self.jobs_folder.glob("*.lock"):
+            with suppress(Timeout, OSError), FileLock(path, blocking=False):
+                path.unlink(missing_ok=True)
+
     @contextmanager
     def in_progress(self, source: Path, result: Path, resume: bool = False) -> Iterator[Path]:
         """The folder for the state of one result, which belongs to this process while the block runs.
@@ -112,6 +118,8 @@ class Journal:
             made_from = {"picture": sha256(source), **self.settings}
             if resume and path.exists():
                 refuse_other_settings(result, json.loads(path.read_bytes()), made_from)
+                for part in state.glob(".*.part"):  # of a process that was killed while it wrote
+                    part.unlink()
                 return
             shutil.rmtree(state, ignore_errors=True)
             state.mkdir()

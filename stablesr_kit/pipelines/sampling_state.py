@@ -1,6 +1,6 @@
 """Where sampling stands after a step, in memory and in a file: enough to go on from there to the bit."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import replacing
+from stablesr_kit.pipelines.aggregation import LatentTiling
 from stablesr_kit.pipelines.coding import Generators
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
@@ -22,19 +23,38 @@ class SamplingState:
     latents: (B, C, h, w) after them, on the CPU.
     scheduler: what the scheduler remembers of them.
     generators: state of each generator the noise comes from.
+    tiling: fields of the `LatentTiling` in use, which lack of memory may have halved; None if it is not known.
+    vae_tile_px: likewise for the autoencoder's tiles; None if it takes the picture whole.
     """
 
     step: int
     latents: Tensor
     scheduler: dict[str, Any]
     generators: list[Tensor]
+    tiling: dict[str, Any] | None = None
+    vae_tile_px: int | None = None
 
     @classmethod
-    def after(cls, step: int, latents: Tensor, scheduler: Any, generator: Generators) -> "SamplingState":
-        """The state after `step` steps."""
+    def after(
+        cls,
+        step: int,
+        latents: Tensor,
+        scheduler: Any,
+        generator: Generators,
+        tiling: LatentTiling | None = None,
+        vae_tile_px: int | None = None,
+    ) -> "SamplingState":
+        """The state after `step` steps; tiling and vae_tile_px are those of the pipeline by then."""
         remembered = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
         drawn = [one.get_state() for one in _as_list(generator)]
-        return cls(step=step, latents=latents.cpu(), scheduler=remembered, generators=drawn)
+        return cls(
+            step=step,
+            latents=latents.cpu(),
+            scheduler=remembered,
+            generators=drawn,
+            tiling=None if tiling is None else asdict(tiling),
+            vae_tile_px=vae_tile_px,
+        )
 
     def restore(self, like: Tensor, scheduler: Any, generator: Generators) -> Tensor:
         """The latents, on the device and of the dtype of `like`; scheduler and generator are as they were then."""

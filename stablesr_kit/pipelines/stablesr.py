@@ -26,7 +26,7 @@ from stablesr_kit.imaging.color_fix import ColorFix, apply_color_fix
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.pipelines.aggregation import Aggregation
+from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
 from stablesr_kit.pipelines.coding import Generators, ImageCoding
 from stablesr_kit.pipelines.loading import resolve_model
@@ -168,6 +168,16 @@ class StableSRPipeline(
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._num_timesteps
+
+    @property
+    def tiling(self) -> LatentTiling:
+        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
+        return self._aggregation.tiling
+
+    @property
+    def vae_tile_px(self) -> int | None:
+        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
+        return self._vae_tile_px
 
     @property
     def interrupt(self) -> bool:
@@ -336,6 +346,7 @@ class StableSRPipeline(
         noise = autoencoder = None
         if tiling is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
+            vae_tile_px = (state.vae_tile_px if state is not None else None) or vae_tile_px
             autoencoder = self.prepare_autoencoder(canvas.shape[-2], canvas.shape[-1], vae_tile_px)
 
         # 5. Encode the picture
@@ -344,6 +355,7 @@ class StableSRPipeline(
             lq_latents, features = self.encode_image(
                 canvas, generator, with_features, num_images_per_prompt, autoencoder
             )
+        self._vae_tile_px = autoencoder.tile_px if autoencoder is not None else None
         del canvas
         if tiling is not None:
             lq_latents = lq_latents.cpu().float()
@@ -368,6 +380,9 @@ class StableSRPipeline(
             self.unet.dtype,
             jitter_seed=noise.seeds[0] if noise is not None and tile_jitter else None,
         )
+        if state is not None and state.tiling is not None:
+            aggregation.tiling = LatentTiling(**state.tiling)
+        self._aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
         with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
             for i, t in enumerate(kept_timesteps):
