@@ -19,28 +19,17 @@ from stablesr_kit.training.perceptual import (
     load_perceptual_loss,
     read_vgg16,
 )
+from tests.vgg_files import random_vgg16, save_vgg16
 
 
 @pytest.fixture(scope="module")
 def vgg16() -> nn.Sequential:
-    """VGG-16's convolutions with random weights of a useful size."""
-    with torch.device("meta"):
-        features = torchvision.models.vgg16().features
-    features.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in features.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 10000
-        parameter.data = torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5
-    return features.requires_grad_(False).eval()
+    return random_vgg16()
 
 
 @pytest.fixture(scope="module")
 def weights(vgg16: nn.Sequential, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file as torchvision saves it, with a part of the classifier."""
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
-    state = {f"features.{name}": tensor for name, tensor in vgg16.state_dict().items()}
-    save_file(state | {"classifier.0.bias": torch.zeros(4096)}, path)
-    return path
+    return save_vgg16(vgg16, tmp_path_factory.mktemp("vgg"))
 
 
 def pictures(seed: int, side: int = 32) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from tests.photo_files import save_photos
 from tests.training_runs import ROOT, run_program, run_programs
+from tests.vgg_files import random_vgg16, save_vgg16
 
 LOOPS = {
     "train_autoencoder": ("autoencoder", "vae"),
@@ -123,6 +124,28 @@ def test_a_step_is_the_same_however_its_samples_are_split() -> None:
             split = weights(f"{name}/{config}/{result}")
             worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
             assert worst <= 1e-6, (config, name, worst)
+
+
+def test_fusion_layers_train_with_a_perceptual_loss_and_say_when_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file = save_vgg16(random_vgg16(), tmp_path)
+    choices = {
+        "plain": ["--pixel_loss", "l1"],
+        "lpips": ["--pixel_loss", "l1", "--perceptual", "lpips", "--perceptual_weights", str(file)],
+        "reconstruction": [],
+    }
+    first = {}
+    for name, flags in choices.items():
+        run_program(*tiny("train_cfw", "cfw", "--output_dir", str(tmp_path / name), *flags))
+        first[name] = json.loads((tmp_path / name / "losses.jsonl").read_text().splitlines()[0])
+    assert caplog.text.count("trains without a perceptual loss") == 2
+    assert f"perceptual loss lpips on the VGG-16 of {file}" in caplog.text
+    assert first["lpips"]["perceptual"] > 0 and "perceptual" not in first["plain"]
+    assert first["lpips"]["pixel"] == first["plain"]["pixel"] < first["reconstruction"]["pixel"]
+    results = [weights(tmp_path / name / "cfw") for name in ("plain", "lpips")]
+    assert any(not torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
 SOURCES = {
