@@ -60,7 +60,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
 def main(config: StartConfig) -> None:
     """Train, write checkpoints, and save the VQGAN with averaged weights to output_dir/vqgan."""
     run = TrainingRun(config)
-    crops = PhotoCrops(config, config.seed)
+    crops = PhotoCrops(config, config.seed, run.share)
     vae = AutoencoderKL.from_pretrained(resolve_model(config.pretrained_model) / "vae", torch_dtype=torch.float32)
     vae = vae.to(run.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     vqgan = VQGAN(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 
-from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, encode_with_features
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.losses import PIXEL_LOSSES
+from stablesr_kit.training.losses import find_pixel_loss
 from stablesr_kit.training.pairs import RestoredCrops
 from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.program import launch
@@ -42,14 +41,10 @@ class CFWConfig(AdversarialOptions, PerceptualOptions, RunConfig):
     """Loss between pictures: l1 and mse, or reconstruction, which also weighs gradients, colour and brightness of
     areas. StableSR: l1."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pixel_loss not in PIXEL_LOSSES:
-            raise ConfigError(f"pixel_loss={self.pixel_loss!r} must be one of {', '.join(PIXEL_LOSSES)}")
-
 
 def main(config: CFWConfig) -> None:
     """Train, write checkpoints, and save the averaged fusion layers to output_dir/cfw."""
+    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config)
     crops = RestoredCrops(config.samples, config.resolution, config.seed)
 
@@ -83,7 +78,7 @@ def main(config: CFWConfig) -> None:
         z = from_latent(latent, vae).to(memory_format=torch.channels_last)
         fake = decode(z, features, 1.0).float()
 
-        loss = PIXEL_LOSSES[config.pixel_loss](fake, hq)
+        loss = pixel_loss(fake, hq)
         terms = {"pixel": loss}
         if perceptual is not None:
             terms["perceptual"] = perceptual(fake, hq)

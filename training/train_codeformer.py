@@ -79,7 +79,7 @@ def main(config: CodeFormerConfig) -> None:
     vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").eval().requires_grad_(False)
     pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
-    crops = PhotoCrops(config, config.seed)
+    crops = PhotoCrops(config, config.seed, run.share)
     faces = TwiceDegradedFaces(crops, config.small_degradations)
 
     vqgan.to(run.accelerator.device)

@@ -58,7 +58,7 @@ def main(config: VQGANConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/vqgan, the discriminator beside them."""
     pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config)
-    crops = PhotoCrops(config, config.seed)
+    crops = PhotoCrops(config, config.seed, run.share)
     images = RandomCrops(crops)
 
     if config.pretrained_vqgan is None:
