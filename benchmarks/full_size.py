@@ -1,7 +1,7 @@
 """The networks of StableSR at the size of Stable Diffusion 2.1, with random weights."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,31 +11,31 @@ from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
+SD21_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SD21_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def unet_and_adapter(dtype: torch.dtype) -> tuple[SFTUNet2DConditionModel, StableSRAdapter]:
     """919 M parameters with their SFT layers counted, and 52 M of the time-aware encoder."""
-    unet = random_weights(
-        lambda: SFTUNet2DConditionModel(
-            sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-        ),
-        dtype,
-    )
+    unet = random_weights(lambda: SFTUNet2DConditionModel(**SD21_UNET), dtype)
     return unet, random_weights(lambda: StableSRAdapter.from_unet(unet), dtype)
 
 
 def vae_and_cfw(dtype: torch.dtype) -> tuple[AutoencoderKL, ControllableFeatureWrapping]:
     """84 M parameters of the autoencoder and 44 M of CFW."""
-    vae = random_weights(
-        lambda: AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        dtype,
-    )
+    vae = random_weights(lambda: AutoencoderKL(**SD21_VAE), dtype)
     return vae, random_weights(lambda: ControllableFeatureWrapping.from_vae(vae), dtype)
 
 

@@ -35,7 +35,7 @@ def encoded(
             x = downsampled(x, downsampler)
     x = _mid_block(x, encoder.mid_block, workspace, window)
     moments = _output(x, encoder, vae.quant_conv, workspace)
-    return workspace.store(moments, with_moments=False), features
+    return workspace.store(moments, side=workspace.side(x.shape[0]), with_moments=False), features
 
 
 def decoded(
@@ -64,7 +64,8 @@ def decoded(
             x = _wrapped(x, features[level], cfw, level, w, workspace)
         for upsampler in block.upsamplers or ():
             x = upsampled(x, upsampler)
-    return workspace.store(_output(x, decoder, None, workspace), with_moments=False)
+    image = _output(x, decoder, None, workspace)
+    return workspace.store(image, side=workspace.side(x.shape[0]), with_moments=False)
 
 
 def _mid_block(x: FeatureMap, block: UNetMidBlock2D, workspace: Workspace, window: int | None) -> FeatureMap:

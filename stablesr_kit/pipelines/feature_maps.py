@@ -30,14 +30,10 @@ class Moments:
 
     def add(self, tile: Tensor) -> None:
         """Take in values (1, C, h, w) that no other tile holds."""
-        rows = tile[0].permute(1, 2, 0).float()  # (h, w, C)
-        count = rows.shape[0] * rows.shape[1]
-        first = rows[0, 0].clone()
-        deviations = rows - first
-        sums = deviations.sum(1).double().sum(0).cpu()
-        squares = deviations.square_().sum(1).double().sum(0).cpu()
+        count = tile.shape[2] * tile.shape[3]
+        first, sums, squares = (value.double().cpu() for value in sums_of(tile))
         mean = sums / count
-        self._merge(count, first.double().cpu() + mean, squares - count * mean**2)
+        self._merge(count, first + mean, squares - count * mean**2)
 
     def of_groups(self, num_groups: int) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each channel's group, both (C,), float64."""
@@ -53,6 +49,15 @@ class Moments:
         self.mean = self.mean + difference * (count / total)
         self.squares = self.squares + squares + difference**2 * (self.count * count / total)
         self.count = total
+
+
+def sums_of(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First value of each channel of a tile (1, C, h, w), and the sums of the deviations from it and their squares."""
+    rows = tile[0].permute(1, 2, 0).float()  # (h, w, C)
+    first = rows[0, 0].clone()
+    deviations = rows - first
+    sums = deviations.sum(1).double().sum(0)
+    return first, sums, deviations.square_().sum(1).double().sum(0)
 
 
 @dataclass(eq=False)
@@ -98,6 +103,10 @@ class Workspace:
         """The map of a canvas or of anything that reads like one."""
         return FeatureMap(readable.shape, lambda region: readable.read(region).to(self.device, dtype), is_cheap=True)
 
+    def side(self, channels: int) -> int:
+        """Of a tile of a map with this many channels."""
+        return max(math.isqrt(self.tile_values // channels), 1)
+
     def store(self, x: FeatureMap, *, side: int | None = None, with_moments: bool = True) -> Canvas:
         """Compute the map once and keep it; what it was computed from is let go.
 
@@ -136,7 +145,7 @@ class Workspace:
     def _sweep(self, x: FeatureMap, canvas: Canvas | None, side: int | None, with_moments: bool) -> torch.dtype:
         """Compute the map tile by tile into a canvas and into its moments; its dtype."""
         channels, height, width = x.shape
-        side = side or max(math.isqrt(self.tile_values // channels), 1)
+        side = side or self.side(channels)
         moments = Moments()
         for region in regions(height, width, side):
             tile = x.read(region)
