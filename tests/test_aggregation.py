@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from stablesr_kit import SpacedDDIMScheduler, SpacedDDPMScheduler
+from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.tiles import Blend
 from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling, repeat_for_tiles
 from stablesr_kit.pipelines.planner import choose_tiling, native_tile
@@ -212,3 +213,18 @@ def test_a_tiled_picture_is_coded_as_a_whole_one(w: float, vae_tile_px: int) -> 
     torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
     found = pipeline.decode_latents(whole, tiled_features, w, autoencoder)
     torch.testing.assert_close(found, pipeline.decode_latents(whole, whole_features, w), atol=1e-4, rtol=0)
+
+
+def test_the_pipeline_codes_in_the_mode_it_is_told() -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    call = {"output_type": "pt", "w": 0.5, "vae_tile_px": 80}
+    exact = run(pipeline, **call)
+    windowed = run(pipeline, vae_attention="windowed", **call)
+    approximate = run(pipeline, vae_mode="approximate", **call)
+    torch.testing.assert_close(windowed, exact)  # the picture is smaller than a window
+    assert 0 < (approximate - exact).abs().mean() < 0.1
+
+
+def test_an_unknown_mode_of_coding_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mode='quick' is given, expected one of"):
+        run(tiny_pipeline(with_text=False), vae_mode="quick")

@@ -19,7 +19,7 @@ from stablesr_kit.imaging.padding import pad_to
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.memory import is_out_of_memory
-from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder
+from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode
 from stablesr_kit.spaces import from_latent, to_latent
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,23 @@ class ImageCoding(DiffusionPipeline):
         smallest = max(self.config.min_size_px, 2 * multiple)
         return pad_to(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[-2:]))
 
-    def prepare_autoencoder(self, height: int, width: int, tile_px: int) -> TiledAutoencoder:
-        """The autoencoder and CFW for pictures of height x width pixels, tile by tile.
+    def prepare_autoencoder(
+        self,
+        height: int,
+        width: int,
+        tile_px: int,
+        mode: TilingMode = "exact",
+        attention: AttentionMode = "global",
+        canvas_folder: Path | None = None,
+    ) -> TiledAutoencoder:
+        """The autoencoder and CFW for pictures of height x width pixels, tile by tile, as `TiledAutoencoder` says.
 
-        Feature maps of more than half a gigabyte lie in a file without a name, in the system's temporary folder.
+        canvas_folder: feature maps of more than half a gigabyte lie in a file without a name there; None is the
+            system's temporary folder.
         """
         nbytes = height * width * self.vae.config.block_out_channels[0] * 4
-        folder = Path(tempfile.gettempdir()) if nbytes > MAX_BYTES_IN_MEMORY else None
-        return TiledAutoencoder(self.vae, self.cfw, tile_px=tile_px, folder=folder)
+        folder = (canvas_folder or Path(tempfile.gettempdir())) if nbytes > MAX_BYTES_IN_MEMORY else None
+        return TiledAutoencoder(self.vae, self.cfw, tile_px=tile_px, mode=mode, attention=attention, folder=folder)
 
     def encode_image(
         self,

@@ -35,6 +35,7 @@ from stablesr_kit.pipelines.planner import TileSize, choose_tiling, tile_multipl
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
 from stablesr_kit.pipelines.sampling import Sampling
 from stablesr_kit.pipelines.sampling_state import SamplingState
+from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TilingMode
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -217,6 +218,9 @@ class StableSRPipeline(
         tile_batch_size: int = 1,
         tile_jitter: bool = False,
         vae_tile_px: int = 512,
+        vae_mode: TilingMode = "exact",
+        vae_attention: AttentionMode = "global",
+        canvas_folder: Path | None = None,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
@@ -254,6 +258,9 @@ class StableSRPipeline(
             tile_jitter: moves the tiles at every step, so that no border stays in place.
             vae_tile_px: side of the tiles the autoencoder and CFW take if the picture is tiled; the result does not
                 depend on it.
+            vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, in less memory.
+            vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
+            canvas_folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -347,7 +354,9 @@ class StableSRPipeline(
         if tiling is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
             vae_tile_px = (state.vae_tile_px if state is not None else None) or vae_tile_px
-            autoencoder = self.prepare_autoencoder(canvas.shape[-2], canvas.shape[-1], vae_tile_px)
+            autoencoder = self.prepare_autoencoder(
+                canvas.shape[-2], canvas.shape[-1], vae_tile_px, vae_mode, vae_attention, canvas_folder
+            )
 
         # 5. Encode the picture
         with_features = w > 0 and output_type != "latent"
