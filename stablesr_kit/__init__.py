@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
     from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
     from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CodeFormerPipeline",
     "ControllableFeatureWrapping",
     "FaceRefinement",
     "SFTUNet2DConditionModel",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CodeFormerPipeline": "stablesr_kit.pipelines.codeformer",
     "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
     "FaceRefinement": "stablesr_kit.pipelines.face_refinement",
     "SFTUNet2DConditionModel": "stablesr_kit.models.sft_unet",
