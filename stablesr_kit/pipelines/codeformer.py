@@ -174,14 +174,14 @@ class CodeFormerPipeline(DiffusionPipeline):
             # The network knows what to complete by its being white.
             shown = group if hidden is None else [face + m * (1 - face) for face, m in zip(group, hidden, strict=True)]
             restored = self.restore(
-                torch.cat([_resize(face, size, size) for face in shown]), w, adain, code_lookup
+                torch.cat([resize_bicubic(face, size, size) for face in shown]), w, adain, code_lookup
             ).cpu()
             for i, face in enumerate(group):
                 height, width = _result_size(face, size)
-                output = _resize(restored[i : i + 1], height, width)
+                output = resize_bicubic(restored[i : i + 1], height, width)
                 if hidden is not None:
                     m = interpolate(hidden[i], (height, width), mode="nearest")
-                    output = (1 - m) * _resize(face, height, width) + m * output
+                    output = (1 - m) * resize_bicubic(face, height, width) + m * output
                 results.append(output)
 
         self.maybe_free_model_hooks()
@@ -239,7 +239,3 @@ def _result_size(face: Tensor, least: int) -> tuple[int, int]:
     height, width = face.shape[2:]
     scale = max(1.0, least / min(height, width))
     return round(height * scale), round(width * scale)
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    return image if image.shape[2:] == (height, width) else resize_bicubic(image, height, width).clamp(-1, 1)
