@@ -79,6 +79,7 @@ def test_degraded_batches_resume_with_their_queue_from_a_checkpoint(tmp_path: Pa
 
     accelerator = Accelerator(cpu=True)
     resumed = queued(accelerator)
+    resumed.device = torch.device("cpu", 0)  # what accelerate calls it where there are several processes
     accelerator.load_state(str(tmp_path / "state"))
     for number, pair in zip(range(7, 12), expected, strict=True):
         again = resumed(crops(number))

@@ -110,7 +110,7 @@ class QueuedDegradation:
                 f"{folder} holds no pair queue of process {self.process}; "
                 "resume with the number of processes and the pair_queue_size that it was saved with"
             )
-        state = load_file(file, device=str(self.device))
+        state = {name: tensor.to(self.device) for name, tensor in load_file(file).items()}
         self.batches = int(state["batches"])
         self.queue.load_state_dict(state)
 
