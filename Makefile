@@ -1,4 +1,4 @@
-# setup | restore [IMAGE=path] [OUT=path] [ARGS="..."] | test | lint
+# setup | restore [IMAGE=path] [OUT=path] [ARGS="..."] | mini TRAIN_DATA=folder | test | lint
 # Each target does all the set-up it needs: a .venv pinned by constraints.txt, built once (about 3 GB with CUDA's libraries).
 
 PYTHON ?= python3
@@ -11,8 +11,9 @@ ARGS ?=
 DEMO := results/demo/astronaut.png
 # Through the environment, so that file names may hold spaces and quotes.
 export IMAGE OUT
+MINI_CONFIGS ?= configs/mini
 
-.PHONY: setup restore test lint
+.PHONY: setup restore mini test lint
 
 setup: $(STAMP)
 
@@ -35,6 +36,10 @@ $(DEMO): $(STAMP)
 	@mkdir -p $(@D)
 	@$(BIN)/python -c "from PIL import Image; from skimage import data; \
 		Image.fromarray(data.astronaut()).resize((128, 128), Image.Resampling.BOX).save('$@')"
+
+# Train the embedded model from the photographs in TRAIN_DATA; the same command goes on where it was interrupted.
+mini: $(STAMP)
+	@$(BIN)/python training/run_stages.py --config $(MINI_CONFIGS)/stages.yaml $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
