@@ -11,6 +11,7 @@ import typer
 from tqdm import tqdm
 
 from stablesr_kit.cli.messages import one_line, usage_error
+from stablesr_kit.cli.processes import gathered, is_first
 from stablesr_kit.errors import ImageError, OutputError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, check_output, list_images, read_picture
 
@@ -63,7 +64,8 @@ def plan(inputs: list[Path], output: Path, companion: str | None, report: Report
         try:
             found.update(dict.fromkeys(list_images([given])))
         except ImageError as error:
-            report.fail(error)
+            if is_first():
+                report.fail(error)
     sources = list(found)
     if len(inputs) == 1 and not inputs[0].is_dir() and output.suffix and not output.is_dir():
         try:
@@ -127,7 +129,14 @@ def read_job(job: Job) -> Picture:
 
 
 def finish(report: Report) -> None:
-    """Say what was done; ends the command with exit status 1 if something failed."""
-    typer.echo(report.summary())
-    if report.failed:
+    """Say what was done by all processes; ends the command of each with exit status 1 if something failed in any."""
+    reports = gathered(report)
+    whole = Report(report.done)
+    for part in reports:
+        whole.written += part.written
+        whole.skipped += part.skipped
+        whole.failed += part.failed
+    if is_first():
+        typer.echo(whole.summary())
+    if whole.failed:
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from PIL import Image
 from stablesr_kit import __version__
 from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
+from stablesr_kit.cli.processes import local_index, share_of
 from stablesr_kit.errors import CheckpointError, JobError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
 from stablesr_kit.pipelines.journal import Journal, sha256
@@ -62,13 +63,15 @@ def restore(
 ) -> None:
     """Restore and enlarge pictures.
 
+    Pictures are spread over the processes of `accelerate launch -m stablesr_kit.cli restore ...`.
+
     Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
     """
     first = parse_start(start)
     tile_px = parse_tile(tile, tile_overlap)
     check_numbers(scale, w, steps, guidance_scale)
     report = Report("restored")
-    jobs = plan(inputs, output, "_compare" if compare else None, report)
+    jobs = share_of(plan(inputs, output, "_compare" if compare else None, report))
     options = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -193,6 +196,8 @@ def choose_device(name: str) -> "torch.device":
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+    if name == "cuda" and counts["cuda"] > 1:
+        name = f"cuda:{local_index() % counts['cuda']}"
     kind, _, index = name.partition(":")
     if kind not in counts or (":" in name and not index.isdecimal()):
         usage_error(f"--device {name!r} is not known; give auto, cpu, cuda, cuda:N or mps")
