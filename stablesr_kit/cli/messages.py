@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from stablesr_kit.errors import ModelNotFoundError, StableSRKitError
+from stablesr_kit.errors import CheckpointError, ModelNotFoundError, StableSRKitError
 
 
 def one_line(message: object) -> str:
@@ -32,6 +32,17 @@ def failing_in_one_line() -> Iterator[None]:
     except StableSRKitError as error:
         typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Says in one line, as a CheckpointError, that a model is damaged, however diffusers says it."""
+    try:
+        yield
+    except StableSRKitError:
+        raise
+    except (OSError, ValueError) as error:  # files are missing, cut short or foreign
+        raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
 
 
 def quieten_libraries() -> None:

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.processes import gathered, is_first
 from stablesr_kit.errors import ImageError, OutputError, StableSRKitError
 from stablesr_kit.imaging.files import Picture, check_output, list_images, read_picture
+from stablesr_kit.pipelines.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,26 @@ def read_job(job: Job) -> Picture:
         tqdm.write(f"note: {one_line(job.source)}: {note}", file=sys.stderr)
     check_output(job.target, picture)
     return picture
+
+
+@contextmanager
+def naming(job: Job, less: str) -> Iterator[None]:
+    """Turns what models meet on some pictures into a StableSRKitError that begins with the file.
+
+    less: what to change where memory does not suffice, such as "restore with a smaller --scale".
+    """
+    try:
+        yield
+    except StableSRKitError as error:
+        if str(job.source) in str(error):
+            raise
+        raise type(error)(f"{job.source}: {error}") from error
+    # Sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        reason, advice = str(error).partition("\n")[0], ""
+        if is_out_of_memory(error):
+            reason, advice = "not enough memory", f"; {less}"
+        raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
 
 
 def finish(report: Report) -> None:

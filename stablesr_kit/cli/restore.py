@@ -10,18 +10,18 @@ import typer
 from PIL import Image
 
 from stablesr_kit import __version__
-from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
+from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model, load_face_model, tell_faces
+from stablesr_kit.cli.messages import failing_in_one_line, loading, quieten_libraries, usage_error
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.processes import local_index, share_of
-from stablesr_kit.errors import CheckpointError, JobError, StableSRKitError
+from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
 from stablesr_kit.pipelines.journal import Journal, sha256
-from stablesr_kit.pipelines.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import FaceRefinement, StableSRPipeline
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -58,6 +58,14 @@ def restore(
     dtype: Annotated[
         DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
     ] = "auto",
+    face: Annotated[
+        Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
+    ] = "none",
+    face_w: Annotated[float, typer.Option(help="Of the faces: 0 quality to 1 fidelity.")] = 0.7,
+    codeformer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR|PTH", help="A pipeline folder, a hub repository, or an original checkpoint."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
@@ -70,6 +78,8 @@ def restore(
     first = parse_start(start)
     tile_px = parse_tile(tile, tile_overlap)
     check_numbers(scale, w, steps, guidance_scale)
+    check_face_w(face_w, "--face-w")
+    face_model = choose_face_model(codeformer, "--codeformer") if face == "codeformer" else None
     report = Report("restored")
     jobs = share_of(plan(inputs, output, "_compare" if compare else None, report))
     options = {
@@ -98,20 +108,25 @@ def restore(
                     "seed": seed,
                     **options,
                 }
+                if face_model is not None:
+                    settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
                 journal = Journal(jobs[0].target.parent, settings)
                 journal.remove_stale_locks()
                 jobs = unfinished(jobs, journal, report) if resume else jobs
         if jobs:
             with failing_in_one_line():
                 pipeline = load_pipeline(model, torch_device, torch_dtype)
+                stages = [refinement(face_model, face_w, torch_device)] if face_model is not None else []
             check_components(pipeline, w, prompt, negative_prompt)
 
             def work(job: Job) -> None:
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
                 picture = read_job(job)
                 with journal.in_progress(job.source, job.target, resume) as state:
-                    call = resumable(pipeline, state / "sampling.pt", seeded(seed), options)
+                    call = resumable(pipeline, state / "sampling.pt", seeded(seed), {**options, "post_stages": stages})
                     restore_file(job, picture, call, state)
+                    for stage in stages:
+                        tell_faces(job.source, stage, stage.reports[0])
                     journal.finish(job.source, job.results)
 
             run(jobs, work, report)
@@ -180,13 +195,16 @@ def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "
 
     from stablesr_kit import StableSRPipeline
 
-    try:
+    with loading(model):
         pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    except StableSRKitError:
-        raise
-    except (OSError, ValueError) as error:  # how diffusers says that files are missing, cut short or foreign
-        raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
     return pipeline.to(device)
+
+
+def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":
+    """The stage that refines faces with this model. Raises as load_face_model."""
+    from stablesr_kit import FaceRefinement
+
+    return FaceRefinement(load_face_model(model, device), w)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -270,16 +288,8 @@ def resumable(
 
 def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image.Image], scratch: Path) -> None:
     """Restore and write; unfinished files are in `scratch`. Raises StableSRKitError, beginning with the file."""
-    try:
+    with naming(job, less="restore with a smaller --tile or --scale"):
         restored = call(picture.rgb)
-    except StableSRKitError:
-        raise
-    # What models meet on some pictures: sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
-    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-        reason, advice = str(error).partition("\n")[0], ""
-        if is_out_of_memory(error):
-            reason, advice = "not enough memory", "; restore with a smaller --tile or --scale"
-        raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
     write_picture(job.target, restored, picture, scratch)
     if job.companion:
         write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb), scratch)

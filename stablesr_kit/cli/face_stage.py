@@ -1,0 +1,87 @@
+"""What the commands that restore faces share: the face network, and a line for each face."""
+
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from stablesr_kit.cli.messages import loading, one_line, quieten_libraries, usage_error
+
+if TYPE_CHECKING:
+    import torch
+
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+    from stablesr_kit.pipelines.face_refinement import FaceRefinement, FaceReport
+
+# The name of the face model in the package.
+EMBEDDED = "mini"
+
+
+def choose_face_model(model: str | None, option: str) -> str:
+    """The model that was given, or the one in the package; ends the command if there is neither.
+
+    option: how the command calls it, such as "--model".
+    """
+    if model not in (None, EMBEDDED):
+        return model
+    if not _embedded().is_dir():
+        usage_error(
+            f"{option} is missing, and no face model comes with the package; give codeformer.pth of the published "
+            "release, or a folder that CodeFormerPipeline.save_pretrained wrote"
+        )
+    return EMBEDDED
+
+
+def find_face_model(model: str) -> Path:
+    """The file or folder of a face model. Raises ModelNotFoundError."""
+    from stablesr_kit.pipelines.loading import resolve_model
+
+    if model == EMBEDDED:
+        return Path(str(_embedded()))
+    return Path(model) if Path(model).is_file() else resolve_model(model)
+
+
+def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
+    """CodeFormer from an original checkpoint file, a pipeline folder, the package or the hub.
+
+    Raises ModelNotFoundError, or CheckpointError for a model that is damaged or another one.
+    """
+    quieten_libraries()
+
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+
+    with loading(model):
+        path = find_face_model(model)
+        load = CodeFormerPipeline.from_original if path.is_file() else CodeFormerPipeline.from_pretrained
+        pipeline: CodeFormerPipeline = load(path)
+    pipeline.to(device)
+    return pipeline
+
+
+def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"]) -> None:
+    """A line for each face of a photo on stdout, above the progress bars; one line if there is none."""
+    name = one_line(source)
+    if not reports:
+        eyes = f"with eyes more than {stage.min_eye_distance:g} pixels apart"
+        tqdm.write(f"{name}: 0 faces {eyes} ({stage.detector.name}); only the background is enhanced")
+    for number, report in enumerate(reports, 1):
+        x1, y1, x2, y2 = (round(edge) for edge in report.box)
+        strength = "" if report.w is None else f" with w {report.w:g}"
+        found = "given" if report.detector == "given" else f"found by {report.detector}"
+        tqdm.write(
+            f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "
+            f"{report.action}{strength}, identity distance {report.identity_distance:.2f}"
+        )
+
+
+def check_face_w(w: float | None, option: str) -> None:
+    """Refuse a fidelity that no face network was made for."""
+    if w is not None and not 0 <= w <= 1:
+        usage_error(f"{option} {w} must be a number from 0 (quality) to 1 (fidelity); 0.5 is usual")
+
+
+def _embedded() -> Traversable:
+    return resources.files("stablesr_kit") / "assets" / "mini_faces"

@@ -1,0 +1,263 @@
+"""`stablesr faces`: faces restored in whole photographs, or pictures of one aligned face restored, filled, coloured."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from PIL import Image
+
+from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_faces
+from stablesr_kit.cli.messages import failing_in_one_line, usage_error
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
+from stablesr_kit.cli.restore import choose_device, choose_dtype, load_pipeline
+from stablesr_kit.imaging.files import Picture, read_picture, write_picture
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from stablesr_kit.faces.face import Box, Face, FaceDetector, Points
+    from stablesr_kit.pipelines.backgrounds import Background
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline, FaceTask
+    from stablesr_kit.pipelines.face_refinement import FaceRefinement, FaceReport, RestoredFace
+
+Mode = Literal["aligned", "whole", "inpaint", "colorize"]
+_TASKS: dict[Mode, "FaceTask"] = {"aligned": "restore", "inpaint": "inpaint", "colorize": "colorize"}
+_WHOLE_ONLY = (
+    "detector",
+    "detector_weights",
+    "only_center",
+    "only_largest",
+    "min_eye_distance",
+    "max_identity_distance",
+    "upscale",
+    "background",
+    "face_upsampler",
+    "parser",
+    "draw_box",
+    "given",
+    "save_crops",
+)
+
+
+def faces(
+    context: typer.Context,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, and folders of pictures.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help="A file for one picture, else a folder (of PNG files)."),
+    ],
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Photographs with faces, or pictures of one aligned face: restored, filled in, coloured."),
+    ] = "whole",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR|PTH", help="A pipeline folder, a hub repository, or an original checkpoint."),
+    ] = None,
+    w: Annotated[
+        float | None, typer.Option("--w", help="0 quality to 1 fidelity.", show_default="0.5; inpaint 1; colorize 0")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="inpaint: a picture that is white where to fill in.", show_default="the pure white pixels"),
+    ] = None,
+    detector: Annotated[Literal["mtcnn", "retinaface", "yunet"], typer.Option(help="Who finds the faces.")] = "mtcnn",
+    detector_weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The detector's file; mtcnn needs none.")
+    ] = None,
+    only_center: Annotated[bool, typer.Option("--only-center", help="Only the face nearest the centre.")] = False,
+    only_largest: Annotated[bool, typer.Option("--only-largest", help="Only the largest face.")] = False,
+    min_eye_distance: Annotated[
+        float, typer.Option(metavar="PX", help="Leave out faces whose eyes are nearer, in pixels of the photo.")
+    ] = 5.0,
+    max_identity_distance: Annotated[
+        float, typer.Option(help="A restored face farther than this from the given one is held back; inf: none is.")
+    ] = 0.3,
+    upscale: Annotated[float, typer.Option(help="How many times larger the photo becomes.")] = 2,
+    background: Annotated[
+        str,
+        typer.Option(
+            metavar="stablesr|none|DIR|FILE",
+            help="What enlarges the photo: mini, plain resizing, a StableSR folder, a network that spandrel knows.",
+        ),
+    ] = "stablesr",
+    face_upsampler: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Enlarges the restored faces: a network that spandrel knows.")
+    ] = None,
+    parser: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keeps clothes and background out of the mask: parsing_parsenet.pth."),
+    ] = None,
+    draw_box: Annotated[bool, typer.Option("--draw-box", help="Outline the restored squares.")] = False,
+    given: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Boxes or landmarks of the faces, by the photo's name.")
+    ] = None,
+    save_crops: Annotated[
+        bool, typer.Option("--save-crops", help="Also write each aligned face, before and after, into OUT_faces.")
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
+) -> None:
+    """Restore faces.
+
+    Exit status: 0 all done; 1 some failed, each with one line, and the others are written; 2 wrong usage.
+    """
+    for name in _WHOLE_ONLY if mode != "whole" else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            usage_error(f"--{name.replace('_', '-')} is for --mode whole, not {mode}; leave it out")
+    if mask is not None and mode != "inpaint":
+        usage_error(f"--mask is for --mode inpaint, not {mode}; leave it out")
+    if only_center and only_largest:
+        usage_error("--only-center and --only-largest exclude each other; give one")
+    if not (math.isfinite(upscale) and upscale > 0):
+        usage_error(f"--upscale {upscale} must be a positive number; 2 is usual")
+    if not min_eye_distance >= 0:
+        usage_error(f"--min-eye-distance {min_eye_distance} must be at least 0 pixels; 5 is usual")
+    if not max_identity_distance >= 0:
+        usage_error(f"--max-identity-distance {max_identity_distance} must be at least 0; 0.3 is usual")
+    check_face_w(w, "--w")
+    model = choose_face_model(model, "--model")
+    report = Report("done")
+    jobs = plan(inputs, output, None, report)
+    if jobs:
+        from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
+        from stablesr_kit.pipelines.face_parts import load_detector, load_parser
+        from stablesr_kit.pipelines.face_refinement import FaceRefinement
+
+        with failing_in_one_line():
+            make_folder(jobs[0].target.parent)
+            torch_device = choose_device(device)
+            work: Callable[[Job], None]
+            if mode == "whole":
+                by_hand = read_given(given, jobs)
+                stage = FaceRefinement(
+                    load_face_model(model, torch_device),
+                    0.5 if w is None else w,
+                    detector=load_detector(detector, detector_weights, torch_device),
+                    parser=load_parser(parser, torch_device) if parser else None,
+                    only="center" if only_center else "largest" if only_largest else None,
+                    min_eye_distance=min_eye_distance,
+                    max_identity_distance=max_identity_distance,
+                    upsampler=SpandrelUpsampler(face_upsampler, torch_device) if face_upsampler else None,
+                    draw_boxes=draw_box,
+                )
+                enlarge = load_background(background, torch_device)
+                work = partial(
+                    restore_photo, stage=stage, enlarge=enlarge, upscale=upscale, by_hand=by_hand, save_crops=save_crops
+                )
+            else:
+                hole = read_picture(mask).rgb.convert("L") if mask else None
+                work = partial(
+                    restore_aligned, pipeline=load_face_model(model, torch_device), mode=mode, w=w, hole=hole
+                )
+        try:
+            run(jobs, work, report)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
+            raise typer.Exit(130) from None
+    finish(report)
+
+
+def restore_photo(
+    job: Job,
+    stage: "FaceRefinement",
+    enlarge: "Background",
+    upscale: float,
+    by_hand: "dict[str, list[Box | Points]]",
+    save_crops: bool,
+) -> None:
+    """Enlarge a photo, restore its faces, write it and tell about them. Raises StableSRKitError."""
+    import numpy as np
+    import torch
+
+    from stablesr_kit.pipelines.pictures import to_image
+    from stablesr_kit.spaces import image_to_pixels
+
+    picture = read_job(job)
+    crops = job.target.with_name(f"{job.target.stem}_faces")
+    with naming(job, less="give a smaller --upscale or --background none"):
+        lq = to_image(picture.rgb)
+        height, width = (max(round(side * upscale), 1) for side in lq.shape[2:])
+        given = place_by_hand(np.asarray(picture.rgb), stage.detector, by_hand.get(job.source.name))
+        canvas = enlarge(lq, height, width)[0].permute(1, 2, 0).contiguous().numpy()
+        reports: list[FaceReport] = []
+        for face_report, face in stage.refine(canvas, lq[0], given):
+            reports.append(face_report)
+            if save_crops:
+                write_crops(crops, len(reports), face)
+        pixels = image_to_pixels(torch.from_numpy(canvas).permute(2, 0, 1)[None])[0]
+    write_picture(job.target, Image.fromarray(pixels), picture)
+    tell_faces(job.source, stage, reports)
+
+
+def restore_aligned(
+    job: Job, pipeline: "CodeFormerPipeline", mode: Mode, w: float | None, hole: Image.Image | None
+) -> None:
+    """Restore, fill in or colour a picture of one aligned face and write it. Raises StableSRKitError."""
+    picture = read_job(job)
+    with naming(job, less="give smaller pictures"):
+        restored = pipeline([picture.rgb], w=w, task=_TASKS[mode], mask=hole, return_dict=False)[0][0]
+    if mode == "colorize":  # a grey file's result has colours, in no grey profile
+        picture = replace(picture, is_grey=False, icc_profile=None if picture.is_grey else picture.icc_profile)
+    write_picture(job.target, restored, picture)
+
+
+def read_given(path: Path | None, jobs: list[Job]) -> "dict[str, list[Box | Points]]":
+    """Faces by the name of their photo; ends the command if one of the photos is no input."""
+    if path is None:
+        return {}
+
+    from stablesr_kit.faces.given import read_given_faces
+
+    given = read_given_faces(path)
+    unknown = sorted(set(given) - {job.source.name for job in jobs})
+    if unknown:
+        usage_error(f"{path}: {', '.join(unknown)}: no input of that name; give names as of the files, without folders")
+    return given
+
+
+def place_by_hand(
+    pixels: "NDArray[np.uint8]", detector: "FaceDetector", by_hand: "list[Box | Points] | None"
+) -> "list[Face] | None":
+    """The faces that were given for a photo's pixels (H, W, 3); None if the detector is to find them."""
+    if by_hand is None:
+        return None
+
+    from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+    from stablesr_kit.faces.given import place_given_faces
+
+    placing = detector if isinstance(detector, MTCNNDetector) else MTCNNDetector()
+    return place_given_faces(pixels, by_hand, placing)
+
+
+def load_background(name: str, device: "torch.device") -> "Background":
+    """What enlarges the photos. Raises ConfigError, CheckpointError or ModelNotFoundError."""
+    from stablesr_kit.imaging.resizing import resize_bicubic
+    from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler, StableSRBackground
+
+    if name == "none":
+        return resize_bicubic
+    if Path(name).is_file():
+        return SpandrelUpsampler(Path(name), device)
+    if name != "stablesr" and not Path(name).is_dir():
+        usage_error(f"--background {name}: no such file or folder; give stablesr, none, a StableSR folder or a network")
+    model = "mini" if name == "stablesr" else name
+    pipeline = load_pipeline(model, device, choose_dtype("auto", device))
+    pipeline.set_progress_bar_config(disable=True)
+    return StableSRBackground(pipeline)
+
+
+def write_crops(folder: Path, number: int, face: "RestoredFace") -> None:
+    """One aligned face before and after. Raises OutputError."""
+    from numpy import uint8
+
+    make_folder(folder)
+    for name, levels in (("lq", face.aligned), ("restored", face.restored)):
+        crop = Image.fromarray(levels.round().clip(0, 255).astype(uint8))
+        write_picture(folder / f"{number:03d}_{name}.png", crop, Picture(rgb=crop))
