@@ -1,5 +1,6 @@
 """Tiled sampling: what cannot change the picture, what must, and what happens when memory lacks."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -41,9 +42,16 @@ def aggregation(size: tuple[int, int], tiling: LatentTiling | None, **options: A
     return Aggregation(size, tiling, 2, torch.device("cpu"), torch.float32, **options)
 
 
-@pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("kind", "prediction_type", "guidance_scale"),
+    # every scheduler once, the four combinations in turn
+    [
+        (kind, *combination)
+        for kind, combination in zip(
+            SCHEDULERS, itertools.cycle(itertools.product(["epsilon", "v_prediction"], [1.0, 3.0])), strict=False
+        )
+    ],
+)
 def test_every_scheduler_samples_in_tiles_in_batches_of_any_size(
     kind: Any, prediction_type: str, guidance_scale: float
 ) -> None:
