@@ -8,8 +8,7 @@ from accelerate import Accelerator
 from torch import Generator, Tensor
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.pair_queue import PairQueue, QueuedDegradation
+from stablesr_kit.training.pair_queue import PairQueue, PairQueueOptions, QueuedDegradation
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -61,7 +60,7 @@ def test_a_resumed_queue_continues_as_the_uninterrupted_one(steps: int, tmp_path
 
 
 def queued(accelerator: Accelerator) -> QueuedDegradation:
-    options = PhotoOptions(degradations={"light": 1.0, "area": 1.0}, pair_queue_size=6)
+    options = PairQueueOptions(degradations={"light": 1.0, "area": 1.0}, pair_queue_size=6)
     return QueuedDegradation(options, 0, 2, accelerator)
 
 

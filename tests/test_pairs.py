@@ -10,7 +10,7 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.imaging.degradations.filtering import usm_sharpen
 from stablesr_kit.training import photo_pairs
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_crops import PhotoCrops
 from stablesr_kit.training.photo_pairs import DegradedCrops, open_pairs
 from tests.photo_files import save_photos
@@ -18,7 +18,7 @@ from tests.photo_files import save_photos
 
 def crops_of(tmp_path: Path, **options: Any) -> PhotoCrops:
     folder = save_photos(tmp_path / "photos", 3, 80, 96)
-    return PhotoCrops(PhotoOptions(train_data_dir=(str(folder),), resolution=64, **options), 0)
+    return PhotoCrops(PairOptions(train_data_dir=(str(folder),), resolution=64, **options), 0)
 
 
 def test_a_pair_depends_on_seed_and_index_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions, PhotoOptions
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, cut, describe_faults, report_skipped
 from stablesr_kit.training.photo_order import Draws, EpochOrder, Share, stream
 from tests.photo_files import numbers_in, photo, save_photos
@@ -187,7 +187,7 @@ def test_pairs_are_cut_mirrored_and_turned_alike(tmp_path: Path) -> None:
 )
 def test_options_that_name_no_data_or_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ImageError), match=message):
-        PhotoCrops(PhotoOptions(**options), 0)
+        PhotoCrops(PairOptions(**options), 0)
 
 
 def test_a_folder_without_one_usable_photo_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Where photographs come from: nested folders, pairs, Hugging Face datasets, WebDataset shards."""
 
-import dataclasses
 import functools
 import http.server
 import io
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.training import shards
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions, PhotoOptions
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, describe_faults
 from stablesr_kit.training.photo_order import Share
 from stablesr_kit.training.photo_pairs import PairedCrops, open_pairs
@@ -59,12 +58,12 @@ def test_folders_are_searched_below_and_hidden_files_left_out(tmp_path: Path) ->
     assert source.group_sizes == [5] and not source.is_paired
 
 
-def paired_folders(tmp_path: Path) -> PhotoOptions:
+def paired_folders(tmp_path: Path) -> PairOptions:
     save_photos(tmp_path / "hq", 3)
     (tmp_path / "lq").mkdir()
     for number in range(3):
         photo(number).reduce(4).save(tmp_path / "lq" / f"{number:03d}x4.webp", lossless=True)
-    return PhotoOptions(
+    return PairOptions(
         train_data_dir=(str(tmp_path / "hq"),), lq_data_dir=str(tmp_path / "lq"), lq_name_ending="x4", resolution=16
     )
 
@@ -89,18 +88,13 @@ def test_what_has_no_partner_is_named_in_one_line(tmp_path: Path, caplog: pytest
     assert line.startswith("2 pictures have no partner of their name and are left out:")
     assert "001.png" in line and "other.webp" in line
     with pytest.raises(ImageError, match="say with lq_name_ending how they end"):
-        PhotoCrops(PhotoOptions(train_data_dir=options.train_data_dir, lq_data_dir=options.lq_data_dir), 0)
+        PhotoCrops(PairOptions(train_data_dir=options.train_data_dir, lq_data_dir=options.lq_data_dir), 0)
 
 
 def test_pairs_refuse_what_is_for_photographs_that_are_degraded(tmp_path: Path) -> None:
     options = paired_folders(tmp_path)
     with pytest.raises(ConfigError, match="versions=2: photographs that come in pairs have one version"):
         open_pairs(options, 0, versions=2)
-    queued = dataclasses.replace(options, pair_queue_size=4)
-    with pytest.raises(ConfigError, match="pair_queue_size=4 is for runs that degrade whole batches"):
-        open_pairs(queued, 0)
-    with pytest.raises(ConfigError, match="pair_queue_size mixes what is degraded together"):
-        PhotoCrops(queued, 0)
 
 
 def test_a_pair_of_sizes_that_do_not_fit_is_not_used(tmp_path: Path) -> None:
@@ -145,7 +139,7 @@ def test_a_dataset_of_folders_or_parquet_files_gives_photos_and_pairs(
     assert numbers_of(DatasetPhotos(str(tmp_path / "pictures"), column="image")) == [0, 1, 2, 3]
     (tmp_path / "tables" / "data").mkdir(parents=True)
     rows.select(range(4)).to_parquet(str(tmp_path / "tables" / "data" / "train-00000-of-00001.parquet"))
-    options = PhotoOptions(
+    options = PairOptions(
         dataset_name=str(tmp_path / "tables"),
         image_column="photo",
         conditioning_image_column="damaged",
@@ -204,7 +198,7 @@ def test_shards_hold_pairs_by_their_second_name(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "pairs.tar")) as writer:
         for number in range(4):
             writer.write({"__key__": f"a/{number}", "hq.png": png(number), "lq.png": png(number, 24, 32)})
-    pairs = open_pairs(PhotoOptions(shards=str(tmp_path / "pairs.tar"), resolution=16), 0)
+    pairs = open_pairs(PairOptions(shards=str(tmp_path / "pairs.tar"), resolution=16), 0)
     assert isinstance(pairs, PairedCrops)
     assert all(numbers_in(pairs[i].lq[None].numpy()) == numbers_in(pairs[i].hq[None].numpy()) for i in range(8))
 

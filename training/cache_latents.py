@@ -14,7 +14,7 @@ from tqdm import trange
 
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
@@ -23,7 +23,7 @@ logger = logging.getLogger("cache_latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(PhotoOptions, ProgramConfig):
+class CacheConfig(PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_vae: str

@@ -14,14 +14,14 @@ from tqdm import trange
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels
 from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWDataConfig(PhotoOptions, ProgramConfig):
+class CFWDataConfig(PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_model: str

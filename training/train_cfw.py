@@ -12,9 +12,8 @@ from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, en
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.losses import find_pixel_loss
 from stablesr_kit.training.pairs import RestoredCrops
-from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
+from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_autoencoder import start_fusion_silent
@@ -22,7 +21,7 @@ from stablesr_kit.training.whole_forward import FusedDecoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWConfig(AdversarialOptions, PerceptualOptions, RunConfig):
+class CFWConfig(AdversarialOptions, PictureLossOptions, RunConfig):
     """Options of this program."""
 
     samples: str
@@ -38,13 +37,12 @@ class CFWConfig(AdversarialOptions, PerceptualOptions, RunConfig):
     growth_channels: int = 16
     """Growth of the dense blocks of untrained fusion layers."""
     pixel_loss: str = "reconstruction"
-    """Loss between pictures: l1 and mse, or reconstruction, which also weighs gradients, colour and brightness of
-    areas. StableSR: l1."""
+    """Loss between pictures: l1, mse, or reconstruction, which also weighs gradients, colour and brightness of areas.
+    StableSR: l1."""
 
 
 def main(config: CFWConfig) -> None:
     """Train, write checkpoints, and save the averaged fusion layers to output_dir/cfw."""
-    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config)
     crops = RestoredCrops(config.samples, config.resolution, config.seed)
 
@@ -63,9 +61,7 @@ def main(config: CFWConfig) -> None:
         cfw.enable_gradient_checkpointing()
     levels = tuple(cfw.config.levels)
     decode = run.train(FusedDecoding(vae, cfw.to(memory_format=torch.channels_last).train()), {"cfw": "cfw"})
-    perceptual = load_perceptual_loss(config)
-    if perceptual is not None:
-        perceptual.to(run.accelerator.device)
+    picture_loss = PictureLoss(config, run.accelerator.device)
     has_adversary = config.adversarial_weight > 0 or config.feature_matching_weight > 0
     adversary = Adversary(run, config) if has_adversary else None
 
@@ -78,11 +74,7 @@ def main(config: CFWConfig) -> None:
         z = from_latent(latent, vae).to(memory_format=torch.channels_last)
         fake = decode(z, features, 1.0).float()
 
-        loss = pixel_loss(fake, hq)
-        terms = {"pixel": loss}
-        if perceptual is not None:
-            terms["perceptual"] = perceptual(fake, hq)
-            loss = loss + config.perceptual_factor * terms["perceptual"]
+        loss, terms = picture_loss(fake, hq)
         if adversary is not None:
             adversarial, judged = adversary.judge(fake, hq)
             loss, terms = loss + adversarial, terms | judged

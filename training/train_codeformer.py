@@ -15,19 +15,18 @@ from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import DegradedPhotoOptions
 from stablesr_kit.training.face_pairs import TwiceDegradedFaces
-from stablesr_kit.training.losses import find_pixel_loss
 from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
+from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeFormerConfig(VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, RunConfig):
+class CodeFormerConfig(VQGANAdversaryOptions, PictureLossOptions, DegradedPhotoOptions, RunConfig):
     """Options of this program."""
 
     pretrained_vqgan: str
@@ -57,8 +56,6 @@ class CodeFormerConfig(VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, R
     """From this step on, every decoding_interval-th step decodes again."""
     decoding_interval: int = 15
     """See alternation_start."""
-    pixel_loss: str = "l1"
-    """Loss between pictures: l1, or reconstruction, which also weighs gradients, colour and brightness of areas."""
     feature_weight: float = 1.0
     """Weight of the distance between the input's latent and the codes of the good face."""
     token_weight: float = 0.5
@@ -77,7 +74,6 @@ def main(config: CodeFormerConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/codeformer, the discriminator beside them."""
     # codes of an untrained VQGAN would teach nothing, so there must be a trained one
     vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").eval().requires_grad_(False)
-    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed, run.share)
     faces = TwiceDegradedFaces(crops, config.small_degradations)
@@ -90,9 +86,7 @@ def main(config: CodeFormerConfig) -> None:
     if config.gradient_checkpointing:
         codeformer.enable_gradient_checkpointing()
     restore = run.train(codeformer.train(), {"codeformer": ""})
-    perceptual = load_perceptual_loss(config) if config.w > 0 else None
-    if perceptual is not None:
-        perceptual.to(run.accelerator.device)
+    picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
     fusion = codeformer.fusions[str(codeformer.config.fuse_sizes[-1])] if adversary is not None else None
 
@@ -115,11 +109,8 @@ def main(config: CodeFormerConfig) -> None:
         # the good face itself, with features of the damaged one
         if w > 0:
             fake = output.image.float()
-            image_loss = terms["pixel"] = pixel_loss(fake, hq)
-            if perceptual is not None:
-                terms["perceptual"] = perceptual(fake, hq)
-                image_loss = image_loss + config.perceptual_factor * terms["perceptual"]
-            loss = loss + image_loss
+            image_loss, image_terms = picture_loss(fake, hq)
+            loss, terms = loss + image_loss, terms | image_terms
             if adversary is not None and fusion is not None:
                 adversarial, judged = adversary.judge(fake, hq, image_loss, fusion.shift[2].weight)
                 loss, terms = loss + adversarial, terms | judged

@@ -19,9 +19,8 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
-from stablesr_kit.training.pair_queue import QueuedDegradation
+from stablesr_kit.training.pair_queue import PairQueueOptions, QueuedDegradation
 from stablesr_kit.training.pairs import CachedLatents
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.photo_order import Share
@@ -32,7 +31,7 @@ from stablesr_kit.training.small_unet import build_small_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableSRConfig(DenoisingOptions, PhotoOptions, RunConfig):
+class StableSRConfig(DenoisingOptions, PairQueueOptions, RunConfig):
     """Options of this program."""
 
     pretrained_model: str | None = None
@@ -135,7 +134,10 @@ def open_data(config: StableSRConfig, share: Share) -> CachedLatents | DegradedC
     if config.latents is not None:
         return CachedLatents(config.latents, config.latent_crop, config.seed)
     if config.pair_queue_size:
-        return RandomCrops(PhotoCrops(config, config.seed, share))
+        crops = PhotoCrops(config, config.seed, share)
+        if crops.source.is_paired:
+            raise ConfigError("pair_queue_size mixes what is degraded together; leave it out for pairs as they come")
+        return RandomCrops(crops)
     return open_pairs(config, config.seed, share)
 
 

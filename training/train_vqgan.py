@@ -13,17 +13,16 @@ from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
 from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.losses import find_pixel_loss
 from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.perceptual import PerceptualOptions, load_perceptual_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PerceptualOptions, PhotoOptions, RunConfig):
+class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PictureLossOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
     image_size: int | None = None
@@ -48,15 +47,12 @@ class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PerceptualOptions, Pho
     """How codes are chosen: nearest or gumbel."""
     gumbel_annealing_steps: int = 160_000
     """Steps over which Gumbel's temperature falls from 1 towards 0, at least 1/16."""
-    pixel_loss: str = "l1"
-    """Loss between pictures: l1, or reconstruction, which also weighs gradients, colour and brightness of areas."""
     codebook_weight: float = 1.0
     """Weight of the quantiser's loss."""
 
 
 def main(config: VQGANConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/vqgan, the discriminator beside them."""
-    pixel_loss = find_pixel_loss(config.pixel_loss)
     run = TrainingRun(config)
     crops = PhotoCrops(config, config.seed, run.share)
     images = RandomCrops(crops)
@@ -68,9 +64,7 @@ def main(config: VQGANConfig) -> None:
     if config.gradient_checkpointing:
         vqgan.enable_gradient_checkpointing()
     reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
-    perceptual = load_perceptual_loss(config)
-    if perceptual is not None:
-        perceptual.to(run.accelerator.device)
+    picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
 
     def find_latents(count: int) -> Tensor:
@@ -91,12 +85,8 @@ def main(config: VQGANConfig) -> None:
 
         fake, quantized = reconstruct(image)
         fake = fake.float()
-        pixel = pixel_loss(fake, image)
-        terms = {"pixel": pixel, "codebook": quantized.loss, "perplexity": quantized.perplexity}
-        loss = pixel
-        if perceptual is not None:
-            terms["perceptual"] = perceptual(fake, image)
-            loss = loss + config.perceptual_factor * terms["perceptual"]
+        loss, terms = picture_loss(fake, image)
+        terms |= {"codebook": quantized.loss, "perplexity": quantized.perplexity}
         if adversary is not None:
             adversarial, judged = adversary.judge(fake, image, loss, vqgan.decoder.conv_out.weight)
             loss, terms = loss + adversarial, terms | judged

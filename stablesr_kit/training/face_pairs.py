@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.training.data_options import DegradedPhotoOptions
 from stablesr_kit.training.photo_crops import PhotoCrops
 from stablesr_kit.training.photo_order import Draws, stream
 from stablesr_kit.training.photo_pairs import Mixture
@@ -27,7 +28,7 @@ class TwiceDegradedFaces(Dataset[TwiceDegraded]):
     Item i is a function of (seed, i) alone.
     """
 
-    def __init__(self, crops: PhotoCrops, small_degradations: Mapping[str, float]) -> None:
+    def __init__(self, crops: PhotoCrops[DegradedPhotoOptions], small_degradations: Mapping[str, float]) -> None:
         self.crops = crops
         self.large = Mixture(crops.options)
         options = replace(crops.options, degradations=small_degradations)

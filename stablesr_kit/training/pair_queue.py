@@ -4,6 +4,7 @@ Pictures degraded together share some draws (`degradations.second_order`); the p
 Real-ESRGAN).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from torch import Generator, Tensor
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_order import Draws, stream
 from stablesr_kit.training.photo_pairs import Mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairQueueOptions(PairOptions):
+    """Options of a program that can degrade whole batches, and mix them."""
+
+    pair_queue_size: int = 0
+    """Pairs kept to mix batches (StableSR: 180), whose pictures are then degraded together, on the device of the run,
+    and share some draws; 0 degrades every picture for itself in the loader."""
 
 
 class PairQueue:
@@ -82,7 +92,7 @@ class QueuedDegradation:
     batch; the queue of each process is saved in the run's checkpoints and taken up again with them.
     """
 
-    def __init__(self, options: PhotoOptions, seed: int, batch_size: int, accelerator: Accelerator) -> None:
+    def __init__(self, options: PairQueueOptions, seed: int, batch_size: int, accelerator: Accelerator) -> None:
         self.mixture = Mixture(options)
         self.queue = PairQueue(batch_size, options.pair_queue_size)
         self.seed = seed

@@ -7,7 +7,7 @@ they are drawn. Those that cannot be used are replaced by others, counted, and n
 import logging
 from collections import OrderedDict
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablesr_kit.errors import ConfigError, ImageError
+from stablesr_kit.errors import ImageError
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.data_options import PhotoOptions, open_source
 from stablesr_kit.training.photo_order import Draws, EpochOrder, Share, stream
@@ -25,6 +25,7 @@ from stablesr_kit.training.photo_sources import PhotoSource, decode, some_of
 
 logger = logging.getLogger(__name__)
 
+Chosen_co = TypeVar("Chosen_co", bound=PhotoOptions, covariant=True)
 
 CHECKED_AT_START = 64
 """Photographs of which one must be usable for a run to begin."""
@@ -57,18 +58,16 @@ class Crop(NamedTuple):
     lq: np.ndarray | None
 
 
-class PhotoCrops:
+class PhotoCrops(Generic[Chosen_co]):
     """Random square crops of the photographs that the options name.
 
     `draw(i)` depends on seed and i alone. Raises ConfigError or ImageError where no photograph can be used.
     """
 
-    def __init__(self, options: PhotoOptions, seed: int, share: Share | None = None) -> None:
+    def __init__(self, options: Chosen_co, seed: int, share: Share | None = None) -> None:
         self.options = options
         self.seed = seed
         self.source = open_source(options)
-        if options.pair_queue_size and self.source.is_paired:
-            raise ConfigError("pair_queue_size mixes what is degraded together; leave it out for pairs as they come")
         self.order = EpochOrder(self.source.group_sizes, seed, share or Share())
         # one byte per photograph, which the processes of a loader write and the main process reads
         self.faults = torch.zeros(sum(self.source.group_sizes), dtype=torch.uint8).share_memory_()
@@ -176,7 +175,7 @@ def describe_faults(source: PhotoSource, faults: Tensor) -> str:
     return some_of(told)
 
 
-def report_skipped(crops: PhotoCrops, accelerator: Accelerator | None = None) -> None:
+def report_skipped(crops: PhotoCrops[PhotoOptions], accelerator: Accelerator | None = None) -> None:
     """Say in the log, on one line, which photographs any process has skipped so far and why. All processes call it.
 
     accelerator: of the run; None in a program of one process.
@@ -194,7 +193,7 @@ def report_skipped(crops: PhotoCrops, accelerator: Accelerator | None = None) ->
 class RandomCrops(Dataset[Tensor]):
     """Crops as images (3, resolution, resolution) in [-1, 1]."""
 
-    def __init__(self, crops: PhotoCrops) -> None:
+    def __init__(self, crops: PhotoCrops[PhotoOptions]) -> None:
         self.crops = crops
 
     def __getitem__(self, index: int) -> Tensor:

@@ -12,23 +12,19 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair, find_preset, make_pair
 from stablesr_kit.imaging.degradations.resizing import resize
 from stablesr_kit.spaces import pixels_to_image
-from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.data_options import DegradedPhotoOptions, PairOptions
 from stablesr_kit.training.photo_crops import PhotoCrops
 from stablesr_kit.training.photo_order import Draws, Share, stream
 
 
 def open_pairs(
-    options: PhotoOptions, seed: int, share: Share | None = None, versions: int = 1
+    options: PairOptions, seed: int, share: Share | None = None, versions: int = 1
 ) -> "DegradedCrops | PairedCrops":
     """Pairs of the photographs that the options name: those they come in, or crops and their degraded versions.
 
     share: how the run deals out its samples, which keeps apart what its processes read of shards. versions: degraded
     versions of each crop. Raises ConfigError or ImageError where no photograph can be used.
     """
-    if options.pair_queue_size:
-        raise ConfigError(
-            f"pair_queue_size={options.pair_queue_size} is for runs that degrade whole batches; leave it out here"
-        )
     crops = PhotoCrops(options, seed, share)
     if not crops.source.is_paired:
         return DegradedCrops(crops, versions)
@@ -45,7 +41,7 @@ class DegradedCrops(Dataset[Pair]):
     successive items share their crop and differ in its degradation.
     """
 
-    def __init__(self, crops: PhotoCrops, versions: int = 1) -> None:
+    def __init__(self, crops: PhotoCrops[DegradedPhotoOptions], versions: int = 1) -> None:
         self.crops = crops
         self.mixture = Mixture(crops.options)
         self.versions = versions
@@ -60,7 +56,7 @@ class DegradedCrops(Dataset[Pair]):
 class Mixture:
     """The degradations of the options, each as often as they say."""
 
-    def __init__(self, options: PhotoOptions) -> None:
+    def __init__(self, options: DegradedPhotoOptions) -> None:
         overridden: dict[str, Any] = {}
         if options.use_usm is not None:
             overridden["sharpen_target"] = options.use_usm
@@ -85,7 +81,7 @@ class PairedCrops(Dataset[Pair]):
     Item i is a function of (seed, i) alone.
     """
 
-    def __init__(self, crops: PhotoCrops) -> None:
+    def __init__(self, crops: PhotoCrops[PairOptions]) -> None:
         self.crops = crops
 
     def __getitem__(self, index: int) -> Pair:

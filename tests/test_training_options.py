@@ -1,0 +1,45 @@
+"""A program takes the options it uses, and no others."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.config import ProgramConfig, load_config
+from tests.photo_files import save_photos
+from tests.training_runs import ROOT, run_program
+
+UNUSED = {
+    "train_autoencoder": ("use_usm", "lq_data_dir", "degradations", "pair_queue_size"),
+    "train_decoder": ("no_degradation_prob",),
+    "train_vqgan": ("conditioning_image_column",),
+    "train_codeformer": ("lq_data_dir", "pair_queue_size"),
+    "cache_latents": ("pair_queue_size",),
+    "generate_cfw_data": ("pair_queue_size",),
+}
+"""Options of photographs that a program has no use for."""
+
+
+def options_of(program: str) -> type[ProgramConfig]:
+    names = runpy.run_path(str(ROOT / "training" / f"{program}.py"), run_name="options")
+    own = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, ProgramConfig)]
+    (kind,) = [kind for kind in own if kind.__module__ == "options"]
+    return kind
+
+
+@pytest.mark.parametrize("program", UNUSED)
+def test_an_option_that_would_be_ignored_is_refused(program: str) -> None:
+    kind = options_of(program)
+    for option in UNUSED[program]:
+        with pytest.raises(ConfigError, match=f"unknown option '{option}'; did you mean"):
+            load_config(kind, [f"--{option}", "1"])
+
+
+def test_the_pair_queue_is_refused_for_pairs_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(save_photos(tmp_path / "photos", 2))
+    flags = ["--train_data_dir", folder, "--lq_data_dir", folder, "--resolution", "16", "--pair_queue_size", "4"]
+    networks = ["--pretrained_unet", "none", "--pretrained_vae", "none", "--max_train_steps", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        run_program("train_stablesr", *flags, *networks, "--output_dir", str(tmp_path / "run"))
+    assert "pair_queue_size mixes what is degraded together" in capsys.readouterr().err
