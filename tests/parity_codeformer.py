@@ -21,8 +21,9 @@ from stablesr_kit.checkpoints.codeformer import load_official_faces
 from stablesr_kit.models.codeformer import CodeFormer, match_statistics
 from tests.official_layout import official_faces
 from tests.official_weights import fill, full_size_shapes
+from tests.parity_codeformer_faces import check_align, check_paste
 from tests.parity_codeformer_training import check_training
-from tests.parity_stablesr import Quantity, difference
+from tests.parity_references import Quantity, difference
 
 NETWORK = 2e-4
 EXACT = 0.0
@@ -158,17 +159,12 @@ def check_full_size(folder: Path, name: str) -> Iterator[Quantity]:
     yield from compare(name, reference, ours)
 
 
-def pending(_folder: Path, name: str) -> Iterator[Quantity]:
-    """A file whose quantities the toolkit does not compute yet."""
-    yield name, None, 0.0
-
-
 CHECKS: dict[str, Callable[[Path, str], Iterator[Quantity]]] = {
     r"(cf_\w+)_io\.safetensors": check_network,
     r"(full_size_seed\d+)\.safetensors": check_full_size,
     r"(training)\.safetensors": lambda folder, _: check_training(folder),
-    r"(face_align)\.json": pending,
-    r"(face_paste)\.safetensors": pending,
+    r"(face_align)\.json": lambda folder, _: check_align(folder),
+    r"(face_paste)\.safetensors": lambda folder, _: check_paste(folder),
 }
 """File name, with the name of its quantities in a group -> what compares it."""
 

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from stablesr_kit.faces.detect.rows import detection_size, faces_from_rows
-from stablesr_kit.faces.geometry import align, crop, official_to_enlarged, template
+from stablesr_kit.faces.geometry import Matrix, align, crop, inverse, template
 from stablesr_kit.faces.grey import is_grey, match_grey
 from stablesr_kit.faces.parse import parsed_mask
 from stablesr_kit.faces.paste import GREEN, paste_face
 from stablesr_kit.faces.selection import Only, select_faces
-
-Quantities = Iterator[tuple[str, float, float]]
+from tests.parity_references import Quantity
 
 SIZE_PX = 512
 MATRIX_TOLERANCE = 1e-4
@@ -29,7 +28,7 @@ PASTE_MEAN_TOLERANCE = 0.05
 _PASTE_CASES = ("up2_square", "up1_parse", "up2_parse", "up2_parse_faceup", "up2_bg", "gray_up1", "box_up2")
 
 
-def check_align(folder: Path) -> Quantities:
+def check_align(folder: Path) -> Iterator[Quantity]:
     """(name, difference, tolerance) of each quantity in face_align.json; matrices are compared relatively."""
     reference: dict[str, Any] = json.loads((folder / "face_align.json").read_text())
     for key, ours in {
@@ -49,7 +48,7 @@ def check_align(folder: Path) -> Quantities:
     yield from _check_detection(reference)
 
 
-def _check_detection(reference: dict[str, Any]) -> Quantities:
+def _check_detection(reference: dict[str, Any]) -> Iterator[Quantity]:
     """The published filters on given rows of a detector; `*.fixed` is the filter without the published slip."""
     height, width = reference["det_img_hw"]
     rows = np.array(reference["det_rows"])
@@ -66,7 +65,7 @@ def _check_detection(reference: dict[str, Any]) -> Quantities:
         yield f"align.{name}.faces", _largest(boxes, np.reshape(case["det_faces"], (-1, 5))), 1e-4
 
 
-def check_paste(folder: Path) -> Quantities:
+def check_paste(folder: Path) -> Iterator[Quantity]:
     """(name, difference, tolerance) of each quantity in face_paste.safetensors, in 8-bit levels."""
     reference = load_file(folder / "face_paste.safetensors")
     picture, grey = reference["input"], reference["input_gray"]
@@ -115,13 +114,23 @@ def _pasted(
         paste_face(
             background,
             face,
-            official_to_enlarged(matrix, scale, face_scale),
+            _official_to_enlarged(matrix, scale, face_scale),
             scale=scale,
             shape="square",
             parsed=None if "square" in case else mask,
             box_colour=GREEN if "box" in case else None,
         )
     return np.floor(background)
+
+
+def _official_to_enlarged(matrix: Matrix, scale: float, face_scale: float = 1.0) -> Matrix:
+    """`to_enlarged` as the published script has it: pixel centres are up to half a pixel off."""
+    to_picture = inverse(matrix) * scale
+    if face_scale != 1:
+        to_picture[:, :2] /= face_scale
+    elif scale > 1:
+        to_picture[:, 2] += 0.5 * scale
+    return to_picture
 
 
 def _enlarged(picture: NDArray[Any], scale: int, interpolation: int) -> NDArray[Any]:

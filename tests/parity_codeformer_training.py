@@ -1,6 +1,7 @@
 """The training side of CodeFormer against `training.safetensors` and `training.json`."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from torch import Tensor
 from stablesr_kit.checkpoints.codeformer import load_official_faces
 from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
 from stablesr_kit.models.vqgan import GumbelQuantizer
+from stablesr_kit.training.config import MULTISTEP, WARMUP_PLATEAU_COSINE, RunConfig
 from stablesr_kit.training.losses import HINGE
-from tests.parity_stablesr import Quantity, difference
+from stablesr_kit.training.schedules import learning_rate_schedule
+from tests.parity_codeformer_degradation import KERNEL_TOLERANCE, check_degradations
+from tests.parity_references import Quantity, difference
 
 TOLERANCE = 1e-5
-KERNEL_TOLERANCE = 1e-12
+SCHEDULE_TOLERANCE = 1e-9
 OFFICIAL_KL_WEIGHT = 5e-4
-PENDING = ("kernel.mixed", "deg.", "brush.")
+DEGRADATIONS = ("kernel.mixed", "deg.", "brush.")
 
 
 def check_training(folder: Path) -> Iterator[Quantity]:
@@ -28,15 +32,13 @@ def check_training(folder: Path) -> Iterator[Quantity]:
     ours = kernels(reference) | discriminator(reference) | gumbel(reference)
     inputs = {"gt_bgr_u8", "disc.in", "gumbel.in"}
     for key in sorted(key for key in reference if key not in inputs and ".w." not in key):
-        tolerance = KERNEL_TOLERANCE if key.startswith("kernel.") else TOLERANCE
-        if key.startswith(PENDING):
-            yield f"training.{key}", None, tolerance
-        else:
-            found = difference(ours[key], reference[key]) if key in ours else float("inf")
-            yield f"training.{key}", found, tolerance
+        if not key.startswith(DEGRADATIONS):
+            tolerance = KERNEL_TOLERANCE if key.startswith("kernel.") else TOLERANCE
+            yield f"training.{key}", difference(ours[key], reference[key]) if key in ours else float("inf"), tolerance
+    yield from check_degradations(reference, facts)
     yield from hinge(reference, facts["hinge"])
     for key in sorted(key for key in facts if key.startswith("lr_")):
-        yield f"training.{key}", None, 0.0
+        yield f"training.{key}", relative_to_schedule(key, facts[key]), SCHEDULE_TOLERANCE
 
 
 def kernels(reference: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,6 +91,23 @@ def hinge(reference: dict[str, Tensor], facts: dict[str, Any]) -> Iterator[Quant
     both = HINGE.real(logits).item() + HINGE.fake(logits).item()
     yield "training.hinge.d", abs(both - facts["d_real"] - facts["d_fake"]) / 2, TOLERANCE
     yield "training.hinge.g", abs(HINGE.generator(logits).item() - facts["g"]), TOLERANCE
+
+
+def relative_to_schedule(name: str, rates: dict[str, float]) -> float:
+    """Largest relative difference of the rates at the iterations, the first being 1; infinity for another name."""
+    number = r"([\d.]+(?:e-?\d+)?)"
+    last = max(map(int, rates))
+    if cosine := re.fullmatch(rf"lr_cosine_T(\d+)_{number}_min{number}", name):
+        last, peak = int(cosine[1]), float(cosine[2])
+        course = {"lr_scheduler": WARMUP_PLATEAU_COSINE, "final_learning_rate": float(cosine[3])}
+    elif multistep := re.fullmatch(rf"lr_multistep_ms([\d_]+)_g0\.5_{number}", name):
+        peak = float(multistep[2])
+        course = {"lr_scheduler": MULTISTEP, "lr_milestones": tuple(map(int, multistep[1].split("_")))}
+    else:
+        return float("inf")
+    config = RunConfig(output_dir=Path(), max_train_steps=last, lr_warmup_steps=0, **course)
+    schedule = learning_rate_schedule(config, peak)
+    return max(abs(schedule(int(iteration) - 1) / rate - 1) for iteration, rate in rates.items())
 
 
 def part(reference: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

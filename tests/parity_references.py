@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-Quantity = tuple[str, float | None, float]
-"""Name, largest absolute difference (None: not computed yet), tolerance."""
+Quantity = tuple[str, float, float]
+"""Name, largest absolute difference, tolerance."""
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:
@@ -22,3 +23,8 @@ def metadata(path: Path) -> dict[str, Any]:
     """What a reference file says of itself."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("meta", "{}"))
+
+
+def uniform_weights(height: int, width: int) -> Tensor:
+    """Weight 1, float64, for each position (height, width) of a tile."""
+    return torch.ones(height, width, dtype=torch.float64)

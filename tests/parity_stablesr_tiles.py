@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stablesr_kit.imaging.tiles import gaussian_weights, merge, split_pixels, split_starts, uniform_weights
-from tests.parity_references import Quantity, difference, metadata
+from stablesr_kit.imaging.canvas import Region
+from stablesr_kit.imaging.tiles import gaussian_weights, merge
+from tests.parity_references import Quantity, difference, metadata, uniform_weights
 
 WEIGHTS = 1e-12
 PIXELS = 1e-5
@@ -48,3 +49,17 @@ def split_and_merged(image: Tensor, size: int, stride: int) -> dict[str, Tensor]
         "spliter_out_gaussian": merge(tiles, patches, official_weights),
         "spliter_out_uniform": merge(tiles, patches, uniform_weights),
     }
+
+
+def split_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where the pixel tiles of the released scripts begin: every `stride`, none reaching beyond the end."""
+    return list(dict.fromkeys(max(min(start, length - size), 0) for start in range(0, length, stride)))
+
+
+def split_pixels(height: int, width: int, size: int, stride: int) -> list[Region]:
+    """The pixel tiles of the released scripts in their order, from top to bottom and then to the right."""
+    return [
+        Region(top, left, min(top + size, height), min(left + size, width))
+        for left in split_starts(width, size, stride)
+        for top in split_starts(height, size, stride)
+    ]

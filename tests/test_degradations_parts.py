@@ -97,7 +97,7 @@ def test_sharpening_steepens_edges_and_leaves_flat_and_faint_parts_alone() -> No
 
 
 @pytest.mark.parametrize("quality", [10, 30, 50, 75, 95, 100])
-@pytest.mark.parametrize(("height", "width"), [(96, 112), (61, 83), (24, 25)])
+@pytest.mark.parametrize(("height", "width"), [(96, 112), (61, 83), (24, 25), (5, 4)])
 def test_jpeg_returns_what_a_jpeg_file_returns(quality: int, height: int, width: int) -> None:
     errors, losses = [], []
     for picture in photo_like(6, height, width):
@@ -109,8 +109,8 @@ def test_jpeg_returns_what_a_jpeg_file_returns(quality: int, height: int, width:
         assert torch.allclose(levels, levels.round(), atol=1e-4)
         errors.append((levels - expected).abs().mean())
         losses.append((pixels - expected).abs().mean())
-    # Integer arithmetic rounds some coefficients to the other side: about a level, and little of what the file loses.
-    assert torch.stack(errors).mean() < max(1.2, 0.2 * torch.stack(losses).mean())
+    # Integer arithmetic rounds some coefficients to the other side: a small part of what the file loses.
+    assert torch.stack(errors).mean() < max(0.9, 0.12 * torch.stack(losses).mean())
 
 
 def test_the_official_jpeg_is_further_from_a_jpeg_file() -> None:

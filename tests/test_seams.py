@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.seams import added_by_restoring, border_lines, gradient, seam_energy
-from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge, uniform_weights
+from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge
+from tests.parity_references import uniform_weights
 from tests.tiny import seeded, tiny_pipeline, unit_noise
 
 

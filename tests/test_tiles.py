@@ -13,11 +13,10 @@ from stablesr_kit.imaging.tiles import (
     cover,
     gaussian_weights,
     merge,
-    split_pixels,
-    split_starts,
     tile_offsets,
-    uniform_weights,
 )
+from tests.parity_references import uniform_weights
+from tests.parity_stablesr_tiles import split_pixels, split_starts
 from tests.tiny import seeded, unit_noise
 
 

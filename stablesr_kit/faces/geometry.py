@@ -90,16 +90,6 @@ def to_enlarged(matrix: Matrix, scale: tuple[float, float], face_scale: float = 
     return np.asarray(scaling(*scale) @ _homogeneous(to_picture) @ _homogeneous(shrink_face), np.float64)
 
 
-def official_to_enlarged(matrix: Matrix, scale: float, face_scale: float = 1.0) -> Matrix:
-    """`to_enlarged` as the published script has it, for its references: pixel centres are up to half a pixel off."""
-    to_picture = inverse(matrix) * scale
-    if face_scale != 1:
-        to_picture[:, :2] /= face_scale
-    elif scale > 1:
-        to_picture[:, 2] += 0.5 * scale
-    return to_picture
-
-
 def inverse(matrix: Matrix) -> Matrix:
     """The map back."""
     return np.asarray(cv2.invertAffineTransform(matrix), np.float64)

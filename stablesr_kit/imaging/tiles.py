@@ -46,20 +46,6 @@ def cover(
     return [Region(top, left, top + tile_height, left + tile_width) for top in tops for left in lefts]
 
 
-def split_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where the pixel tiles of the released scripts begin: every `stride`, none reaching beyond the end."""
-    return list(dict.fromkeys(max(min(start, length - size), 0) for start in range(0, length, stride)))
-
-
-def split_pixels(height: int, width: int, size: int, stride: int) -> list[Region]:
-    """The pixel tiles of the released scripts in their order, from top to bottom and then to the right."""
-    return [
-        Region(top, left, min(top + size, height), min(left + size, width))
-        for left in split_starts(width, size, stride)
-        for top in split_starts(height, size, stride)
-    ]
-
-
 def gaussian_weights(height: int, width: int, official_quirks: bool = False) -> Tensor:
     """Weight (height, width), float64, of each position of a tile: a gaussian of its distance to the centre.
 
@@ -67,11 +53,6 @@ def gaussian_weights(height: int, width: int, official_quirks: bool = False) -> 
     """
     rows = _gaussian(height, height / 2 if official_quirks else (height - 1) / 2)
     return rows[:, None] * _gaussian(width, (width - 1) / 2)
-
-
-def uniform_weights(height: int, width: int) -> Tensor:
-    """Weight 1, float64, for each position (height, width) of a tile."""
-    return torch.ones(height, width, dtype=torch.float64)
 
 
 def _gaussian(length: int, centre: float) -> Tensor:

@@ -56,6 +56,10 @@ def jpeg(image: Tensor, quality: Tensor | float, *, official_quirks: bool = Fals
         levels = F.pad(levels, (0, -width % 16, 0, height % 2), mode="replicate")
     ycbcr = rounded(torch.einsum("dc,bchw->bdhw", levels.new_tensor(RGB_TO_YCBCR), levels))
     luma, chroma = ycbcr[:, :1] - 128, F.avg_pool2d(ycbcr[:, 1:], 2)
+    if not official_quirks:
+        # libjpeg rounds means that lie halfway between two levels down and up in turn.
+        columns = torch.arange(chroma.shape[-1], device=chroma.device)
+        chroma = (chroma + (columns % 2 + 1) / 4).floor()
     # libjpeg fills up the last row of blocks after the chroma was averaged, but the last column before.
     luma = F.pad(luma, (0, 0, 0, -luma.shape[-2] % 16), mode="replicate")
     chroma = F.pad(chroma, (0, 0, 0, -chroma.shape[-2] % 8), mode="replicate")
@@ -69,10 +73,15 @@ def jpeg(image: Tensor, quality: Tensor | float, *, official_quirks: bool = Fals
         luma_step = luma_step.transpose(-1, -2)
     else:
         luma_step, chroma_step = luma_step.round().clamp(1, 255), chroma_step.round().clamp(1, 255)
-    luma, chroma = _quantised(luma, luma_step) + 128, _quantised(chroma, chroma_step)
+    luma, chroma = _quantised(luma, luma_step), _quantised(chroma, chroma_step)
 
-    chroma = F.interpolate(chroma, scale_factor=2, mode="nearest" if official_quirks else "bilinear")
-    ycbcr = torch.cat([luma, chroma], dim=1)[..., :height, :width]
+    if not official_quirks:
+        luma, chroma = luma.round().clamp(-128, 127), chroma.round().clamp(-128, 127)
+        # libjpeg interpolates with nothing from beyond the picture, and not at all where chroma is 2 pixels wide.
+        chroma = chroma[..., : (height + 1) // 2, : (width + 1) // 2]
+    is_repeated = official_quirks or chroma.shape[-1] <= 2
+    chroma = F.interpolate(chroma, scale_factor=2, mode="nearest" if is_repeated else "bilinear")
+    ycbcr = torch.cat([luma[..., :height, :width] + 128, rounded(chroma[..., :height, :width])], dim=1)
     levels = rounded(torch.einsum("dc,bchw->bdhw", levels.new_tensor(YCBCR_TO_RGB), ycbcr))
     return (levels / 255).clamp(0, 1).to(image.dtype)
 
