@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import runpy
 import subprocess
 import sys
@@ -26,8 +25,18 @@ from stablesr_kit.training.config import RunConfig, load_config
 from stablesr_kit.training.grafting import GraftedVQGAN, target_features
 from stablesr_kit.training.photo_sources import FolderPhotos
 from stablesr_kit.training.schedules import learning_rate_schedule
-from tests.test_training_programs import launch_two_processes, start, tiny, wait_for_step, weights
-from tests.training_runs import ROOT, run_program, run_programs
+from tests.training_runs import (
+    ROOT,
+    ForkedRun,
+    assert_a_split_changes_nothing,
+    assert_kills_change_nothing,
+    losses,
+    run_program,
+    run_programs,
+    tiny,
+    weights,
+    working_folder,
+)
 
 STAGES = {
     "start_vqgan": ("start_vqgan", "vqgan"),
@@ -54,32 +63,18 @@ def stage(config: str, *flags: str) -> list[str]:
     return tiny(STAGES[config][0], config, *flags)
 
 
-def losses(folder: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(folder, "losses.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder, with the results of every stage."""
-    folder = tmp_path_factory.mktemp("faces")
-    (folder / "faces").mkdir()
-    draws = np.random.default_rng(0)
-    for i in range(3):
-        coarse = Image.fromarray(draws.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / "faces" / f"{i}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TRAIN_FACES", str(folder / "faces"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+    size = {"height": 32, "width": 32, "distance_px": 8}
+    with working_folder(tmp_path_factory.mktemp("faces"), "TRAIN_FACES", **size) as folder:
         run_programs([*map(stage, STAGES), tiny("generate_codes", "codes")])
         yield folder
-        torch.set_num_threads(threads)
 
 
 def test_the_stages_end_in_a_codeformer_that_restores_faces() -> None:
     codeformer = CodeFormer.from_pretrained("runs/tiny/codeformer_stage3/codeformer").eval()
-    face = pixels_to_image(np.asarray(Image.open("faces/0.png")))
+    face = pixels_to_image(np.asarray(Image.open("pictures/0.png")))
     with torch.no_grad():
         images = [codeformer(face, w).image for w in (0.0, 1.0)]
     assert all(image.shape == face.shape and image.isfinite().all() for image in images)
@@ -126,7 +121,7 @@ def test_the_outer_decoder_of_a_graft_reconstructs_from_the_autoencoders_feature
         codebook_size=8,
         code_channels=8,
     )
-    image = 0.3 * pixels_to_image(np.asarray(Image.open("faces/0.png").resize((64, 64))))
+    image = 0.3 * pixels_to_image(np.asarray(Image.open("pictures/0.png").resize((64, 64))))
     graft = GraftedVQGAN(vqgan, vae, image)
     with torch.no_grad():
         h = target_features(vae, image)
@@ -140,7 +135,7 @@ def test_a_folders_codes_are_those_of_its_faces_and_of_their_mirror_images() -> 
     codes = load_file("runs/tiny/codes/codes.safetensors")
     assert set(codes) == {f"{i}/{kind}" for i in range(3) for kind in ("orig", "hflip")}
     vqgan = VQGAN.from_pretrained("runs/tiny/vqgan/vqgan").eval()
-    face = pixels_to_image(np.asarray(Image.open("faces/1.png")))
+    face = pixels_to_image(np.asarray(Image.open("pictures/1.png")))
     with torch.no_grad():
         for kind, image in {"orig": face, "hflip": face.flip(-1)}.items():
             assert torch.equal(codes[f"1/{kind}"].long(), vqgan.encode(image).indices[0])
@@ -165,47 +160,22 @@ def test_a_stage_overfits_three_faces(config: str, quantity: str, factor: float,
 
 def test_a_step_is_the_same_however_its_samples_are_split() -> None:
     """Without the discriminator, whose batch norms see the batch."""
-
-    def calls(name: str, *flags: str) -> list[list[str]]:
-        common = ["--max_train_steps", "5", "--adam_epsilon", "1e-4", *flags]
-        alone = {"vqgan": ["--adversarial_weight", "0"], "codeformer_stage3": ["--adversarial_weight", "0"]}
-        return [stage(c, "--output_dir", f"{name}/{c}", *common, *alone.get(c, [])) for c in STAGES]
-
-    run_programs(calls("whole", "--train_batch_size", "4"))
-    run_programs(calls("accumulated", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
-    launch_two_processes(calls("shared", "--train_batch_size", "2"))
-    for config, (_, result) in STAGES.items():
-        whole = weights(f"whole/{config}/{result}")
-        for name in ("accumulated", "shared"):
-            split = weights(f"{name}/{config}/{result}")
-            worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
-            assert worst <= 1e-6, (config, name, worst)
+    alone = ["--adversarial_weight", "0"]
+    flags = {"vqgan": alone, "codeformer_stage3": alone}
+    calls = {config: stage(config, "--max_train_steps", "5", *flags.get(config, [])) for config in STAGES}
+    results = {config: result for config, (_, result) in STAGES.items()}
+    assert_a_split_changes_nothing(calls, results, lambda shared: ForkedRun(shared, 2).finish())
 
 
-@pytest.mark.parametrize("config", ["vqgan", "codeformer_stage3"])
-def test_a_run_killed_twice_ends_bitwise_as_if_it_had_not_been(config: str) -> None:
-    program, result = STAGES[config]
-    whole, killed = Path("unbroken", config), Path("killed", config)
-    flags = ["--max_train_steps", "10", "--checkpointing_steps", "2", "--output_dir"]
-    run_program(*stage(config, *flags, str(whole)))
-    draws = random.Random(config)
-    for part in range(2):
-        call = stage(config, *flags, str(killed))
-        run = start([sys.executable, str(ROOT / "training" / f"{program}.py"), *call[1:]])
-        wait_for_step(killed / "losses.jsonl", 3 * part + draws.randint(2, 4), run)
-        run.kill()
-        run.communicate()
-        assert not (killed / result).exists()
-    run_program(*stage(config, *flags, str(killed)))
-    assert (killed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
-    for file in sorted((whole / "checkpoint-10").rglob("*.safetensors")):
-        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), file
+@pytest.mark.parametrize("config", STAGES)
+def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(config: str) -> None:
+    assert_kills_change_nothing(stage(config), STAGES[config][1])
 
 
 def test_the_sweep_over_w_measures_and_plots() -> None:
     tiny = ["--model", "runs/tiny/codeformer_stage3/codeformer", "--vqgan", "runs/tiny/vqgan/vqgan", "--w", "0", "1"]
     shown = ["--plot", "sweep.svg", "--sheet", "sheet.png", "--json"]
-    command = ["-m", "benchmarks.face_sweep", *tiny, "--faces", "faces", "--degradation", "light", *shown]
+    command = ["-m", "benchmarks.face_sweep", *tiny, "--faces", "pictures", "--degradation", "light", *shown]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     finished = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
@@ -220,7 +190,7 @@ def test_the_sweep_over_w_measures_and_plots() -> None:
 
 def test_without_a_trained_vqgan_there_are_no_targets(capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "tiny" / "codeformer_stage2.yaml"
-    for value, told in (("missing", "missing"), ("faces", "faces")):
+    for value, told in (("missing", "missing"), ("pictures", "pictures")):
         with pytest.raises(SystemExit):
             run_program(
                 "train_codeformer", "--config", str(config), "--pretrained_vqgan", value, "--output_dir", "none"
@@ -281,7 +251,7 @@ def test_codes_in_use_stay_and_dead_ones_move_onto_latents() -> None:
 
 
 def test_excluded_photographs_are_left_out(folder: Path) -> None:
-    source = FolderPhotos([folder / "faces"], excluded=["1.*"])
+    source = FolderPhotos([folder / "pictures"], excluded=["1.*"])
     assert [Path(source.name(i)).name for i in range(source.group_sizes[0])] == ["0.png", "2.png"]
     with pytest.raises(ImageError, match="excluded"):
-        FolderPhotos([folder / "faces"], excluded=["*"])
+        FolderPhotos([folder / "pictures"], excluded=["*"])

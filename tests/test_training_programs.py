@@ -3,26 +3,27 @@ are split, and wherever the run is cut, it ends in the same weights."""
 
 import json
 import logging
-import os
-import random
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import webdataset
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from tests.photo_files import save_photos
-from tests.training_runs import ROOT, run_program, run_programs
+from tests.training_runs import (
+    assert_a_split_changes_nothing,
+    assert_kills_change_nothing,
+    run_program,
+    run_programs,
+    tiny,
+    weights,
+    working_folder,
+)
 from tests.vgg_files import random_vgg16, save_vgg16
 
 LOOPS = {
@@ -35,46 +36,10 @@ LOOPS = {
 """Programs with a loop: the name of their tiny config, and of a result."""
 
 
-def tiny(program: str, config: str, *flags: str) -> list[str]:
-    return [program, "--config", str(ROOT / "configs" / "tiny" / f"{config}.yaml"), *flags]
-
-
-def weights(folder: str | Path) -> dict[str, Tensor]:
-    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
-
-
-def launch_two_processes(calls: list[list[str]]) -> None:
-    """Run the programs in two processes that talk through gloo."""
-    Path("calls.json").write_text(json.dumps(calls))
-    config = str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    run = start([*launcher, str(ROOT / "tests" / "training_runs.py"), "calls.json"])
-    try:
-        _, errors = run.communicate(timeout=240)
-    finally:
-        run.kill()
-    assert run.returncode == 0, errors[-4000:]
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder, with what every program needs from the ones before it."""
-    folder = tmp_path_factory.mktemp("training")
-    (folder / "photos").mkdir()
-    draws = np.random.default_rng(0)
-    for i in range(3):
-        coarse = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((96, 80), Image.Resampling.BICUBIC).save(folder / "photos" / f"{i}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TRAIN_DATA", str(folder / "photos"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+    with working_folder(tmp_path_factory.mktemp("training"), "TRAIN_DATA") as folder:
         run_programs(
             [
                 tiny("train_autoencoder", "autoencoder"),
@@ -89,7 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             ]
         )
         yield folder
-        torch.set_num_threads(threads)
 
 
 def test_the_chain_of_programs_ends_in_a_pipeline_that_restores() -> None:
@@ -97,7 +61,7 @@ def test_the_chain_of_programs_ends_in_a_pipeline_that_restores() -> None:
     assert latents["hq"].shape == (2, 4, 16, 16)
     assert latents["lq"].shape == (2, 2, 4, 16, 16)
     pipeline = StableSRPipeline.from_pretrained("runs/tiny/pipeline", dtype=torch.float32)
-    restored = pipeline(Image.open("photos/0.png").resize((16, 12)), w=0.5).images[0]
+    restored = pipeline(Image.open("pictures/0.png").resize((16, 12)), w=0.5).images[0]
     assert restored.size == (64, 48)
     assert "_name_or_path" not in Path("runs/tiny/pipeline/unet/config.json").read_text()
 
@@ -109,21 +73,8 @@ def test_a_sharpened_decoder_leaves_the_encoder_as_it_was() -> None:
 
 
 def test_a_step_is_the_same_however_its_samples_are_split() -> None:
-    def calls(name: str, *flags: str) -> list[list[str]]:
-        common = ["--max_train_steps", "3", "--adam_epsilon", "1e-4", *flags]
-        return [
-            tiny(program, config, "--output_dir", f"{name}/{config}", *common) for program, (config, _) in LOOPS.items()
-        ]
-
-    run_programs(calls("whole", "--train_batch_size", "4"))
-    run_programs(calls("accumulated", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
-    launch_two_processes(calls("shared", "--train_batch_size", "2"))
-    for config, result in LOOPS.values():
-        whole = weights(f"whole/{config}/{result}")
-        for name in ("accumulated", "shared"):
-            split = weights(f"{name}/{config}/{result}")
-            worst = max(float((whole[key] - split[key]).abs().max()) for key in whole)
-            assert worst <= 1e-6, (config, name, worst)
+    calls = {config: tiny(program, config, "--max_train_steps", "3") for program, (config, _) in LOOPS.items()}
+    assert_a_split_changes_nothing(calls, dict(LOOPS.values()))
 
 
 def test_fusion_layers_train_with_a_perceptual_loss_and_say_when_without(
@@ -197,33 +148,11 @@ def test_training_on_every_source_resumes_at_the_exact_sample(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("program", ["train_autoencoder", "train_cfw"])
+@pytest.mark.parametrize("program", LOOPS)
 def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(program: str) -> None:
     config, result = LOOPS[program]
-    whole, killed = Path("unbroken", config), Path("killed", config)
-    flags = ["--max_train_steps", "14", "--checkpointing_steps", "2", "--output_dir"]
-    run_program(*tiny(program, config, *flags, str(whole)))
-    draws = random.Random(program)
-    for part in range(3):
-        call = tiny(program, config, *flags, str(killed))
-        run = start([sys.executable, str(ROOT / "training" / f"{program}.py"), *call[1:]])
-        wait_for_step(killed / "losses.jsonl", 3 * part + draws.randint(2, 4), run)
-        run.kill()
-        run.communicate()
-        assert not (killed / result).exists()
-    run_program(*tiny(program, config, *flags, str(killed)))
-
-    assert (killed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
-    last = "checkpoint-14"
-    for file in sorted((whole / last).rglob("*.safetensors")):
-        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), file
-    for file in sorted((whole / last).glob("optimizer*.bin")):
-        states = [torch.load(folder / last / file.name)["state"] for folder in (whole, killed)]
-        torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert_kills_change_nothing(tiny(program, config), result)
 
 
-def wait_for_step(records: Path, step: int, run: subprocess.Popen[str]) -> None:
-    """Return when so many steps are recorded."""
-    while not records.exists() or len(records.read_text().splitlines()) < step:
-        assert run.poll() is None, run.communicate()[1][-2000:]
-        time.sleep(0.001)
+def test_two_processes_killed_twice_end_as_if_they_had_not_been() -> None:
+    assert_kills_change_nothing(tiny("train_decoder", "decoder"), "vae", processes=2, kills=2)
