@@ -16,7 +16,7 @@ from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loade
 from stablesr_kit.training.config import RunConfig, load_config
 from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops
-from stablesr_kit.training.records import LossRecords
+from stablesr_kit.training.records import StepRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
 from stablesr_kit.training.small_autoencoder import (
     build_small_autoencoder,
@@ -160,7 +160,7 @@ def test_plain_timesteps_cover_the_schedule() -> None:
 
 def test_records_are_cut_back_to_the_step_a_run_resumes_from(tmp_path: Path) -> None:
     file = tmp_path / "losses.jsonl"
-    records = LossRecords(file, 0)
+    records = StepRecords(file, 0)
     records.add(1, {"a": 1.0})
     records.add(2, {"a": 3.0, "b": 5.0})
     assert records.recent_means() == {"a": 2.0, "b": 5.0}
@@ -170,5 +170,5 @@ def test_records_are_cut_back_to_the_step_a_run_resumes_from(tmp_path: Path) -> 
     records.close()
     with file.open("a") as stream:
         stream.write('{"step": 4, "a"')  # killed in the middle of a line
-    LossRecords(file, 2).close()
+    StepRecords(file, 2).close()
     assert file.read_text() == before

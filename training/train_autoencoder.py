@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.losses import reconstruction_loss
@@ -16,11 +17,12 @@ from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_sk
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_autoencoder import build_small_autoencoder, fold_latent_statistics
+from stablesr_kit.training.validation import PhotoValidationOptions, photo_examples, reconstructed
 from stablesr_kit.training.whole_forward import Reconstruction, latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(PhotoOptions, RunConfig):
+class AutoencoderConfig(PhotoValidationOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
     pretrained_vae: str | None = None
@@ -49,6 +51,8 @@ def main(config: AutoencoderConfig) -> None:
         vae.enable_gradient_checkpointing()
     network = Reconstruction(vae.to(memory_format=torch.channels_last).train())
     reconstruct = run.train(network, {"vae": "vae"})
+    examples = photo_examples(config, multiple=2 ** (len(vae.config.block_out_channels) - 1))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, encode_with_features
+from stablesr_kit.evaluation.quality import Quality
+from stablesr_kit.models.feature_wrapping import (
+    ControllableFeatureWrapping,
+    decode_with_features,
+    encode_with_features,
+)
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
@@ -17,15 +23,18 @@ from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_autoencoder import start_fusion_silent
+from stablesr_kit.training.validation import Example, ValidationOptions, sample_examples
 from stablesr_kit.training.whole_forward import FusedDecoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWConfig(AdversarialOptions, PictureLossOptions, RunConfig):
+class CFWConfig(AdversarialOptions, PictureLossOptions, ValidationOptions, RunConfig):
     """Options of this program."""
 
     samples: str
     """File written by generate_cfw_data.py."""
+    validation_samples: str | None = None
+    """Another one, of photographs that are not trained on: what validation decodes, at full weight."""
     resolution: int = 64
     """Side of the square crops in px."""
     pretrained_vae: str
@@ -64,6 +73,14 @@ def main(config: CFWConfig) -> None:
     picture_loss = PictureLoss(config, run.accelerator.device)
     has_adversary = config.adversarial_weight > 0 or config.feature_matching_weight > 0
     adversary = Adversary(run, config) if has_adversary else None
+
+    def restored(cfw: ControllableFeatureWrapping, example: Example) -> Tensor:
+        assert example.latent is not None  # the examples are samples
+        _, features = encode_with_features(vae, example.lq, levels)
+        return decode_with_features(vae, cfw, from_latent(example.latent, vae), features, 1.0)
+
+    examples = sample_examples(config, config.validation_samples)
+    run.validate(config, "cfw", examples, restored, Quality(config.niqe_statistics))
 
     for _, (lq, latent, hq) in run.batches(crops):
         lq, hq = lq.to(memory_format=torch.channels_last), hq.to(memory_format=torch.channels_last)

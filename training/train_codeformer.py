@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+from stablesr_kit.spaces import image_to_pixels, unit_to_image
 from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import DegradedPhotoOptions
@@ -22,11 +26,14 @@ from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
 from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.validation import Example, RestorationValidationOptions, restoration_examples
 from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeFormerConfig(VQGANAdversaryOptions, PictureLossOptions, DegradedPhotoOptions, RunConfig):
+class CodeFormerConfig(
+    VQGANAdversaryOptions, PictureLossOptions, RestorationValidationOptions, DegradedPhotoOptions, RunConfig
+):
     """Options of this program."""
 
     pretrained_vqgan: str
@@ -89,6 +96,13 @@ def main(config: CodeFormerConfig) -> None:
     picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
     fusion = codeformer.fusions[str(codeformer.config.fuse_sizes[-1])] if adversary is not None else None
+
+    def restored(codeformer: CodeFormer, example: Example) -> Tensor:
+        pipeline = CodeFormerPipeline(codeformer)
+        faces = pipeline(image_to_pixels(example.lq), w=config.w, output_type="pt", return_dict=False)[0]
+        return unit_to_image(faces)
+
+    run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
 
     for _, (large, small, hq) in run.batches(faces):
         w = config.fidelity(run.step)

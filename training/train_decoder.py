@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
@@ -15,11 +16,12 @@ from stablesr_kit.training.losses import reconstruction_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.validation import PhotoValidationOptions, photo_examples, reconstructed
 from stablesr_kit.training.whole_forward import Decoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(AdversarialOptions, PhotoOptions, RunConfig):
+class DecoderConfig(AdversarialOptions, PhotoValidationOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
     pretrained_vae: str
@@ -51,6 +53,8 @@ def main(config: DecoderConfig) -> None:
         vae.enable_gradient_checkpointing()
     decode = run.train(Decoding(vae), {"vae": "vae"})
     adversary = Adversary(run, config)
+    examples = photo_examples(config, multiple=2 ** (len(vae.config.block_out_channels) - 1))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

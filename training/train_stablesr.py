@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 
 from stablesr_kit.checkpoints.foundations import foundation_of_folder
 from stablesr_kit.checkpoints.networks import embed_empty_prompt
+from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.spaces import to_latent
+from stablesr_kit.pipelines.stablesr import StableSRPipeline
+from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
 from stablesr_kit.training.pair_queue import PairQueueOptions, QueuedDegradation
@@ -28,10 +32,11 @@ from stablesr_kit.training.photo_pairs import DegradedCrops, PairedCrops, open_p
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
 from stablesr_kit.training.small_unet import build_small_adapter
+from stablesr_kit.training.validation import Example, RestorationValidationOptions, restoration_examples
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableSRConfig(DenoisingOptions, PairQueueOptions, RunConfig):
+class StableSRConfig(DenoisingOptions, PairQueueOptions, RestorationValidationOptions, RunConfig):
     """Options of this program."""
 
     pretrained_model: str | None = None
@@ -50,6 +55,8 @@ class StableSRConfig(DenoisingOptions, PairQueueOptions, RunConfig):
     """File written by cache_latents.py; None degrades and encodes photographs on the fly."""
     latent_crop: int = 32
     """Side of the square latents of a batch, when they are cached."""
+    validation_inference_steps: int = 50
+    """Denoising steps of a validation picture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +64,8 @@ class StableSRConfig(DenoisingOptions, PairQueueOptions, RunConfig):
             raise ConfigError("give either pretrained_model or pretrained_unet")
         if self.latents is None and self.pretrained_model is None and self.pretrained_vae is None:
             raise ConfigError("give latents, or pretrained_vae to encode photographs with")
+        if self.validation_steps and self.pretrained_model is None and self.pretrained_vae is None:
+            raise ConfigError("validation_steps needs pretrained_vae, to decode the pictures with")
 
 
 def main(config: StableSRConfig) -> None:
@@ -67,7 +76,7 @@ def main(config: StableSRConfig) -> None:
     if isinstance(data, RandomCrops):
         queue = QueuedDegradation(config, config.seed, config.train_batch_size, run.accelerator)
     unet, vae, schedule, no_text = frozen_parts(config)
-    vae = vae if config.latents is None else None
+    vae = vae if config.latents is None or config.validation_steps else None
 
     # only the adapter is trained, through the UNet
     if config.pretrained_adapter is not None:
@@ -84,15 +93,26 @@ def main(config: StableSRConfig) -> None:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         adapter.enable_gradient_checkpointing()
-    if vae is not None:
+    if vae is not None:  # it encodes photographs, and decodes validation pictures
         vae.requires_grad_(False).eval().to(run.accelerator.device, memory_format=torch.channels_last)
     adapt = run.train(adapter, {"adapter": ""})
+
+    def restored(adapter: StableSRAdapter, example: Example) -> Tensor:
+        scheduler = SpacedDDPMScheduler.from_config(schedule.config)
+        pipeline = StableSRPipeline(vae, unet, adapter, scheduler, default_steps=config.validation_inference_steps)
+        pipeline.set_progress_bar_config(disable=True)
+        height, width = (None, None) if example.hq is None else example.hq.shape[-2:]
+        generator = torch.Generator().manual_seed(config.seed)
+        lq = image_to_pixels(example.lq)[0]
+        return unit_to_image(pipeline(lq, height=height, width=width, generator=generator, output_type="pt").images)
+
+    run.validate(config, "adapter", restoration_examples(config), restored, Quality(config.niqe_statistics))
 
     for draws, batch in run.batches(data):
         lq, hq = batch if queue is None else queue(batch)
 
         # photographs become latents, samples of their posterior
-        if vae is not None:
+        if vae is not None and config.latents is None:
             with torch.no_grad(), run.accelerator.autocast():
                 posterior = vae.encode(torch.cat([lq, hq]).to(memory_format=torch.channels_last)).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()

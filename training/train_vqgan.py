@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
 from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
 from stablesr_kit.training.config import RunConfig
@@ -18,11 +19,14 @@ from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_sk
 from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.validation import Example, PhotoValidationOptions, photo_examples
 from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANConfig(CodebookOptions, VQGANAdversaryOptions, PictureLossOptions, PhotoOptions, RunConfig):
+class VQGANConfig(
+    CodebookOptions, VQGANAdversaryOptions, PictureLossOptions, PhotoValidationOptions, PhotoOptions, RunConfig
+):
     """Options of this program."""
 
     image_size: int | None = None
@@ -66,6 +70,7 @@ def main(config: VQGANConfig) -> None:
     reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
     picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
+    run.validate(config, "vqgan", photo_examples(config, vqgan.factor), reconstructed, Quality(config.niqe_statistics))
 
     def find_latents(count: int) -> Tensor:
         first = run.step * run.samples_per_step
@@ -98,6 +103,12 @@ def main(config: VQGANConfig) -> None:
     if adversary is not None:
         results["discriminator"] = run.averaged("discriminator")
     run.finish(results)
+
+
+def reconstructed(vqgan: VQGAN, example: Example) -> Tensor:
+    """What a VQGAN makes of an example through its nearest codes."""
+    indices = vqgan.quantizer.nearest(vqgan.encoder(example.lq)[0])
+    return vqgan.decode(vqgan.quantizer.lookup(indices))
 
 
 def build_vqgan(config: VQGANConfig) -> VQGAN:

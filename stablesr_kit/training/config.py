@@ -18,6 +18,9 @@ WARMUP_PLATEAU_COSINE = "warmup_plateau_cosine"
 MULTISTEP = "multistep"
 """Our own courses of the learning rate."""
 
+TRACKERS = ("tensorboard", "wandb")
+"""What a run can be watched with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -98,6 +101,11 @@ class RunConfig(ProgramConfig):
     """Checkpoint folder to continue from; latest takes the newest whole one; None starts afresh."""
     logging_steps: int = 50
     """The mean loss of every so many steps goes to the log."""
+    report_to: str = "none"
+    """Where losses, learning rate, samples per second and validation pictures are shown: none, tensorboard (in
+    output_dir/logs), wandb, or all."""
+    tracker_project_name: str = "stablesr-kit"
+    """Name of the project there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +122,8 @@ class RunConfig(ProgramConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.report_to not in ("none", "all", *TRACKERS):
+            raise ConfigError(f"report_to={self.report_to!r} must be one of none, {', '.join(TRACKERS)}, all")
         if not 0 < self.lr_decay_fraction <= 1:
             raise ConfigError(f"lr_decay_fraction={self.lr_decay_fraction} must lie in (0, 1]")
         if not 0 <= self.ema_decay < 1:

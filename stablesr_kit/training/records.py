@@ -1,4 +1,4 @@
-"""The losses of a run, one JSON object per step in a file that a resumed run continues."""
+"""What a run measures, one JSON object per step in a file that a resumed run continues."""
 
 import json
 import math
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import IO
 
 
-class LossRecords:
-    """Appends {"step": 1, "learning_rate": ..., NAME: ...} per optimizer step to a file.
+class StepRecords:
+    """Appends {"step": 1, NAME: ...} per step to a file.
 
     step: the last one that is behind the run; records of later steps, left by a run that was killed, are forgotten.
     """

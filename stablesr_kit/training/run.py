@@ -4,14 +4,20 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    send_to_device,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,8 +31,10 @@ from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
 from stablesr_kit.training.optimizers import build_optimizer
 from stablesr_kit.training.photo_order import Share
-from stablesr_kit.training.records import LossRecords
+from stablesr_kit.training.records import StepRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
+from stablesr_kit.training.trackers import find_trackers, show_pictures, start_trackers
+from stablesr_kit.training.validation import Example, Measure, Restore, Validation, ValidationOptions
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +87,13 @@ class TrainingRun:
             cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=find_trackers(config.report_to) or None,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
         )
         self.step = 0
         self.networks: list[TrainedNetwork] = []
+        self.validation: Validation | None = None
         self.accelerator.register_save_state_pre_hook(self._save_networks)
         self.accelerator.register_load_state_pre_hook(self._load_networks)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -158,6 +169,16 @@ class TrainingRun:
         logger.info("%d trained parameters in %s", sum(p.numel() for p in trained), ", ".join(parts))
         return prepared
 
+    def validate(
+        self, options: ValidationOptions, part: str, examples: Sequence[Example], restore: Restore, measure: Measure
+    ) -> None:
+        """Have the averaged weights of a part make and measure pictures when the options say so.
+
+        Arguments as `Validation`. The main process makes them, the others wait; what training draws is not touched.
+        """
+        if options.validation_steps:
+            self.validation = Validation(self.output_dir, options, part, examples, restore, measure)
+
     def batches(self, dataset: Dataset[Any]) -> Iterator[tuple[SampleDraws, Any]]:
         """Every batch that is still to come, with the random numbers of its samples; resumes the run first.
 
@@ -173,9 +194,12 @@ class TrainingRun:
             accelerator.num_processes,
             accelerator.process_index,
         )
-        self.records = LossRecords(self.output_dir / "losses.jsonl", self.step) if self.is_main else None
+        self.records = StepRecords(self.output_dir / "losses.jsonl", self.step) if self.is_main else None
+        if self.validation is not None and self.is_main:
+            self.validation.resume(self.step)
+        start_trackers(accelerator, config, self.step)
         self.losses: list[dict[str, Tensor]] = []
-        self.start = time.monotonic()
+        self.start = self.step_start = time.monotonic()
         self.progress = tqdm(
             total=config.max_train_steps * self.samples_per_step,
             initial=self.step * self.samples_per_step,
@@ -197,7 +221,8 @@ class TrainingRun:
         self.accelerator.backward(loss)
 
     def update(self, **losses: Tensor) -> None:
-        """End a batch: once enough of them are accumulated, step every network, record the losses, save when due.
+        """End a batch: once enough of them are accumulated, step every network, record the losses, validate and save
+        when due.
 
         losses: scalar tensors by name; recorded is their mean over the step's samples, in all processes. Raises
         DivergenceError when one of them, or a gradient, is not finite; the networks are then as before the step.
@@ -219,6 +244,7 @@ class TrainingRun:
         rate = self.networks[0].learning_rate(self.step)
         self.step += 1
         self._record(values, rate)
+        self._show()  # before the checkpoint, so that what is resumed has been shown
         if self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps:
             self.save()
 
@@ -332,12 +358,32 @@ class TrainingRun:
     def _record(self, values: dict[str, float], rate: float) -> None:
         self.progress.update(self.samples_per_step)
         self.progress.set_postfix({"lr": f"{rate:.2e}", **{name: f"{value:.4f}" for name, value in values.items()}})
+        now = time.monotonic()
+        speed, self.step_start = self.samples_per_step / (now - self.step_start), now
+        shown = {"learning_rate": rate, **values, "samples_per_second": speed}
+        self.accelerator.log({f"train/{name}": value for name, value in shown.items()}, step=self.step)
         if self.records is None:
             return
         self.records.add(self.step, {"learning_rate": rate, **values})
         if self.step % self.config.logging_steps == 0:
             means = " ".join(f"{name} {value:.4g}" for name, value in self.records.recent_means().items())
             logger.info("step %d %s (%.0f s)", self.step, means, time.monotonic() - self.start)
+
+    def _show(self) -> None:
+        """Make and measure the validation pictures of this step, if it has any."""
+        if self.validation is None:
+            return
+        if self.step % self.validation.every and self.step != self.config.max_train_steps:
+            return
+        network = self.averaged(self.validation.part)
+        if self.is_main:
+            metrics, pictures = self.validation.show(network, self.step)
+            logger.info("step %d validation %s", self.step, " ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.step)
+            shown = {f"validation/{name}": pixels for name, pixels in pictures.items()}
+            show_pictures(self.accelerator, shown, self.step)
+        self.accelerator.wait_for_everyone()
+        self.step_start = time.monotonic()
 
     def _stop_diverged(self, values: dict[str, float]) -> None:
         folder = self.output_dir / f"diverged-{self.step + 1}"
