@@ -13,23 +13,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from stablesr_kit import ControllableFeatureWrapping, SpacedDDPMScheduler, StableSRAdapter, StableSRPipeline
-from stablesr_kit.cli import app
-from tests import official_layout
-
-
-def stablesr(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def error_lines(result: Result) -> list[str]:
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    lines = result.stderr.splitlines()
-    assert all(line.startswith(("error: ", "note: ", "interrupted: ")) for line in lines), lines
-    return lines
+from tests.cli_runs import error_lines, stablesr
 
 
 def names_in(folder: Path) -> list[str]:
@@ -343,87 +329,6 @@ def test_options_reach_the_model(arguments: tuple[object, ...], model: Path, pho
     assert (default.exit_code, chosen.exit_code) == (0, 0), error_lines(chosen)
     pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("default.png", "chosen.png")]
     assert not np.array_equal(*pixels)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small StableSR and its CFW in the official layout, a pickle with code in it, and a file of another kind."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    networks = official_layout.tiny_networks()
-    state = official_layout.official_checkpoint(networks, official_layout.tiny_text_encoder())
-    torch.save({"state_dict": state}, folder / "stablesr_000117.ckpt")
-    torch.save({"state_dict": official_layout.official_cfw_checkpoint(networks)}, folder / "vqgan_cfw_00011.ckpt")
-    torch.save({"state_dict": state, "callback": print}, folder / "code.ckpt")
-    (folder / "notes.txt").write_text("not weights")
-    return folder
-
-
-def test_inspect_says_what_a_file_is(checkpoints: Path, model: Path) -> None:
-    result = stablesr("inspect", checkpoints / "stablesr_000117.ckpt")
-    assert result.exit_code == 0
-    assert "a complete StableSR checkpoint" in result.stdout
-    assert "stablesr convert stablesr_000117.ckpt -o DIR" in result.stdout
-    assert "a StableSR pipeline folder" in stablesr("inspect", model).stdout
-
-
-def test_convert_makes_a_folder_that_restores(checkpoints: Path, photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "models" / "converted"
-    cfw = checkpoints / "vqgan_cfw_00011.ckpt"
-    result = stablesr("convert", checkpoints / "stablesr_000117.ckpt", "--cfw", cfw, "-o", folder)
-    assert error_lines(result) == []
-    assert result.stdout == f"converted: {folder}\n"
-    assert os.listdir(tmp_path / "models") == ["converted"]
-    picture = ("restore", photos / "colour.jpg", "--steps", 2, "--model", folder, "-o")
-    assert stablesr(*picture, tmp_path / "restored.png").exit_code == 0
-    assert Image.open(tmp_path / "restored.png").size == (52, 40)
-
-    again = stablesr("convert", checkpoints / "stablesr_000117.ckpt", "-o", folder)
-    assert again.exit_code == 2
-    assert error_lines(again) == [f"error: -o {folder} exists; choose a new or an empty folder"]
-
-
-def test_without_cfw_only_w_0_is_left(checkpoints: Path, photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "converted"
-    assert stablesr("convert", checkpoints / "stablesr_000117.ckpt", "-o", folder).exit_code == 0
-    picture = ("restore", photos / "colour.jpg", "--steps", 2, "--model", folder, "-o", tmp_path / "restored.png")
-    result = stablesr(*picture)
-    assert result.exit_code == 2
-    assert error_lines(result)[0].startswith(
-        "error: --w 0.5 needs feature wrapping (CFW), which this model lacks; give --w 0"
-    )
-    assert stablesr(*picture, "--w", 0).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("code.ckpt", "code.ckpt needs more than tensors"),
-        ("notes.txt", "notes.txt is not a weight file"),
-        ("missing.ckpt", "cannot be read"),
-        ("vqgan_cfw_00011.ckpt", "give it as cfw"),
-    ],
-)
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
-    name: str, message: str, checkpoints: Path, tmp_path: Path
-) -> None:
-    result = stablesr("convert", checkpoints / name, "-o", tmp_path / "converted")
-    assert result.exit_code == 1
-    lines = error_lines(result)
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert list(tmp_path.iterdir()) == []
-    if name != "vqgan_cfw_00011.ckpt":
-        assert (stablesr("inspect", checkpoints / name).exit_code, list(tmp_path.iterdir())) == (1, [])
-
-
-def test_a_surplus_tensor_may_be_ignored_by_name(checkpoints: Path, tmp_path: Path) -> None:
-    content = torch.load(checkpoints / "stablesr_000117.ckpt", weights_only=True)
-    content["state_dict"]["surprise.weight"] = torch.zeros(1)
-    torch.save(content, tmp_path / "surplus.ckpt")
-    convert = ("convert", tmp_path / "surplus.ckpt", "-o", tmp_path / "converted")
-    assert "surprise.weight" in error_lines(stablesr(*convert))[0]
-    assert stablesr(*convert, "--ignore", "surprise(").exit_code == 2
-    assert stablesr(*convert, "--ignore", r"surprise\..*").exit_code == 0
 
 
 def test_doctor_reports_versions_and_whether_the_embedded_model_loads() -> None:

@@ -6,19 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stablesr_kit.cli import app
 from stablesr_kit.imaging.degradations import PRESETS
 from stablesr_kit.imaging.degradations.filtering import usm_sharpen
+from tests.cli_runs import pixels_of, stablesr
 from tests.degradation_pictures import photo_like
 
 
 def degrade(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, ["degrade", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return stablesr("degrade", *arguments)
 
 
 @pytest.fixture
@@ -29,11 +26,6 @@ def photos(tmp_path: Path) -> Path:
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
-
-
-def pixels_of(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image)
 
 
 def test_a_folder_is_degraded_reproducibly_and_each_picture_for_itself(photos: Path, tmp_path: Path) -> None:

@@ -6,29 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from skimage import data
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stablesr_kit.cli import app
 from stablesr_kit.imaging.resizing import resize_bicubic
-from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
-from tests.tiny import tiny_pipeline
+from tests.cli_runs import pixels_of, stablesr
+from tests.tiny import TINY_FACE_PX, tiny_codeformer, tiny_pipeline
 
 PROGRAMS = Path(__file__).parents[1] / "pipelines"
-SIZE_PX = 64
 # Eyes, nose and corners of the mouth in `photo`, by eye.
 LANDMARKS = [[44, 47], [61, 46], [54, 58], [47, 67], [61, 66]]
-
-
-def stablesr(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def faces(*arguments: object) -> Result:
@@ -38,22 +28,8 @@ def faces(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny CodeFormer of random weights: what it restores is nobody."""
-    torch.manual_seed(0)
-    network = CodeFormer(
-        image_size=SIZE_PX,
-        base_channels=8,
-        channel_multipliers=(1, 2, 2),
-        layers_per_block=1,
-        codebook_size=16,
-        code_channels=8,
-        norm_num_groups=4,
-        dim=16,
-        num_heads=2,
-        num_layers=1,
-        fuse_sizes=(32,),
-    )
     folder = tmp_path_factory.mktemp("faces")
-    CodeFormerPipeline(network.eval()).save_pretrained(folder)
+    CodeFormerPipeline(tiny_codeformer()).save_pretrained(folder)
     return folder
 
 
@@ -73,11 +49,6 @@ def landmarks(tmp_path: Path) -> Path:
 def write_json(path: Path, content: object) -> Path:
     path.write_text(json.dumps(content))
     return path
-
-
-def pixels_of(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def enlarged(file: Path, times: int = 2) -> np.ndarray:
@@ -112,7 +83,7 @@ def test_the_box_is_drawn_around_a_face_that_is_restored_and_the_crops_are_writt
     assert not changed[:, 230:].any()
     assert (pixels_of(out) == (0, 255, 0)).all(-1).any()
     before, after = (pixels_of(tmp_path / "out_faces" / f"001_{name}.png") for name in ("lq", "restored"))
-    assert before.shape == after.shape == (SIZE_PX, SIZE_PX, 3)
+    assert before.shape == after.shape == (TINY_FACE_PX, TINY_FACE_PX, 3)
     assert (before != after).any()
 
 
@@ -310,7 +281,7 @@ def test_the_programs_write_their_sheets(
     out = tmp_path / "sheet.png"
     runpy.run_path(str(PROGRAMS / "restore_faces.py"))["main"](photo, out, str(model), [0.0, 1.0])
     assert capsys.readouterr().out.startswith("w 0: identity distance ")
-    assert pixels_of(out).shape == (SIZE_PX, 3 * SIZE_PX, 3)
+    assert pixels_of(out).shape == (TINY_FACE_PX, 3 * TINY_FACE_PX, 3)
     stablesr_model = tmp_path / "stablesr"
     tiny_pipeline(with_text=False).save_pretrained(stablesr_model)
     runpy.run_path(str(PROGRAMS / "restore_old_photo.py"))["main"](

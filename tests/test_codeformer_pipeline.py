@@ -17,6 +17,7 @@ from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelN
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.spaces import pixels_to_image
 from tests.official_layout import official_faces, randomize
 
@@ -116,7 +117,12 @@ def test_an_autoencoder_alone_is_no_pipeline(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_pipeline_is_named() -> None:
     with pytest.raises(ModelNotFoundError, match="mini holds no codeformer"):
-        CodeFormerPipeline.from_pretrained("mini")
+        CodeFormerPipeline.from_pretrained(resolve_model("mini"))
+
+
+def test_a_model_that_the_package_could_hold_but_does_not_is_named() -> None:
+    with pytest.raises(ModelNotFoundError, match="no model 'mini' of this kind comes with the package"):
+        resolve_model("mini", embedded={"mini": "no_such_folder"})
 
 
 def photo() -> Tensor:

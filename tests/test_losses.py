@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablesr_kit.training.codebook_losses import alignment_loss, code_token_loss, codebook_loss, commitment_loss
+from stablesr_kit.models.vqgan import NearestQuantizer
+from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
 from stablesr_kit.training.losses import (
     ADVERSARIAL_LOSSES,
     HINGE,
@@ -101,29 +102,22 @@ def test_feature_matching_does_not_depend_on_the_size_of_features() -> None:
     torch.testing.assert_close(once, larger)
 
 
-def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor | None]:
-    return list(torch.autograd.grad(loss, inputs, allow_unused=True))
-
-
-def test_alignment_moves_the_codes_and_commitment_the_features() -> None:
+def test_commitment_moves_the_features_and_not_the_codes() -> None:
     z, codes = random(2, 3, 4, 4).requires_grad_(), random(2, 3, 4, 4, seed=1).requires_grad_()
-    expected = 2 * (z - codes) / z.numel()
-    torch.testing.assert_close(alignment_loss(z, codes), (z - codes).square().mean())
-    for_z, for_codes = gradients(alignment_loss(z, codes), z, codes)
-    assert for_z is None
-    torch.testing.assert_close(for_codes, -expected)
-    for_z, for_codes = gradients(commitment_loss(z, codes), z, codes)
+    for_z, for_codes = torch.autograd.grad(commitment_loss(z, codes), (z, codes), allow_unused=True)
     assert for_codes is None
-    torch.testing.assert_close(for_z, expected)
+    torch.testing.assert_close(for_z, 2 * (z - codes) / z.numel())
 
 
-def test_beta_stands_at_the_commitment_as_published_or_at_the_alignment_as_released() -> None:
-    z, codes = random(2, 3, 4, 4).requires_grad_(), random(2, 3, 4, 4, seed=1).requires_grad_()
-    pull = 2 * (z - codes) / z.numel()
-    for_z, for_codes = gradients(codebook_loss(z, codes, beta=0.25), z, codes)
-    torch.testing.assert_close((for_z, for_codes), (0.25 * pull, -pull))
-    for_z, for_codes = gradients(codebook_loss(z, codes, beta=0.25, beta_on_alignment=True), z, codes)
-    torch.testing.assert_close((for_z, for_codes), (pull, -0.25 * pull))
+def test_the_codebook_follows_at_beta_and_the_encoder_commits_at_full_weight() -> None:
+    quantizer = NearestQuantizer(5, 3, beta=0.25)
+    z = random(2, 3, 4, 4).requires_grad_()
+    quantized = quantizer(z)
+    for_z, for_codebook = torch.autograd.grad(quantized.loss, (z, quantizer.codebook.weight))
+    pull = 2 * (z - quantizer.lookup(quantized.indices)).detach() / z.numel()
+    torch.testing.assert_close(for_z, pull)
+    expected = torch.zeros(5, 3).index_add_(0, quantized.indices.flatten(), pull.permute(0, 2, 3, 1).reshape(-1, 3))
+    torch.testing.assert_close(for_codebook, -0.25 * expected)
 
 
 def test_token_loss_is_minus_the_log_probability_of_the_true_codes() -> None:

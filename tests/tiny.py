@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stablesr_kit import ControllableFeatureWrapping, SpacedDDPMScheduler, StableSRAdapter, StableSRPipeline
+from stablesr_kit.models.codeformer import CodeFormer
 
+TINY_FACE_PX = 64
 PROMPT_LENGTH = 12
 TEXT_CHANNELS = 16
 
@@ -125,6 +127,24 @@ def tiny_pipeline(with_text: bool = True, **replaced: Any) -> StableSRPipeline:
     pipeline = StableSRPipeline(**{**tiny_components(with_text), "default_steps": 2, **replaced})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_codeformer(**config: Any) -> CodeFormer:
+    """For faces of TINY_FACE_PX; what its random weights restore is nobody."""
+    defaults = {
+        "image_size": TINY_FACE_PX,
+        "base_channels": 8,
+        "channel_multipliers": (1, 2, 2),
+        "layers_per_block": 1,
+        "codebook_size": 16,
+        "code_channels": 8,
+        "norm_num_groups": 4,
+        "dim": 16,
+        "num_heads": 2,
+        "num_layers": 1,
+        "fuse_sizes": (32,),
+    }
+    return _built(CodeFormer, **{**defaults, **config})
 
 
 def tiny_picture(height: int = 4, width: int = 4, seed: int = 0) -> Tensor:

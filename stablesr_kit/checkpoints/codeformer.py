@@ -1,8 +1,8 @@
 """Networks from checkpoints of CodeFormer, of its VQ autoencoder and of that one's discriminator."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from stablesr_kit.checkpoints import key_maps, plans
 from stablesr_kit.checkpoints.assembling import Options, assemble
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, section
-from stablesr_kit.checkpoints.detecting import Hints, detect
-from stablesr_kit.checkpoints.detecting_faces import codeformer_config, discriminator_config, vqgan_config
+from stablesr_kit.checkpoints.detecting import Config, Family, Hints, detect, face_config
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.codeformer import CodeFormer
@@ -19,7 +18,6 @@ from stablesr_kit.models.discriminators import VQGANDiscriminator
 from stablesr_kit.models.vqgan import VQGAN
 
 FaceNetwork = CodeFormer | VQGAN | VQGANDiscriminator
-Kind = TypeVar("Kind", CodeFormer, VQGAN, VQGANDiscriminator)
 
 
 def convert_face_checkpoint(
@@ -50,40 +48,34 @@ def load_official_faces(tensors: Mapping[str, Tensor], hints: Hints | None = Non
     return build_face_network(section(Path("official module"), tensors), hints=hints, options=Options())
 
 
+class _Kind(NamedTuple):
+    network: type[CodeFormer] | type[VQGAN] | type[VQGANDiscriminator]
+    modules: Callable[[Config], key_maps.Modules]
+    plan: Callable[[Iterable[str], key_maps.Modules], plans.Plan] = plans.faces
+
+
+_KINDS: Mapping[Family, _Kind] = {
+    "codeformer": _Kind(CodeFormer, key_maps.codeformer_modules),
+    "vqgan": _Kind(VQGAN, key_maps.vqgan_modules),
+    "vqgan discriminator": _Kind(VQGANDiscriminator, lambda _: key_maps.discriminator_modules(), plans.renaming),
+}
+
+
 def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Options) -> FaceNetwork:
     """As `convert_face_checkpoint`, from a file already read."""
     hints = hints or Hints()
     found = detect(file, hints)
-    tensors = file.full_names()
-    if found.family == "codeformer":
-        config = codeformer_config(tensors, hints.codeformer_heads)
-        modules = key_maps.codeformer_modules(config)
-        return assemble(
-            lambda: CodeFormer(**config),
-            lambda names: plans.faces(names, modules),
-            tensors,
-            what="CodeFormer",
-            options=options,
+    kind = _KINDS.get(found.family)
+    names = file.full_names()
+    config = face_config(found.family, names, hints)
+    if kind is None or config is None:
+        raise CheckpointError(
+            f"{file.path.name} is {found.description}; expected codeformer.pth, one of its relatives, or its VQGAN"
         )
-    if found.family == "vqgan":
-        config = vqgan_config(tensors, hints.latent_size)
-        modules = key_maps.vqgan_modules(config)
-        return assemble(
-            lambda: VQGAN(**config),
-            lambda names: plans.faces(names, modules),
-            tensors,
-            what="VQGAN",
-            options=options,
-        )
-    if found.family == "vqgan discriminator":
-        config = discriminator_config(tensors)
-        return assemble(
-            lambda: VQGANDiscriminator(**config),
-            lambda names: plans.renaming(names, key_maps.discriminator_modules()),
-            tensors,
-            what="VQGAN discriminator",
-            options=options,
-        )
-    raise CheckpointError(
-        f"{file.path.name} is {found.description}; expected codeformer.pth, one of its relatives, or its VQGAN"
+    return assemble(
+        lambda: kind.network(**config),
+        lambda ours: kind.plan(ours, kind.modules(config)),
+        names,
+        what=kind.network.__name__,
+        options=options,
     )

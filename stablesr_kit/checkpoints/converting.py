@@ -40,8 +40,7 @@ SLOTS: Mapping[str, str] = {
     "autoencoder": "StableSR takes its own; for w above 0 give vqgan_cfw_00011.ckpt as cfw (--cfw)",
     "diffusers weights": "give the pipeline folder they belong to as base (--base)",
     "lora": "load it with pipeline.load_lora_weights",
-    "codeformer": "it belongs to the face stage",
-    "vqgan": "it belongs to the face stage",
+    **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }
 """What to do with a checkpoint that is in the wrong place."""
 

@@ -60,9 +60,8 @@ class Detection:
     text: Config | None = None
     adapter: Config | None = None
     cfw: Config | None = None
-    codeformer: Config | None = None
-    vqgan: Config | None = None
-    discriminator: Config | None = None
+    faces: Config | None = None
+    """Of a network for faces, which is the whole of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +132,30 @@ def _by_signature(checkpoint: Checkpoint, hints: Hints) -> Detection | None:
     for family, description, pattern in SIGNATURES:
         candidates = vae if family == "diffusers weights" and vae else names
         if any(re.search(pattern, name) for name in candidates):
-            return Detection(family=family, description=description, **_face_configs(family, names, hints))
+            return Detection(family=family, description=description, faces=_face_config(family, names, hints))
     return None
 
 
-def _face_configs(family: Family, names: Mapping[str, Tensor], hints: Hints) -> dict[str, Config]:
-    """The config of a network for faces; an incomplete file has none, and building it says what is absent."""
+def face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Config | None:
+    """The config of a network for faces; None for another family.
+
+    Raises `CheckpointError` if the file is incomplete.
+    """
+    if family == "codeformer":
+        return codeformer_config(names, hints.codeformer_heads)
+    if family == "vqgan":
+        return vqgan_config(names, hints.latent_size)
+    if family == "vqgan discriminator":
+        return discriminator_config(names)
+    return None
+
+
+def _face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Config | None:
+    """As `face_config`; an incomplete file has none, and building it says what is absent."""
     try:
-        if family == "codeformer":
-            return {"codeformer": codeformer_config(names, hints.codeformer_heads)}
-        if family == "vqgan":
-            return {"vqgan": vqgan_config(names, hints.latent_size)}
-        if family == "vqgan discriminator":
-            return {"discriminator": discriminator_config(names)}
+        return face_config(family, names, hints)
     except CheckpointError:
-        return {}
-    return {}
+        return None
 
 
 def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:

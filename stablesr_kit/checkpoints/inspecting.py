@@ -16,7 +16,7 @@ from torch import Tensor
 from stablesr_kit.checkpoints.assembling import left_over
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize
 from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
-from stablesr_kit.checkpoints.key_maps import Section
+from stablesr_kit.checkpoints.key_maps import TITLES, Section
 from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
 from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
 from stablesr_kit.errors import CheckpointError
@@ -26,26 +26,19 @@ USES: Mapping[str, str] = {
     "stablesr extract": "stablesr convert {name} --base STABLE_DIFFUSION -o DIR",
     "cfw": "stablesr convert STABLESR.ckpt --cfw {name} -o DIR",
     "stable diffusion": "stablesr convert EXTRACT --base {name} -o DIR",
+    **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "stablesr convert --codeformer {name} -o DIR"),
     "pipeline": "stablesr restore PHOTO -o OUT --model {name}",
+    "face pipeline": "stablesr faces PHOTO -o OUT --model {name}",
     "base": "stablesr convert EXTRACT --base {name} -o DIR",
 }
 """The command that takes a checkpoint of each kind."""
-
-TITLES: Mapping[str, str] = {
-    "unet": "UNet",
-    "spade": "SFT layers (spade)",
-    "encoder": "time-aware encoder",
-    "vae": "autoencoder",
-    "fusion": "CFW",
-    "text": "text encoder",
-    "other": "other",
-}
-
 
 SUMMARY = (
     *("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "use_linear_projection"),
     *("num_attention_heads", "cond_channels", "hidden_channels", "modulation", "latent_channels", "scaling_factor"),
     *("hidden_size", "num_hidden_layers", "channels", "levels", "num_rrdb", "growth_channels"),
+    *("image_size", "base_channels", "channel_multipliers", "codebook_size", "code_channels", "quantization"),
+    *("dim", "num_heads", "num_layers", "fuse_sizes"),
 )
 """The fields of a config that tell models apart."""
 
@@ -56,7 +49,7 @@ class CheckpointReport:
 
     path: Path
     kind: str
-    """Family of the checkpoint; "pipeline" and "base" are folders in diffusers' layout."""
+    """Family of the checkpoint; "pipeline", "face pipeline", "base" and "network" are folders in diffusers' layout."""
     description: str
     format: str
     size_bytes: int
@@ -103,7 +96,7 @@ def inspect_checkpoint(
     checkpoint = canonicalize(raw)
     found = detect(checkpoint, hints)
     sections = checkpoint.sections
-    configs = {name: getattr(found, name) for name in ("unet", "vae", "text", "adapter", "cfw")}
+    configs = {name: getattr(found, name) for name in ("unet", "vae", "text", "adapter", "cfw", "faces")}
     command = USES.get(found.family)
     return CheckpointReport(
         path=path,
@@ -112,7 +105,10 @@ def inspect_checkpoint(
         format=raw.format,
         size_bytes=path.stat().st_size,
         dtypes=_dtypes(sections),
-        parts={TITLES[part]: sum(map(Tensor.numel, tensors.values())) for part, tensors in sections.items()},
+        parts={
+            "faces" if found.faces else TITLES[part]: sum(map(Tensor.numel, tensors.values()))
+            for part, tensors in sections.items()
+        },
         configs={name: config for name, config in configs.items() if config is not None},
         prediction=prediction_from_name(path.name) if found.unet or found.adapter else None,
         command=command.format(name=path.name) if command else None,
@@ -151,35 +147,49 @@ def _notes(raw: RawCheckpoint, checkpoint: Checkpoint, found: Detection) -> list
 
 
 def _inspect_folder(folder: Path) -> CheckpointReport:
-    """A pipeline in diffusers' layout, by its JSON files and the headers of its weights."""
+    """A pipeline or a network in diffusers' layout, by its JSON files and the headers of its weights."""
     index = _json(folder / "model_index.json")
-    if index is None:
+    if index is not None:
+        names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+        folders = {name: folder / name for name in names}
+        kind, needed, description = _pipeline_kind(names, index)
+    elif (config := _json(folder / "config.json")) is not None and "_class_name" in config:
+        folders = {str(config["_class_name"]): folder}
+        kind, needed, description = "network", (), f"a folder of {config['_class_name']}"
+    else:
         raise CheckpointError(f"{folder} holds no model_index.json; expected a weight file or a pipeline folder")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    weights = {name: sorted((folder / name).glob("*.safetensors")) for name in names}
+    weights = {name: sorted(part.glob("*.safetensors")) for name, part in folders.items()}
     headers = {name: [_header(file) for file in files] for name, files in weights.items() if files}
     scheduler = _json(folder / "scheduler" / "scheduler_config.json") or {}
-    is_ours = "adapter" in names
-    needed = ("unet", "vae", "scheduler")
-    kind = "pipeline" if is_ours else "base" if all(name in names for name in needed) else "unknown"
     command = USES.get(kind)
     return CheckpointReport(
         path=folder,
         kind=kind,
-        description="a StableSR pipeline folder" if is_ours else f"a folder of {index.get('_class_name', 'diffusers')}",
+        description=description,
         format="diffusers folder",
         size_bytes=sum(file.stat().st_size for files in weights.values() for file in files),
         dtypes=tuple(sorted({dtype for header in headers.values() for file in header for dtype in file})),
         parts={name: sum(sum(file.values()) for file in files) for name, files in headers.items()},
-        configs={name: config for name in headers if (config := _json(folder / name / "config.json"))},
+        configs={name: config for name in headers if (config := _json(folders[name] / "config.json"))},
         prediction=Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
         if "prediction_type" in scheduler
         else None,
         command=command.format(name=folder) if command else None,
-        missing=tuple(f"{name}, which is absent" for name in needed if name not in names),
+        missing=tuple(f"{name}, which is absent" for name in needed if name not in folders),
         notes=(),
         sha256=None,
     )
+
+
+def _pipeline_kind(names: list[str], index: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    """Kind of a pipeline folder with these components, the components it needs, and what it is called."""
+    if "codeformer" in names:
+        return "face pipeline", (), f"a CodeFormer pipeline folder, made to {index.get('task', 'restore')} faces"
+    needed = ("unet", "vae", "scheduler")
+    if "adapter" in names:
+        return "pipeline", needed, "a StableSR pipeline folder"
+    kind = "base" if all(name in names for name in needed) else "unknown"
+    return kind, needed, f"a folder of {index.get('_class_name', 'diffusers')}"
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,17 @@ PREFIXES: Mapping[Section, str] = {
 }
 """What the released StableSR checkpoints put before the names of each part."""
 
+TITLES: Mapping[str, str] = {
+    "unet": "UNet",
+    "spade": "SFT layers (spade)",
+    "encoder": "time-aware encoder",
+    "vae": "autoencoder",
+    "fusion": "CFW",
+    "text": "text encoder",
+    "other": "other",
+}
+"""What each part is called."""
+
 IGNORED: Mapping[str, str] = {
     r"betas|(alphas|sqrt_alphas|sqrt_one_minus_alphas|log_one_minus_alphas|sqrt_recip_alphas|sqrt_recipm1_alphas)_cumprod"
     r"|alphas_cumprod_prev|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights": (

@@ -1,5 +1,6 @@
 """Each network of a pipeline from the sections of a checkpoint."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from stablesr_kit.checkpoints import key_maps, plans
-from stablesr_kit.checkpoints.assembling import Options, assemble
+from stablesr_kit.checkpoints.assembling import Network, Options, assemble
 from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Config
-from stablesr_kit.checkpoints.key_maps import PREFIXES
+from stablesr_kit.checkpoints.key_maps import PREFIXES, TITLES, Modules, Section
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel, residual_blocks
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
@@ -19,38 +20,17 @@ from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
 def build_unet(checkpoint: Checkpoint, config: Config, options: Options) -> SFTUNet2DConditionModel:
     """The UNet without SPADE; its keys are those of the stock class."""
-    return assemble(
-        lambda: SFTUNet2DConditionModel(**config),
-        lambda names: plans.renaming(names, key_maps.unet_modules(config)),
-        checkpoint.sections["unet"],
-        what="UNet",
-        prefix=PREFIXES["unet"],
-        options=options,
-    )
+    return _renamed(SFTUNet2DConditionModel, key_maps.unet_modules, checkpoint, "unet", config, options)
 
 
 def build_vae(checkpoint: Checkpoint, config: Config, options: Options) -> AutoencoderKL:
     """The autoencoder without fusion layers."""
-    return assemble(
-        lambda: AutoencoderKL(**config),
-        lambda names: plans.renaming(names, key_maps.vae_modules(config)),
-        checkpoint.sections["vae"],
-        what="autoencoder",
-        prefix=PREFIXES["vae"],
-        options=options,
-    )
+    return _renamed(AutoencoderKL, key_maps.vae_modules, checkpoint, "vae", config, options)
 
 
 def build_cfw(checkpoint: Checkpoint, config: Config, options: Options) -> ControllableFeatureWrapping:
     """The fusion layers."""
-    return assemble(
-        lambda: ControllableFeatureWrapping(**config),
-        lambda names: plans.renaming(names, key_maps.fusion_modules(config)),
-        checkpoint.sections["fusion"],
-        what="CFW",
-        prefix=PREFIXES["fusion"],
-        options=options,
-    )
+    return _renamed(ControllableFeatureWrapping, key_maps.fusion_modules, checkpoint, "fusion", config, options)
 
 
 def build_adapter(
@@ -109,3 +89,22 @@ def embed_empty_prompt(text_encoder: CLIPTextModel, tokenizer: Any | None = None
         length = tokenizer.model_max_length
         tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
     return text_encoder(tokens)[0]
+
+
+def _renamed(
+    network: Callable[..., Network],
+    modules: Callable[[Config], Modules],
+    checkpoint: Checkpoint,
+    section: Section,
+    config: Config,
+    options: Options,
+) -> Network:
+    """A network each of whose tensors is one of theirs under another name."""
+    return assemble(
+        lambda: network(**config),
+        lambda names: plans.renaming(names, modules(config)),
+        checkpoint.sections[section],
+        what=TITLES[section],
+        prefix=PREFIXES[section],
+        options=options,
+    )

@@ -4,16 +4,15 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import typer
 
+from stablesr_kit.cli.face_stage import BESIDE
 from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
 from stablesr_kit.errors import OutputError
-
-if TYPE_CHECKING:
-    from stablesr_kit import StableSRPipeline
 
 TensorsOnly = Annotated[
     bool,
@@ -33,15 +32,20 @@ def inspect(
 
 
 def convert(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="An official StableSR checkpoint, or a web-UI extract of one.")
-    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CKPT", help="An official StableSR checkpoint, or a web-UI extract of one."),
+    ] = None,
     cfw: Annotated[
         Path | None, typer.Option(metavar="CKPT", help="The autoencoder with feature wrapping; without it w is 0.")
     ] = None,
     base: Annotated[
         Path | None, typer.Option(metavar="CKPT|DIR", help="For an extract: the Stable Diffusion it belongs to.")
+    ] = None,
+    codeformer: Annotated[
+        Path | None,
+        typer.Option(metavar="PTH", help="A CodeFormer, its VQGAN or discriminator: alone, or faces for CKPT."),
     ] = None,
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction"] | None,
@@ -52,10 +56,17 @@ def convert(
         list[str] | None, typer.Option(metavar="REGEX", help="Names of tensors that may be left over; repeatable.")
     ] = None,
 ) -> None:
-    """Turn an official checkpoint into a pipeline folder.
+    """Turn official checkpoints into a pipeline folder.
 
-    The folder is what `stablesr restore --model DIR` and `StableSRPipeline.from_pretrained` take.
+    The folder is what `stablesr restore --model DIR` and `StableSRPipeline.from_pretrained` take. That of a CodeFormer
+    alone is for `stablesr faces --model DIR` and `CodeFormerPipeline.from_pretrained`; with CKPT it becomes DIR/faces,
+    where `stablesr restore --face codeformer` looks. A VQGAN or discriminator becomes the folder of a network.
     """
+    if checkpoint is None and codeformer is None:
+        usage_error("nothing is given to convert; give an official StableSR checkpoint, or --codeformer PTH, or both")
+    for option, value in (("--cfw", cfw), ("--base", base), ("--prediction-type", prediction_type)):
+        if checkpoint is None and value is not None:
+            usage_error(f"{option} belongs to a StableSR checkpoint, and none is given; give it, or leave {option} out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         usage_error(f"-o {output} exists; choose a new or an empty folder")
     for pattern in ignore or ():
@@ -68,24 +79,55 @@ def convert(
 
         from stablesr_kit import StableSRPipeline
 
-        pipeline = StableSRPipeline.from_original(
-            checkpoint,
-            cfw=cfw,
-            base=base,
-            prediction_type=prediction_type,
-            tensors_only=tensors_only,
-            ignore=ignore or (),
-        )
-        save_whole(pipeline, output)
+        models: dict[str, Savable] = {}
+        if checkpoint is not None:
+            models["."] = StableSRPipeline.from_original(
+                checkpoint,
+                cfw=cfw,
+                base=base,
+                prediction_type=prediction_type,
+                tensors_only=tensors_only,
+                ignore=ignore or (),
+            )
+        if codeformer is not None:
+            model = convert_faces(codeformer, tensors_only, ignore or (), must_restore=checkpoint is not None)
+            models["." if checkpoint is None else BESIDE] = model
+        save_whole(models, output)
     typer.echo(f"converted: {output}")
 
 
-def save_whole(pipeline: "StableSRPipeline", output: Path) -> None:
-    """Save beside the target, then rename: the folder appears whole or not at all. Raises OutputError."""
+class Savable(Protocol):
+    """A pipeline or a network of diffusers."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], /) -> object:
+        """Write its files into a folder."""
+
+
+def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], must_restore: bool) -> Savable:
+    """A pipeline around a CodeFormer; another network of its family as it is. Raises CheckpointError.
+
+    must_restore: refuse what is no CodeFormer.
+    """
+    from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
+    from stablesr_kit.models.codeformer import CodeFormer
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+
+    if must_restore:
+        return CodeFormerPipeline.from_original(path, tensors_only=tensors_only, ignore=ignore)
+    network = convert_face_checkpoint(path, tensors_only=tensors_only, ignore=ignore)
+    return CodeFormerPipeline.from_network(network) if isinstance(network, CodeFormer) else network
+
+
+def save_whole(models: Mapping[str, Savable], output: Path) -> None:
+    """Save models, by their folders, beside the target, then rename: it appears whole or not at all.
+
+    Raises OutputError.
+    """
     part = output.with_name(f".{secrets.token_hex(8)}.part")
     try:
         part.mkdir(parents=True)
-        pipeline.save_pretrained(part)
+        for folder, model in models.items():
+            model.save_pretrained(part / folder)
         os.replace(part, output)
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from error

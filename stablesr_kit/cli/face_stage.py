@@ -1,14 +1,13 @@
 """What the commands that restore faces share: the face network, and a line for each face."""
 
 from collections.abc import Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from stablesr_kit.cli.messages import loading, one_line, quieten_libraries, usage_error
+from stablesr_kit.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     import torch
@@ -16,32 +15,34 @@ if TYPE_CHECKING:
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement, FaceReport
 
-# The name of the face model in the package.
+# The face model in the package, and the folder of one that was converted together with a StableSR model.
 EMBEDDED = "mini"
+BESIDE = "faces"
 
 
-def choose_face_model(model: str | None, option: str) -> str:
-    """The model that was given, or the one in the package; ends the command if there is neither.
+def choose_face_model(model: str | None, option: str, beside: str | None = None) -> str:
+    """The model that was given, or the one beside a StableSR model, or the one in the package; else ends the command.
 
-    option: how the command calls it, such as "--model".
+    option: how the command calls it, such as "--model". beside: the StableSR model.
     """
-    if model not in (None, EMBEDDED):
-        return model
-    if not _embedded().is_dir():
-        usage_error(
-            f"{option} is missing, and no face model comes with the package; give codeformer.pth of the published "
-            "release, or a folder that CodeFormerPipeline.save_pretrained wrote"
-        )
-    return EMBEDDED
+    if model is None and beside is not None and (Path(beside) / BESIDE / "model_index.json").is_file():
+        return str(Path(beside) / BESIDE)
+    if model in (None, EMBEDDED):
+        try:
+            find_face_model(EMBEDDED)
+        except ModelNotFoundError:
+            usage_error(
+                f"{option} is missing, and no face model comes with the package; give codeformer.pth of the published "
+                "release, or a folder that `stablesr convert --codeformer` made"
+            )
+    return model or EMBEDDED
 
 
 def find_face_model(model: str) -> Path:
     """The file or folder of a face model. Raises ModelNotFoundError."""
-    from stablesr_kit.pipelines.loading import resolve_model
+    from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 
-    if model == EMBEDDED:
-        return Path(str(_embedded()))
-    return Path(model) if Path(model).is_file() else resolve_model(model)
+    return Path(model) if Path(model).is_file() else resolve_model(model, embedded=EMBEDDED_FACES)
 
 
 def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
@@ -81,7 +82,3 @@ def check_face_w(w: float | None, option: str) -> None:
     """Refuse a fidelity that no face network was made for."""
     if w is not None and not 0 <= w <= 1:
         usage_error(f"{option} {w} must be a number from 0 (quality) to 1 (fidelity); 0.5 is usual")
-
-
-def _embedded() -> Traversable:
-    return resources.files("stablesr_kit") / "assets" / "mini_faces"

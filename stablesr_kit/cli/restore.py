@@ -79,7 +79,7 @@ def restore(
     tile_px = parse_tile(tile, tile_overlap)
     check_numbers(scale, w, steps, guidance_scale)
     check_face_w(face_w, "--face-w")
-    face_model = choose_face_model(codeformer, "--codeformer") if face == "codeformer" else None
+    face_model = choose_face_model(codeformer, "--codeformer", beside=model) if face == "codeformer" else None
     report = Report("restored")
     jobs = share_of(plan(inputs, output, "_compare" if compare else None, report))
     options = {

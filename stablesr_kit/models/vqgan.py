@@ -1,5 +1,6 @@
 """The VQ autoencoder of CodeFormer (Zhou et al. 2022, sec. 3.1): encoder, codebook, decoder (Esser et al. 2021)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -124,20 +125,20 @@ class VQGAN(ModelMixin, ConfigMixin):
         return VQGANOutput(self.decode(quantized.features), quantized)
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """A codebook, and the way from a latent to its codes."""
 
     def __init__(self, codebook_size: int, code_channels: int) -> None:
         super().__init__()
         self.codebook = nn.Embedding(codebook_size, code_channels)
 
+    @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
         """Codes of the latent z (B, C, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def nearest(self, z: Tensor) -> Tensor:
         """Indices (B, h, w) of the codes that fit z (B, C, h, w) best."""
-        raise NotImplementedError
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, C, h, w) of indices (B, h, w)."""

@@ -16,7 +16,7 @@ from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelNotFoundError
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
-from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
 
 FaceTask = Literal["restore", "inpaint", "colorize"]
@@ -67,7 +67,7 @@ class CodeFormerPipeline(DiffusionPipeline):
         Raises:
             ModelNotFoundError: there is no such model here or on the hub, or it is not of CodeFormer.
         """
-        folder = resolve_model(pretrained_model_name_or_path, **kwargs)
+        folder = resolve_model(pretrained_model_name_or_path, embedded=EMBEDDED_FACES, **kwargs)
         if "codeformer" not in cls.load_config(str(folder)):
             raise ModelNotFoundError(
                 f"{pretrained_model_name_or_path} holds no codeformer, expected a CodeFormer pipeline folder; "
@@ -92,6 +92,11 @@ class CodeFormerPipeline(DiffusionPipeline):
                 f"{Path(checkpoint).name} is a {type(network).__name__} alone, expected a CodeFormer such as "
                 "codeformer.pth"
             )
+        return cls.from_network(network, task)
+
+    @classmethod
+    def from_network(cls, network: CodeFormer, task: FaceTask | None = None) -> Self:
+        """A pipeline of this network; `task` as for `from_original`."""
         shapes = (network.config.codebook_size, tuple(network.config.fuse_sizes))
         return cls(network, task or _RELEASED_TASKS.get(shapes, "restore"))
 

@@ -1,5 +1,6 @@
 """Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,34 @@ from huggingface_hub.errors import HFValidationError
 
 from stablesr_kit.errors import ModelNotFoundError
 
-EMBEDDED = ("mini",)
+EMBEDDED: Mapping[str, str] = {"mini": "mini"}
+"""Name of a StableSR model in the package -> its folder of the assets."""
 
+EMBEDDED_FACES: Mapping[str, str] = {"mini": "mini_faces"}
+"""The same of CodeFormer."""
 
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 
-def resolve_model(name_or_path: str | Path, variant: str | None = None, **kwargs: Any) -> Path:
+def resolve_model(
+    name_or_path: str | Path, variant: str | None = None, embedded: Mapping[str, str] = EMBEDDED, **kwargs: Any
+) -> Path:
     """Folder with the files of a model; a hub repository is downloaded first.
 
     DiffusionPipeline's own download refuses a repository that names third-party classes such as ours, hence the
-    snapshot. Of the keyword arguments, those of `HUB_ARGUMENTS` reach the hub.
+    snapshot. `embedded` are the models of the pipeline's kind in the package. Of the other keyword arguments, those of
+    `HUB_ARGUMENTS` reach the hub.
 
     Raises:
         ModelNotFoundError: nothing of this name is embedded, on disk or on the hub.
     """
-    if name_or_path in EMBEDDED:
-        return Path(str(resources.files("stablesr_kit"))) / "assets" / str(name_or_path)
+    if name_or_path in embedded:
+        folder = Path(str(resources.files("stablesr_kit"))) / "assets" / embedded[str(name_or_path)]
+        if not folder.is_dir():
+            raise ModelNotFoundError(
+                f"no model {name_or_path!r} of this kind comes with the package; give a folder or a hub repository"
+            )
+        return folder
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -54,6 +66,6 @@ def _download(repository: str, variant: str | None, hub_arguments: dict[str, Any
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ModelNotFoundError(
-            f"{repository!r} is neither an embedded model {EMBEDDED}, nor a folder, nor a hub repository that can be "
-            f"fetched; check the name ({reason})"
+            f"{repository!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, nor a hub repository "
+            f"that can be fetched; check the name ({reason})"
         ) from error
