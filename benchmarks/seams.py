@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise
-from stablesr_kit.imaging.canvas import Region
+from stablesr_kit.imaging.canvas import Region, View, assembled
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.pipelines.aggregation import Aggregation
 from stablesr_kit.pipelines.planner import choose_tiling, tile_multiple
@@ -70,8 +70,8 @@ def added_by_restoring(
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
     ).images
-    padded = pipeline.pad(restored)
-    size = padded.shape[-2] // pipeline.vae_scale_factor, padded.shape[-1] // pipeline.vae_scale_factor
+    padded = pipeline.pad(View(restored))
+    size = padded.shape[1] // pipeline.vae_scale_factor, padded.shape[2] // pipeline.vae_scale_factor
     seed = CanvasNoise.from_generator(torch.Generator().manual_seed(SEED), 1).seeds[0]
     aggregation = Aggregation(
         size,
@@ -81,7 +81,7 @@ def added_by_restoring(
         torch.float32,
         jitter_seed=seed if jitter else None,
     )
-    enlarged = pipeline.upsample(picture).clamp(0, 1)
+    enlarged = assembled(pipeline.upsample(View(picture))).clamp(0, 1)
     return restored - enlarged, aggregation.regions(pipeline.num_timesteps - 1)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import load_official
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler, ddim_sigma
+from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.imaging.tiles import gaussian_weights, tile_offsets
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
@@ -244,11 +245,11 @@ def check_sample_ddpm(official: Official, name: str) -> Iterator[Quantity]:
     scheduler = spaced(official, reference)
     run = sample(official, reference, scheduler)
     ours = {"out_traj": run.x, "out": run.x[-1]} | {f"out_x0_step{i}": x0 for i, x0 in enumerate(run.x0)}
-    features = official.pipeline.encode_image(reference["in_lq_image"])[1]
+    features = official.pipeline.encode_image([View(one) for one in reference["in_lq_image"].split(1)])[1]
     for key in reference:
         if key.startswith("out_decoded_w"):
             w = float(key.removeprefix("out_decoded_w"))
-            ours[key] = official.pipeline.decode_latents(reference["out"][:1], features, w)
+            ours[key] = assembled(official.pipeline.decode_latents(reference["out"][:1], features, w)[0])
     yield (
         f"{name}.in_timesteps",
         difference(scheduler.timesteps, reference["in_timesteps"].sort(descending=True)[0]),

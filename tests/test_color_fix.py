@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging import color_fix
+from stablesr_kit.imaging.canvas import Region, View
 from stablesr_kit.imaging.color_fix import (
+    AdainFixed,
+    WaveletFixed,
     adain_color_fix,
-    apply_color_fix,
     blur,
+    color_fixed,
     wavelet_color_fix,
     wavelet_decomposition,
 )
@@ -65,10 +67,10 @@ def test_half_precision_is_computed_in_single_and_returned_in_half(dtype: torch.
 
 
 def test_none_and_unknown_methods() -> None:
-    image = random_image(4, 4)
-    assert apply_color_fix(image, image, "none") is image
+    image = View(random_image(4, 4)[:1])
+    assert color_fixed(image, image, "none") is image
     with pytest.raises(ImageError, match="'lab' is not known; use 'wavelet'"):
-        apply_color_fix(image, image, "lab")  # type: ignore[arg-type]
+        color_fixed(image, image, "lab")  # type: ignore[arg-type]
 
 
 def test_a_reference_of_another_size_is_refused() -> None:
@@ -78,9 +80,18 @@ def test_a_reference_of_another_size_is_refused() -> None:
         adain_color_fix(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
 
 
-def test_a_tall_picture_is_fixed_in_bands_as_it_would_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, reference = torch.rand(2, 1, 3, 131, 20, generator=torch.Generator().manual_seed(0))
-    at_once = wavelet_color_fix(image, reference)
-    for band in (1, 16, 40):
-        monkeypatch.setattr(color_fix, "BAND", band)
-        assert torch.equal(wavelet_color_fix(image, reference), at_once)
+@pytest.mark.parametrize("kind", [WaveletFixed, AdainFixed])
+def test_every_region_is_fixed_as_in_the_whole_picture(kind: type[WaveletFixed] | type[AdainFixed]) -> None:
+    image, reference = torch.rand(2, 1, 3, 531, 70, generator=torch.Generator().manual_seed(0))
+    fix = wavelet_color_fix if kind is WaveletFixed else adain_color_fix
+    at_once, by_regions = fix(image, reference), kind(View(image), View(reference))
+    for region in (Region(0, 0, 531, 70), Region(0, 0, 1, 1), Region(250, 3, 262, 70), Region(500, 30, 531, 31)):
+        assert torch.equal(by_regions.read(region), region.crop(at_once))
+
+
+def test_adain_agrees_with_statistics_of_the_whole_picture() -> None:
+    image, reference = random_image(531, 40), random_image(531, 40, seed=1) * 0.5 + 0.2
+    mean, std = image.mean((-2, -1), keepdim=True), (image.var((-2, -1), keepdim=True) + 1e-5).sqrt()
+    wanted = reference.mean((-2, -1), keepdim=True), (reference.var((-2, -1), keepdim=True) + 1e-5).sqrt()
+    expected = (image - mean) / std * wanted[1] + wanted[0]
+    torch.testing.assert_close(adain_color_fix(image, reference), expected, atol=1e-6, rtol=0)

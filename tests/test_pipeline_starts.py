@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from stablesr_kit import SpacedDDIMScheduler, SpacedDDPMScheduler
+from stablesr_kit.imaging.canvas import View, assembled
 from tests.pipeline_runs import PICTURE, differs, run, same
 from tests.tiny import seeded, tiny_pipeline, unit_noise
 
@@ -105,15 +106,15 @@ def test_a_call_is_its_public_steps_in_order(kind: Any) -> None:
     pipeline = tiny_pipeline(with_text=False, scheduler=kind.from_config(SpacedDDPMScheduler().config))
     called = run(pipeline, num_inference_steps=3, w=1.0, color_fix="none")
     generator, scheduler = seeded(0), pipeline.scheduler
-    canvas = pipeline.pad(pipeline.upsample(PICTURE * 2 - 1))
-    lq_latents, features = pipeline.encode_image(canvas, generator)
+    canvas = pipeline.pad(pipeline.upsample(View(PICTURE * 2 - 1)))
+    lq_latents, features = pipeline.encode_image([canvas], generator)
     embeds, _ = pipeline.encode_prompt(None, torch.device("cpu"), 1, False)
     timesteps = pipeline.get_timesteps(3, torch.device("cpu"), "lq")
     latents = pipeline.prepare_latents(lq_latents, timesteps, "lq", generator)
     for timestep in timesteps:
         prediction = pipeline.predict(scheduler.scale_model_input(latents, timestep), timestep, lq_latents, embeds)
         latents = scheduler.step(prediction, timestep, latents, generator=generator).prev_sample
-    restored = pipeline.decode_latents(latents, features, 1.0)
+    restored = assembled(pipeline.decode_latents(latents, features, 1.0)[0])
     same(((restored + 1) / 2).clamp(0, 1), called)
 
 
@@ -125,7 +126,7 @@ def test_a_start_above_the_first_timestep_is_the_start_from_lq() -> None:
 
 def test_a_late_start_stays_near_the_input() -> None:
     pipeline = tiny_pipeline(with_text=False)
-    lq_latents, _ = pipeline.encode_image(pipeline.pad(pipeline.upsample(PICTURE * 2 - 1)), seeded(0), False)
+    lq_latents, _ = pipeline.encode_image([pipeline.pad(pipeline.upsample(View(PICTURE * 2 - 1)))], seeded(0), False)
     far, near = (run(pipeline, output_type="latent", num_inference_steps=4, start=start) for start in ("lq", 0))
     assert (near - lq_latents).abs().max() < 0.2 < (far - lq_latents).abs().max()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Canvas, Region
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
-from stablesr_kit.pipelines.feature_maps import Moments
+from stablesr_kit.pipelines.moments import Moments
 from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder
 from tests.test_canvas import open_files
 from tests.tiny import tiny_cfw, tiny_vae, unit_noise

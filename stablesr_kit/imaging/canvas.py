@@ -3,14 +3,17 @@
 import tempfile
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, Protocol, Self, cast
+from typing import IO, NamedTuple, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stablesr_kit.errors import OutputError
+
+BAND_ROWS = 256
 
 
 class Region(NamedTuple):
@@ -55,6 +58,7 @@ def regions(height: int, width: int, side: int) -> Iterator[Region]:
             yield Region(top, left, min(top + side, height), min(left + side, width))
 
 
+@runtime_checkable
 class Readable(Protocol):
     """What can be read like a canvas: a canvas, or something that makes its regions when they are asked for."""
 
@@ -66,23 +70,88 @@ class Readable(Protocol):
         """Values (1, C, h, w) of a region."""
 
 
+def bands(readable: Readable, rows: int = BAND_ROWS) -> Iterator[Region]:
+    """Regions of full width that cover what can be read, from top to bottom."""
+    _, height, width = readable.shape
+    return (Region(top, 0, min(top + rows, height), width) for top in range(0, height, rows))
+
+
+def assembled(readable: Readable) -> Tensor:
+    """All values (1, C, H, W), read in bands, so that what reading needs meanwhile stays small."""
+    whole: Tensor | None = None
+    for band in bands(readable):
+        values = readable.read(band)
+        if band.height == readable.shape[1]:
+            return values
+        if whole is None:
+            whole = values.new_empty(1, *readable.shape)
+        band.crop(whole).copy_(values)
+    assert whole is not None
+    return whole
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor (1, C, H, W) read like a canvas, where it is; nothing is copied."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tensor.ndim != 4 or len(self.tensor) != 1:
+            raise ValueError(f"a tensor of shape {tuple(self.tensor.shape)} is given, expected (1, C, H, W)")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.tensor.shape
+        return channels, height, width
+
+    def read(self, region: Region) -> Tensor:
+        return region.crop(self.tensor)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A region of what can be read, as something to be read by itself."""
+
+    whole: Readable
+    region: Region
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.whole.shape[0], self.region.height, self.region.width
+
+    def read(self, region: Region) -> Tensor:
+        top, left, bottom, right = region
+        return self.whole.read(
+            Region(self.region.top + top, self.region.left + left, self.region.top + bottom, self.region.left + right)
+        )
+
+
 class Canvas:
     """Values (C, H, W) in memory or on disk, zero until they are written; a file keeps resident memory bounded.
 
     Channels lie together, as the convolutions like it and as rows of files want it. The file has no name, so that it is
-    gone with the canvas, or with the process, however that ends.
+    gone with the canvas, or with the process, however that ends, unless a name is given.
 
     Args:
         channels, height, width: its shape.
         dtype: what it stores; values are converted when they are written.
         folder: where the file is; None keeps the values in memory.
+        name: of a file that stays, and whose values, if it is there, are those of the canvas.
 
     Raises:
         OutputError: there can be no file in that folder.
     """
 
     def __init__(
-        self, channels: int, height: int, width: int, *, dtype: torch.dtype = torch.float32, folder: Path | None = None
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        folder: Path | None = None,
+        name: str | None = None,
     ) -> None:
         if min(channels, height, width) < 1:
             raise ValueError(f"a canvas of {channels} x {height} x {width} is asked for, expected at least one each")
@@ -95,7 +164,11 @@ class Canvas:
             self._values = torch.zeros(height, width, channels, dtype=dtype)
             return
         try:
-            self._file = cast(IO[bytes], tempfile.TemporaryFile(buffering=0, dir=folder))
+            if name is None:
+                self._file = cast(IO[bytes], tempfile.TemporaryFile(buffering=0, dir=folder))
+            else:
+                (folder / name).touch()
+                self._file = cast(IO[bytes], (folder / name).open("rb+", buffering=0))
             self._close_file = weakref.finalize(self, self._file.close)
             self._file.truncate(self.nbytes)
         except OSError as error:
@@ -104,9 +177,7 @@ class Canvas:
     @classmethod
     def from_tensor(cls, tensor: Tensor, folder: Path | None = None) -> Self:
         """A canvas with the values and the dtype of a tensor (1, C, H, W)."""
-        if tensor.ndim != 4 or len(tensor) != 1:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is given, expected (1, C, H, W)")
-        canvas = cls(*tensor.shape[1:], dtype=tensor.dtype, folder=folder)
+        canvas = cls(*View(tensor).shape, dtype=tensor.dtype, folder=folder)
         canvas.write(canvas.region, tensor)
         return canvas
 

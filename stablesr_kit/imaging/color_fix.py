@@ -1,7 +1,8 @@
-"""Give a restored picture the colours of the picture it was made from; always on the whole picture, never per tile.
+"""Give a restored picture the colours of the picture it was made from; always of the whole picture, never per tile.
 
-Both fixes take and return images (B, 3, H, W), float, in [-1, 1] or beyond: results are not clamped. They compute in
-float32 and return the dtype of `image`. Wang et al. 2023 (StableSR), section 3.4, describes both.
+Both fixes take and return images, (B, 3, H, W) or read by regions, float, in [-1, 1] or beyond: results are not
+clamped. They compute in float32 and return the dtype of the image. Wang et al. 2023 (StableSR), section 3.4, describes
+both.
 """
 
 from typing import Literal
@@ -11,45 +12,75 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
+from stablesr_kit.imaging.canvas import Readable, Region, View, assembled, bands
 
 ColorFix = Literal["wavelet", "adain", "none"]
 
 LEVELS = 5
-BAND = 512  # rows computed at once
+REACH = 2**LEVELS - 1  # pixels that a low frequency comes from, on each side
 
 
-def apply_color_fix(image: Tensor, reference: Tensor, method: ColorFix) -> Tensor:
-    """The image with the colours of the reference; `none` returns the image as it is."""
+def color_fixed(image: Readable, reference: Readable, method: ColorFix) -> Readable:
+    """The image (3, H, W) with the colours of the reference, fixed where it is read; `none` is the image as it is."""
     if method == "wavelet":
-        return wavelet_color_fix(image, reference)
+        return WaveletFixed(image, reference)
     if method == "adain":
-        return adain_color_fix(image, reference)
+        return AdainFixed(image, reference)
     if method == "none":
         return image
     raise ImageError(f"color_fix={method!r} is not known; use 'wavelet', 'adain' or 'none'")
 
 
 def wavelet_color_fix(image: Tensor, reference: Tensor) -> Tensor:
+    """`WaveletFixed` of a batch (B, 3, H, W)."""
+    _check_same_shape(image, reference)
+    return torch.cat([assembled(WaveletFixed(*pair)) for pair in _pairs(image, reference)])
+
+
+def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
+    """`AdainFixed` of a batch (B, 3, H, W)."""
+    _check_same_shape(image, reference)
+    return torch.cat([assembled(AdainFixed(*pair)) for pair in _pairs(image, reference)])
+
+
+class WaveletFixed:
     """The high frequencies of the image on the low frequencies of the reference, pixel by pixel.
 
     The decomposition is linear, so high(image) + low(reference) = image + low(reference - image): one pass, not two.
     """
-    _check_same_shape(image, reference)
-    height, reach = image.shape[-2], 2**LEVELS - 1
-    fixed = torch.empty_like(image)
-    for top in range(0, height, BAND):  # with their true surroundings, so the bands do not show
-        bottom, first, last = min(top + BAND, height), max(top - reach, 0), min(top + BAND + reach, height)
-        _, low = wavelet_decomposition(reference[..., first:last, :].float() - image[..., first:last, :].float())
-        fixed[..., top:bottom, :] = image[..., top:bottom, :].float() + low[..., top - first : bottom - first, :]
-    return fixed
+
+    def __init__(self, image: Readable, reference: Readable) -> None:
+        self.image, self.reference = image, reference
+        self.shape = image.shape
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, 3, h, w) of a region, from its true surroundings: no border of regions shows."""
+        outer = region.grown(REACH, *self.shape[1:])
+        image = self.image.read(outer)
+        single = image.float()
+        _, low = wavelet_decomposition(self.reference.read(outer).to(single) - single)
+        return (region.cut_from(single, outer) + region.cut_from(low, outer)).to(image.dtype)
 
 
-def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
-    """The image with each channel's mean and standard deviation replaced by the reference's (Huang & Belongie 2017)."""
-    _check_same_shape(image, reference)
-    mean, std = _channel_statistics(image.float())
-    reference_mean, reference_std = _channel_statistics(reference.float())
-    return ((image.float() - mean) / std * reference_std + reference_mean).to(image.dtype)
+class AdainFixed:
+    """The image with each channel's mean and standard deviation replaced by the reference's (Huang & Belongie 2017).
+
+    Both pictures are read once for it in the beginning.
+    """
+
+    def __init__(self, image: Readable, reference: Readable) -> None:
+        self.image = image
+        self.shape = image.shape
+        self.mean, self.std = _channel_statistics(image)
+        self.reference_mean, self.reference_std = _channel_statistics(reference)
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, 3, h, w) of a region."""
+        image = self.image.read(region)
+        mean, std, reference_mean, reference_std = (
+            value.to(image.device) for value in (self.mean, self.std, self.reference_mean, self.reference_std)
+        )
+        return ((image.float() - mean) / std * reference_std + reference_mean).to(image.dtype)
 
 
 def wavelet_decomposition(image: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
@@ -71,11 +102,25 @@ def blur(image: Tensor, radius: int) -> Tensor:
     return (padded[..., : -2 * radius] + padded[..., 2 * radius :]) / 4 + rows / 2
 
 
-def _channel_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, 3, 1, 1) of each channel; the variance is unbiased and raised by 1e-5."""
-    unbiased = int(image.shape[-2] * image.shape[-1] > 1)  # one pixel has variance 0, not 0 / 0
-    variance, mean = torch.var_mean(image, dim=(-2, -1), correction=unbiased, keepdim=True)
-    return mean, (variance + 1e-5).sqrt()
+def _channel_statistics(image: Readable) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1, 3, 1, 1) of each channel; the variance is unbiased and raised by 1e-5.
+
+    Sums of values about 1 in float64 lose nothing that float32 could show.
+    """
+    channels, height, width = image.shape
+    sums, squares = torch.zeros(2, 1, channels, 1, 1, dtype=torch.float64)
+    for band in bands(image):
+        values = image.read(band).double()
+        sums += values.sum((-2, -1), keepdim=True).cpu()
+        squares += values.square().sum((-2, -1), keepdim=True).cpu()
+    count = height * width
+    mean = sums / count
+    variance = (squares / count - mean**2).clamp(min=0) * (count / max(count - 1, 1))  # one pixel has variance 0
+    return mean.float(), (variance + 1e-5).sqrt().float()
+
+
+def _pairs(image: Tensor, reference: Tensor) -> list[tuple[View, View]]:
+    return [(View(one), View(other)) for one, other in zip(image.split(1), reference.split(1), strict=True)]
 
 
 def _check_same_shape(image: Tensor, reference: Tensor) -> None:

@@ -1,21 +1,42 @@
 """Reflection padding that works for any size."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from stablesr_kit.imaging.canvas import Readable, Region
 
-def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """The image (B, C, H, W) continued to the right and below to (B, C, height, width) by mirror reflection.
+
+@dataclass(frozen=True)
+class Padded:
+    """A picture continued to the right and below to height x width by mirror reflection, where it is read.
 
     Edges are not doubled; a picture smaller than its padding is reflected again and again, a single pixel is repeated.
     """
-    rows = _reflected(image.shape[-2], height, image.device)
-    columns = _reflected(image.shape[-1], width, image.device)
-    return image[:, :, rows][:, :, :, columns]
+
+    image: Readable
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image.shape[0], self.height, self.width
+
+    def read(self, region: Region) -> Tensor:
+        _, height, width = self.image.shape
+        if region.bottom <= height and region.right <= width:
+            return self.image.read(region)
+        rows = _reflected(height, region.top, region.bottom)
+        columns = _reflected(width, region.left, region.right)
+        top, bottom = rows.aminmax()
+        left, right = columns.aminmax()
+        values = self.image.read(Region(int(top), int(left), int(bottom) + 1, int(right) + 1))
+        return values[:, :, rows - top][:, :, :, columns - left]
 
 
-def _reflected(length: int, padded: int, device: torch.device) -> Tensor:
-    """Source index of each padded position: 0 1 2 3 2 1 0 1 ... for length 4."""
+def _reflected(length: int, first: int, end: int) -> Tensor:
+    """Source index of the padded positions `first` to `end`: 0 1 2 3 2 1 0 1 ... for length 4."""
     period = max(2 * (length - 1), 1)
-    position = torch.arange(padded, device=device) % period
+    position = torch.arange(first, end) % period
     return torch.where(position < length, position, period - position)

@@ -10,7 +10,7 @@ from stablesr_kit.imaging.color_fix import ColorFix
 from stablesr_kit.pipelines.pictures import Picture
 
 Start = Literal["lq", "noise"] | int
-OutputType = Literal["pil", "np", "pt", "latent"]
+OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
 
 
 class InputChecks(DiffusionPipeline):
@@ -72,7 +72,7 @@ class InputChecks(DiffusionPipeline):
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type!r} is given, expected one of {get_args(OutputType)}")
         if has_post_stages and output_type == "latent":
-            raise ValueError("post_stages work on pictures, output_type='latent' gives none; give 'pil', 'np' or 'pt'")
+            raise ValueError("post_stages work on pictures, output_type='latent' gives none; give another")
         for text in (prompt, negative_prompt):
             if text is not None and not isinstance(text, str | list):
                 raise ValueError(f"a prompt {text!r} is given, expected text or a list of texts")

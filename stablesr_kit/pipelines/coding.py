@@ -3,22 +3,25 @@
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from torch import Tensor
 
-from stablesr_kit.imaging.canvas import Canvas
-from stablesr_kit.imaging.padding import pad_to
-from stablesr_kit.imaging.resizing import resize_bicubic
+from stablesr_kit.imaging.canvas import Canvas, Readable, View, assembled, bands
+from stablesr_kit.imaging.padding import Padded
+from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.memory import is_out_of_memory
+from stablesr_kit.pipelines.pictures import to_pil
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode
 from stablesr_kit.spaces import from_latent, to_latent
 
@@ -28,6 +31,7 @@ MAX_BYTES_IN_MEMORY = 2**29
 
 Coded = TypeVar("Coded")
 Features = dict[int, Tensor] | dict[int, Canvas]
+PostStage = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -35,22 +39,22 @@ class ImageCoding(DiffusionPipeline):
     """The steps of a call that size, encode and decode pictures."""
 
     def upsample(
-        self, image: Tensor, scale: float | None = None, height: int | None = None, width: int | None = None
-    ) -> Tensor:
+        self, image: Readable, scale: float | None = None, height: int | None = None, width: int | None = None
+    ) -> Readable:
         """The image resized bicubically to the result's size: scale times its own (default 4), or height x width."""
         if height is None or width is None:
             scale = 4.0 if scale is None else scale
-            height, width = (max(round(side * scale), 1) for side in image.shape[-2:])
-        return resize_bicubic(image, height, width)
+            height, width = (max(round(side * scale), 1) for side in image.shape[1:])
+        return resized(image, height, width)
 
-    def pad(self, image: Tensor) -> Tensor:
+    def pad(self, image: Readable) -> Readable:
         """The image continued by reflection to a size that every level of the networks divides evenly.
 
         At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
         """
         multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         smallest = max(self.config.min_size_px, 2 * multiple)
-        return pad_to(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[-2:]))
+        return Padded(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[1:]))
 
     def prepare_autoencoder(
         self,
@@ -72,29 +76,34 @@ class ImageCoding(DiffusionPipeline):
 
     def encode_image(
         self,
-        image: Tensor,
+        images: Sequence[Readable],
         generator: Generators = None,
         with_features: bool = True,
         num_images_per_prompt: int = 1,
         autoencoder: TiledAutoencoder | None = None,
+        record: Path | None = None,
     ) -> tuple[Tensor, list[Features]]:
         """LQ latents (B * num_images_per_prompt, C, h, w), samples of the posterior, and the features CFW needs.
 
-        image: (B, 3, H, W) in [-1, 1], H and W as `pad` makes them. The features, level -> (b, C, h, w), are the
-        encoder's, of all pictures at once or picture by picture; none without cfw or on request.
+        images: B of them, (3, H, W) in [-1, 1], H and W as `pad` makes them. The features, level -> (b, C, h, w), are
+        the encoder's, of all pictures at once or picture by picture; none without cfw or on request.
         autoencoder: encodes tile by tile; None on the device as a whole.
+        record: of the tiles, see `TiledAutoencoder.encode_with_features`.
         """
         levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
         features: list[Features]
         with self._vae_in_safe_precision():
             if autoencoder is None:
-                image = image.to(self._execution_device, self.vae.dtype)
+                image = torch.cat([assembled(one) for one in images]).to(self._execution_device, self.vae.dtype)
                 posterior, whole = encode_with_features(self.vae, image, levels)
                 moments, features = posterior.parameters, [whole]
             else:
                 coded = [
-                    in_memory(autoencoder, partial(autoencoder.encode_with_features, one, levels))
-                    for one in image.split(1)
+                    in_memory(
+                        autoencoder,
+                        partial(autoencoder.encode_with_features, one, levels, _numbered(record, "encode", i)),
+                    )
+                    for i, one in enumerate(images)
                 ]
                 moments = torch.cat([canvas.to_tensor() for canvas, _ in coded])
                 features = [canvases for _, canvases in coded]
@@ -102,33 +111,65 @@ class ImageCoding(DiffusionPipeline):
         return to_latent(z, self.vae).to(self.unet.dtype), features
 
     def decode_latents(
-        self, latents: Tensor, features: list[Features], w: float, autoencoder: TiledAutoencoder | None = None
-    ) -> Tensor:
-        """Image (B, 3, H, W), about [-1, 1], of latents (B, C, h, w); features and autoencoder as `encode_image`.
+        self,
+        latents: Tensor,
+        features: list[Features],
+        w: float,
+        autoencoder: TiledAutoencoder | None = None,
+        record: Path | None = None,
+    ) -> list[Readable]:
+        """Images (3, H, W), about [-1, 1], of latents (B, C, h, w); the other arguments as `encode_image`.
 
         Raises:
             FloatingPointError: the UNet or the decoder overflowed.
         """
+        images: list[Readable]
         with self._vae_in_safe_precision():
             z = from_latent(latents, self.vae)
             if autoencoder is None:
-                image = self._decode(z.to(self._execution_device, self.vae.dtype), cast(Any, features[0]), w)
+                whole = self._decode(z.to(self._execution_device, self.vae.dtype), cast(Any, features[0]), w)
+                images = [View(one) for one in whole.float().split(1)]
             else:
                 copies = len(z) // len(features)
-                image = torch.cat(
-                    [
-                        in_memory(
-                            autoencoder, partial(autoencoder.decode, one, cast(Any, features[i // copies]) or None, w)
-                        ).to_tensor()
-                        for i, one in enumerate(z.split(1))
-                    ]
-                )
-        if not torch.isfinite(image).all():
+                images = [
+                    in_memory(
+                        autoencoder,
+                        partial(
+                            autoencoder.decode,
+                            one,
+                            cast(Any, features[i // copies]) or None,
+                            w,
+                            _numbered(record, "decode", i),
+                        ),
+                    )
+                    for i, one in enumerate(z.split(1))
+                ]
+        if not all(torch.isfinite(image.read(band)).all() for image in images for band in bands(image)):
             raise FloatingPointError(
                 f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
                 "load the pipeline in bfloat16 or float32"
             )
-        return image.float()
+        return images
+
+    def finish(
+        self, restored: list[Readable], given: list[Readable], post_stages: Sequence[PostStage], output_type: str
+    ) -> list[Image.Image] | list[Readable] | np.ndarray | Tensor:
+        """Restored images (3, H, W) as an output type says, after the post-stages, which take them whole.
+
+        given: the LQ images (3, h, w), one per restored one.
+        """
+        if post_stages:
+            whole, lq = (torch.cat([assembled(one) for one in images]) for images in (restored, given))
+            for stage in post_stages:
+                whole = stage(whole, lq)
+            restored = [View(one) for one in whole.split(1)]
+        if output_type == "canvas":
+            return restored
+        if output_type == "pil":
+            return [to_pil(one) for one in restored]
+        return self.image_processor.postprocess(
+            torch.cat([assembled(one) for one in restored]), output_type=output_type
+        )
 
     def _decode(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
         if w == 0 or self.cfw is None:
@@ -149,6 +190,15 @@ class ImageCoding(DiffusionPipeline):
         finally:
             for part, dtype in dtypes:
                 part.to(dtype)
+
+
+def repeated(images: list[Readable], count: int) -> list[Readable]:
+    """Each image `count` times, one after the other."""
+    return [one for one in images for _ in range(count)]
+
+
+def _numbered(record: Path | None, name: str, index: int) -> Path | None:
+    return None if record is None else record / f"{name}-{index}"
 
 
 def in_memory(autoencoder: TiledAutoencoder, code: Callable[[], Coded]) -> Coded:

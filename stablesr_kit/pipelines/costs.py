@@ -19,7 +19,8 @@ from stablesr_kit.imaging.canvas import Canvas, Readable, Region
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.autoencoder_maps import decoded, encoded
-from stablesr_kit.pipelines.feature_maps import FeatureMap, Workspace, sums_of
+from stablesr_kit.pipelines.feature_maps import FeatureMap, Workspace
+from stablesr_kit.pipelines.moments import sums_of
 from stablesr_kit.pipelines.sampling import Sampling
 
 META = torch.device("meta")

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +11,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
+from stablesr_kit.pipelines.moments import Moments
+from stablesr_kit.pipelines.scratch import Scratch
 
 TileFunction = Callable[[Tensor], Tensor]
-
-
-class Moments:
-    """Mean and variance per channel of a map, exact whatever tiles it comes in: each adds its sums in float64.
-
-    Parts are merged as by Chan, Golub and LeVeque (1983, eq. 1.5); within a part the deviations are taken from one of
-    its values, so that a mean far from zero costs no digits.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor = torch.zeros(1, dtype=torch.float64)
-        self.squares: Tensor = torch.zeros(1, dtype=torch.float64)
-
-    def add(self, tile: Tensor) -> None:
-        """Take in values (1, C, h, w) that no other tile holds."""
-        count = tile.shape[2] * tile.shape[3]
-        first, sums, squares = (value.double().cpu() for value in sums_of(tile))
-        mean = sums / count
-        self._merge(count, first + mean, squares - count * mean**2)
-
-    def of_groups(self, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each channel's group, both (C,), float64."""
-        mean = self.mean.view(num_groups, -1)
-        group_mean = mean.mean(1, keepdim=True)
-        squares = self.squares.view(num_groups, -1) + self.count * (mean - group_mean) ** 2
-        variance = squares.mean(1, keepdim=True) / self.count
-        return group_mean.expand_as(mean).reshape(-1), variance.expand_as(mean).reshape(-1)
-
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        total = self.count + count
-        difference = mean - self.mean
-        self.mean = self.mean + difference * (count / total)
-        self.squares = self.squares + squares + difference**2 * (self.count * count / total)
-        self.count = total
-
-
-def sums_of(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First value of each channel of a tile (1, C, h, w), and the sums of the deviations from it and their squares."""
-    rows = tile[0].permute(1, 2, 0).float()  # (h, w, C)
-    first = rows[0, 0].clone()
-    deviations = rows - first
-    sums = deviations.sum(1).double().sum(0)
-    return first, sums, deviations.square_().sum(1).double().sum(0)
 
 
 @dataclass(eq=False)
@@ -89,14 +46,14 @@ class Workspace:
         device: where tiles are computed.
         tile_values: values of a tile; a map with more channels has smaller tiles.
         canvas_dtype: dtype of the canvases.
-        folder: where the canvases are; None keeps them in memory.
+        scratch: where the canvases are, and what is done already.
         statistics: mean and variance (C,) of each group norm's input; filled as norms are met, or given and trusted.
     """
 
     device: torch.device
     tile_values: int
     canvas_dtype: torch.dtype = torch.float32
-    folder: Path | None = None
+    scratch: Scratch = field(default_factory=Scratch)
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def source(self, readable: Readable, dtype: torch.dtype) -> FeatureMap:
@@ -115,9 +72,9 @@ class Workspace:
         if x.canvas is not None:
             return x.canvas
         old, x.overwrites = x.overwrites, None
-        canvas = None if old is None or old.is_kept else old.canvas
+        canvas = None if old is None or old.is_kept or not self.scratch.may_overwrite else old.canvas
         if canvas is None:
-            canvas = Canvas(*x.shape, dtype=self.canvas_dtype, folder=self.folder)
+            canvas = self.scratch.canvas(x.shape, self.canvas_dtype)
         dtype = self._sweep(x, canvas, side, with_moments)
         x.canvas = canvas
         x.read = lambda region: canvas.read(region).to(self.device, dtype)
@@ -145,16 +102,18 @@ class Workspace:
     def _sweep(self, x: FeatureMap, canvas: Canvas | None, side: int | None, with_moments: bool) -> torch.dtype:
         """Compute the map tile by tile into a canvas and into its moments; its dtype."""
         channels, height, width = x.shape
-        side = side or self.side(channels)
-        moments = Moments()
-        for region in regions(height, width, side):
+        sweep = self.scratch.begin()
+        for region in list(regions(height, width, side or self.side(channels)))[sweep.done :]:
             tile = x.read(region)
             if with_moments:
-                moments.add(tile)
+                sweep.moments.add(tile)
             if canvas is not None:
                 canvas.write(region, tile)
-        x.moments = moments if with_moments else None
-        return tile.dtype
+            sweep.dtype = tile.dtype
+            sweep.done += 1
+            self.scratch.save()
+        x.moments = sweep.moments if with_moments else None
+        return sweep.dtype
 
 
 def layer(x: FeatureMap, function: TileFunction, channels: int, halo: int) -> FeatureMap:

@@ -1,4 +1,7 @@
-"""Whatever people hold a picture in, as an image batch."""
+"""Whatever people hold a picture in, as images, and images as pictures again."""
+
+from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import PIL.Image
@@ -6,13 +9,50 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
+from stablesr_kit.imaging.canvas import Readable, View, bands
 from stablesr_kit.imaging.files import as_picture
 from stablesr_kit.spaces import pixels_to_image, unit_to_image
 
-Picture = PIL.Image.Image | np.ndarray | Tensor
+Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
 
 # The value of white in each type of number.
 _WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1, "bool": 1}
+
+
+def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
+    """Images (3, h, w) in [-1, 1] of what `to_image` takes, or the canvases given, which are read when they are needed.
+
+    Raises:
+        ImageError: as `to_image`.
+    """
+    pictures = picture if isinstance(picture, list) else [picture]
+    if not pictures or not all(isinstance(one, Readable) for one in pictures):
+        return [View(one) for one in to_image(picture).split(1)]
+    canvases = cast(list[Readable], pictures)
+    shapes = sorted({tuple(one.shape) for one in canvases})
+    if len(shapes) > 1 or shapes[0][0] != 3:
+        raise ImageError(
+            f"canvases of shapes {shapes} are given, expected three channels and one size; call once per size"
+        )
+    return canvases
+
+
+def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> Iterator[np.ndarray]:
+    """RGB (rows, W, 3) of an image (3, H, W) in [-1, 1], clamped, from top to bottom; white is the type's largest."""
+    for band in bands(image):
+        unit = (image.read(band)[0].float() * 0.5 + 0.5).clamp(0, 1)
+        levels = (unit * np.iinfo(dtype).max).round()
+        yield levels.permute(1, 2, 0).cpu().numpy().astype(dtype)
+
+
+def to_pil(image: Readable) -> PIL.Image.Image:
+    """An RGB picture of an image (3, H, W) in [-1, 1]; beside it, little of the image is in memory at a time."""
+    pixels = np.empty((*image.shape[1:], 3), np.uint8)
+    top = 0
+    for band in pixel_bands(image):
+        pixels[top : top + len(band)] = band
+        top += len(band)
+    return PIL.Image.fromarray(pixels)
 
 
 def to_image(picture: Picture | list[Picture] | tuple[Picture, ...] | None) -> Tensor:

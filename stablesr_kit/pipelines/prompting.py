@@ -82,16 +82,16 @@ class PromptEncoding(TextualInversionLoaderMixin, DiffusionPipeline):
         return tower.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
 
 
-def batch_size_of(image: Tensor, prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
+def batch_size_of(pictures: int, prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
     """Number of pictures times prompts of a call: one of the two may be single and then serves all of the other.
 
     Raises:
         ValueError: several pictures and another number of prompts.
     """
     prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
-    if len(image) != prompts and 1 not in (len(image), prompts):
-        raise ValueError(f"{prompts} prompts are given for {len(image)} pictures; give one, or one per picture")
-    return max(len(image), prompts)
+    if pictures != prompts and 1 not in (pictures, prompts):
+        raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
+    return max(pictures, prompts)
 
 
 def expand_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:

@@ -22,15 +22,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
-from stablesr_kit.imaging.color_fix import ColorFix, apply_color_fix
+from stablesr_kit.imaging.canvas import Part, Readable, Region
+from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
-from stablesr_kit.pipelines.coding import Generators, ImageCoding
+from stablesr_kit.pipelines.coding import Generators, ImageCoding, PostStage, repeated
 from stablesr_kit.pipelines.loading import resolve_model
-from stablesr_kit.pipelines.pictures import Picture, to_image
+from stablesr_kit.pipelines.pictures import Picture, as_readables
 from stablesr_kit.pipelines.planner import TileSize, choose_tiling, tile_multiple
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
 from stablesr_kit.pipelines.sampling import Sampling
@@ -49,7 +50,6 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-PostStage: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 )
@@ -57,10 +57,11 @@ StepCallback: TypeAlias = (
 
 @dataclass
 class StableSRPipelineOutput(BaseOutput):
-    """images: restored pictures; a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or,
-    with output_type="latent", the final latents (B, C, h, w) of the padded pictures."""
+    """images: restored pictures; a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]; with
+    output_type="canvas" a list of pictures (3, H, W), about [-1, 1], to be read by regions; with "latent" the final
+    latents (B, C, h, w) of the padded pictures."""
 
-    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    images: list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
 
 
 class StableSRPipeline(
@@ -221,6 +222,7 @@ class StableSRPipeline(
         vae_mode: TilingMode = "exact",
         vae_attention: AttentionMode = "global",
         canvas_folder: Path | None = None,
+        record: Path | None = None,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
@@ -229,7 +231,8 @@ class StableSRPipeline(
 
         Args:
             image: the LQ picture or pictures (all of one size), of any height and width: PIL images, arrays (H, W, 3)
-                or tensors (3, H, W), uint8 or float in [0, 1].
+                or tensors (3, H, W), uint8 or float in [0, 1]; or canvases (3, H, W) in [-1, 1], for pictures that are
+                too large to be held in memory.
             prompt: what the picture shows; None, the default and what the adapter is trained with, is no text.
             w: 0 realism to 1 fidelity (CFW), default 0.5; above 1 extrapolates. Without cfw it is 0.
             scale: size of the result relative to the input, default 4.
@@ -247,7 +250,7 @@ class StableSRPipeline(
             latents: unit noise (B, C, h, w) to start with instead of a drawn one.
             state: go on where another call with these arguments stood, to the bit; None begins.
             prompt_embeds, negative_prompt_embeds: text embeddings instead of prompts, one or one per picture.
-            output_type: "pil", "np", "pt", or "latent" for the undecoded latents.
+            output_type: "pil", "np", "pt", "canvas", or "latent" for the undecoded latents.
             return_dict: False returns a tuple.
             cross_attention_kwargs: passed to the attention processors; "scale" weighs LoRA layers.
             clip_skip: layers of the text encoder to skip.
@@ -261,6 +264,8 @@ class StableSRPipeline(
             vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, in less memory.
             vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
             canvas_folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
+            record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call
+                with the same arguments goes on where another one was killed, to the bit. None records nothing.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -309,11 +314,12 @@ class StableSRPipeline(
         device = self._execution_device
 
         # 2. Bring the picture to the result's size, on a canvas that the networks can halve evenly
-        lq_given = to_image(image)
-        lq_image = self.upsample(lq_given, scale, height, width)
-        batch_size = batch_size_of(lq_image, prompt, prompt_embeds)
-        lq_image = lq_image.expand(batch_size, -1, -1, -1)
-        canvas = self.pad(lq_image)
+        given = as_readables(image)
+        batch_size = batch_size_of(len(given), prompt, prompt_embeds)
+        given = given * (batch_size // len(given))
+        enlarged = [self.upsample(one, scale, height, width) for one in given]
+        canvases = [self.pad(one) for one in enlarged]
+        canvas_size = canvases[0].shape[1:]
 
         # 3. Encode the prompt
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -343,8 +349,8 @@ class StableSRPipeline(
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
         tiling = choose_tiling(
             self.unet,
-            canvas.shape[-2] // self.vae_scale_factor,
-            canvas.shape[-1] // self.vae_scale_factor,
+            canvas_size[0] // self.vae_scale_factor,
+            canvas_size[1] // self.vae_scale_factor,
             self.vae_scale_factor,
             tile_px,
             overlap_px,
@@ -354,18 +360,15 @@ class StableSRPipeline(
         if tiling is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
             vae_tile_px = (state.vae_tile_px if state is not None else None) or vae_tile_px
-            autoencoder = self.prepare_autoencoder(
-                canvas.shape[-2], canvas.shape[-1], vae_tile_px, vae_mode, vae_attention, canvas_folder
-            )
+            autoencoder = self.prepare_autoencoder(*canvas_size, vae_tile_px, vae_mode, vae_attention, canvas_folder)
 
         # 5. Encode the picture
         with_features = w > 0 and output_type != "latent"
         with drawing_from(noise, stage=0):
             lq_latents, features = self.encode_image(
-                canvas, generator, with_features, num_images_per_prompt, autoencoder
+                canvases, generator, with_features, num_images_per_prompt, autoencoder, record
             )
         self._vae_tile_px = autoencoder.tile_px if autoencoder is not None else None
-        del canvas
         if tiling is not None:
             lq_latents = lq_latents.cpu().float()
 
@@ -426,16 +429,13 @@ class StableSRPipeline(
         if output_type == "latent":
             images = latents
         else:
-            restored = self.decode_latents(latents, features, w, autoencoder)[
-                ..., : lq_image.shape[-2], : lq_image.shape[-1]
+            decoded = self.decode_latents(latents, features, w, autoencoder, record)
+            given, enlarged = (repeated(images, num_images_per_prompt) for images in (given, enlarged))
+            restored = [
+                color_fixed(Part(image, Region(0, 0, *reference.shape[1:])), reference, color_fix)
+                for image, reference in zip(decoded, enlarged, strict=True)
             ]
-            restored = apply_color_fix(
-                restored, lq_image.to(restored.device).repeat_interleave(num_images_per_prompt, dim=0), color_fix
-            )
-            lq_given = lq_given.expand(len(lq_image), -1, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
-            for stage in post_stages:
-                restored = stage(restored, lq_given)
-            images = self.image_processor.postprocess(restored, output_type=output_type)
+            images = self.finish(restored, given, post_stages, output_type)
 
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,10 +14,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
+from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, regions
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.pipelines.autoencoder_maps import decoded, encoded
 from stablesr_kit.pipelines.feature_maps import Workspace
+from stablesr_kit.pipelines.scratch import Record, Scratch
 
 TilingMode = Literal["exact", "approximate"]
 AttentionMode = Literal["global", "windowed"]
@@ -101,58 +101,81 @@ class TiledAutoencoder:
 
     @torch.no_grad()
     def encode_with_features(
-        self, image: Readable | Tensor, levels: tuple[int, ...]
+        self, image: Readable | Tensor, levels: tuple[int, ...], record: Path | None = None
     ) -> tuple[Canvas, dict[int, Canvas]]:
-        """Moments as `encode` gives them, and canvases of the encoder's features (C, H / 2**level, W / 2**level)."""
-        image = Canvas.from_tensor(image) if isinstance(image, Tensor) else image
+        """Moments as `encode` gives them, and canvases of the encoder's features (C, H / 2**level, W / 2**level).
+
+        record: a folder for the canvases and for what is done, so that a process that was killed while it encoded this
+            image is continued, to the bit; None keeps nothing.
+        """
+        image = View(image) if isinstance(image, Tensor) else image
         self._check_image(image, levels)
+        scratch = self._scratch(record, (*image.shape, *levels))
         if self.mode == "exact":
-            return encoded(self.vae, image, levels, self._workspace(), self.window)
+            return encoded(self.vae, image, levels, self._workspace(scratch), self.window)
 
         _, image_height, image_width = image.shape
         height, width = image_height // self.factor, image_width // self.factor
         sample = _sampled(image, height, width, self.factor)
-        sampling = self._workspace()
+        sampling = self._workspace(scratch)
         encoded(self.vae, sample, levels, sampling, self.window)
         channels = self.vae.config.block_out_channels
-        moments = self._canvas(2 * self.vae.config.latent_channels, height, width)
-        features = {i: self._canvas(channels[i], image_height >> i, image_width >> i) for i in levels}
-        for inner, outer in self._tiles(height, width):
-            tile = _Part(image, _scaled(outer, self.factor, moments, image))
-            codes, maps = encoded(self.vae, tile, levels, self._workspace(sampling.statistics), None)
+        moments = scratch.canvas((2 * self.vae.config.latent_channels, height, width), self.canvas_dtype)
+        features = {
+            i: scratch.canvas((channels[i], image_height >> i, image_width >> i), self.canvas_dtype) for i in levels
+        }
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            tile = Part(image, _scaled(outer, self.factor, moments, image))
+            codes, maps = encoded(self.vae, tile, levels, self._tile_workspace(sampling.statistics), None)
             moments.write(inner, inner.cut_from(codes.to_tensor(), outer))
             for level, canvas in features.items():
                 scale = self.factor >> level
                 inner_part, outer_part = (_scaled(part, scale, moments, canvas) for part in (inner, outer))
                 canvas.write(inner_part, inner_part.cut_from(maps[level].to_tensor(), outer_part))
+            sweep.done += 1
+            scratch.save()
         return moments, features
 
     @torch.no_grad()
-    def decode(self, z: Readable | Tensor, features: Mapping[int, Readable] | None = None, w: float = 0.0) -> Canvas:
+    def decode(
+        self,
+        z: Readable | Tensor,
+        features: Mapping[int, Readable] | None = None,
+        w: float = 0.0,
+        record: Path | None = None,
+    ) -> Canvas:
         """Image (3, H, W), about [-1, 1], of the raw code z (C, h, w), with the LQ picture's features wrapped in.
 
         z: a canvas, anything that reads like one, or a tensor (1, C, h, w).
         features: of `encode_with_features` at the levels of CFW; they are not changed. None if w is 0.
         w: 0 is the plain decode, 1 what CFW was trained for.
+        record: as `encode_with_features`.
         """
-        z = Canvas.from_tensor(z) if isinstance(z, Tensor) else z
+        z = View(z) if isinstance(z, Tensor) else z
         fused = self._features_for(z, features, w)
         cfw = self.cfw if fused else None
+        scratch = self._scratch(record, (*z.shape, w))
         if self.mode == "exact":
-            return decoded(self.vae, cfw, z, fused, w, self._workspace(), self.window)
+            return decoded(self.vae, cfw, z, fused, w, self._workspace(scratch), self.window)
 
         _, height, width = z.shape
         sample = _sampled(z, height, width, 1)
         samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
-        sampling = self._workspace()
+        sampling = self._workspace(scratch)
         decoded(self.vae, cfw, sample, samples, w, sampling, self.window)
-        image = self._canvas(self.vae.config.out_channels, height * self.factor, width * self.factor)
-        for inner, outer in self._tiles(height, width):
-            parts = {i: _Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
-            workspace = self._workspace(sampling.statistics)
-            tile = decoded(self.vae, cfw, _Part(z, outer), parts, w, workspace, None).to_tensor()
+        image = scratch.canvas(
+            (self.vae.config.out_channels, height * self.factor, width * self.factor), self.canvas_dtype
+        )
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            parts = {i: Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
+            workspace = self._tile_workspace(sampling.statistics)
+            tile = decoded(self.vae, cfw, Part(z, outer), parts, w, workspace, None).to_tensor()
             inner_px, outer_px = (_scaled(part, self.factor, z, image) for part in (inner, outer))
             image.write(inner_px, inner_px.cut_from(tile, outer_px))
+            sweep.done += 1
+            scratch.save()
         return image
 
     def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
@@ -160,18 +183,36 @@ class TiledAutoencoder:
         side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
         return [(part, part.grown(APPROXIMATE_HALO, height, width)) for part in regions(height, width, side)]
 
-    def _workspace(self, statistics: Statistics | None = None) -> Workspace:
-        """For a whole picture or, with statistics, for a tile of the approximate mode, which is one piece in memory."""
+    def _scratch(self, record: Path | None, shapes: tuple[float, ...]) -> Scratch:
+        if record is None:
+            return Scratch(self.folder)
+        made_with = {
+            "shapes": shapes,
+            "tile_px": self.tile_px,
+            "mode": self.mode,
+            "window": self.window,
+            "canvas_dtype": self.canvas_dtype,
+        }
+        return Record(record, made_with)
+
+    def _workspace(self, scratch: Scratch) -> Workspace:
+        """For a whole picture."""
         return Workspace(
-            device=next(self.vae.parameters()).device,
-            tile_values=sys.maxsize if statistics else self.tile_px**2 * self.vae.config.block_out_channels[0],
-            canvas_dtype=self.vae.dtype if statistics else self.canvas_dtype,
-            folder=None if statistics else self.folder,
-            statistics=statistics or {},
+            device=self._device,
+            tile_values=self.tile_px**2 * self.vae.config.block_out_channels[0],
+            canvas_dtype=self.canvas_dtype,
+            scratch=scratch,
         )
 
-    def _canvas(self, channels: int, height: int, width: int) -> Canvas:
-        return Canvas(channels, height, width, dtype=self.canvas_dtype, folder=self.folder)
+    def _tile_workspace(self, statistics: Statistics) -> Workspace:
+        """For a tile of the approximate mode, which is one piece in memory."""
+        return Workspace(
+            device=self._device, tile_values=sys.maxsize, canvas_dtype=self.vae.dtype, statistics=statistics
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.vae.parameters()).device
 
     def _check_image(self, image: Readable, levels: tuple[int, ...]) -> None:
         channels, height, width = image.shape
@@ -200,24 +241,6 @@ class TiledAutoencoder:
                 given = features[level].shape if level in features else "nothing"
                 raise ValueError(f"features of level {level} are {given}, expected {expected} for z of {z.shape}")
         return {level: features[level] for level in self.cfw.config.levels}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A region of what can be read, as something to be read by itself."""
-
-    whole: Readable
-    region: Region
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.whole.shape[0], self.region.height, self.region.width
-
-    def read(self, region: Region) -> Tensor:
-        top, left, bottom, right = region
-        return self.whole.read(
-            Region(self.region.top + top, self.region.left + left, self.region.top + bottom, self.region.left + right)
-        )
 
 
 def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:
