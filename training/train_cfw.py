@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.feature_wrapping import (
     ControllableFeatureWrapping,
@@ -18,6 +19,7 @@ from stablesr_kit.models.feature_wrapping import (
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
 from stablesr_kit.training.pairs import RestoredCrops
 from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
@@ -28,7 +30,7 @@ from stablesr_kit.training.whole_forward import FusedDecoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWConfig(AdversarialOptions, PictureLossOptions, ValidationOptions, RunConfig):
+class CFWConfig(AdversarialOptions, InterpolationOptions, PictureLossOptions, ValidationOptions, RunConfig):
     """Options of this program."""
 
     samples: str
@@ -48,6 +50,11 @@ class CFWConfig(AdversarialOptions, PictureLossOptions, ValidationOptions, RunCo
     pixel_loss: str = "reconstruction"
     """Loss between pictures: l1, mse, or reconstruction, which also weighs gradients, colour and brightness of areas.
     StableSR: l1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trained_share < 1 and self.pretrained_cfw is None:
+            raise ConfigError(f"trained_share={self.trained_share} needs pretrained_cfw, which has the other share")
 
 
 def main(config: CFWConfig) -> None:
@@ -98,7 +105,10 @@ def main(config: CFWConfig) -> None:
         run.backward(loss)
         run.update(**terms)
 
-    run.finish({"cfw": run.averaged("cfw")})
+    cfw = run.averaged("cfw")
+    if run.is_main and config.pretrained_cfw is not None:
+        interpolate(cfw, ControllableFeatureWrapping.from_pretrained(config.pretrained_cfw), config)
+    run.finish({"cfw": cfw})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
+from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
 from stablesr_kit.training.losses import reconstruction_loss
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
@@ -21,16 +22,13 @@ from stablesr_kit.training.whole_forward import Decoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(AdversarialOptions, PhotoValidationOptions, PhotoOptions, RunConfig):
+class DecoderConfig(AdversarialOptions, InterpolationOptions, PhotoValidationOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
     pretrained_vae: str
     """Folder of the autoencoder to start from."""
     latent_noise: float = 0.0
     """Deviation of noise added to the latents: what a diffusion model hands over is never exact."""
-    trained_share: float = 1.0
-    """What is saved is this share of the trained decoder and the rest of the one it started from (network
-    interpolation, Wang et al. 2018, ESRGAN): between clean and textured."""
     adversarial_weight: float = 0.02
     """Weight of the generator's loss against the discriminator."""
     feature_matching_weight: float = 0.5
@@ -76,10 +74,7 @@ def main(config: DecoderConfig) -> None:
     # the result: the averaged decoder, mixed with the first one, beside the encoder it belongs to
     vae = run.averaged("vae")
     if run.is_main:
-        first = AutoencoderKL.from_pretrained(config.pretrained_vae).to(vae.device)
-        with torch.no_grad():
-            for parameter, before in zip(vae.parameters(), first.parameters(), strict=True):
-                parameter.lerp_(before, 1 - config.trained_share)
+        interpolate(vae, AutoencoderKL.from_pretrained(config.pretrained_vae), config)
     run.finish({"vae": vae})
 
 
