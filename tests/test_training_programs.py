@@ -18,6 +18,7 @@ from tests.photo_files import save_photos
 from tests.training_runs import (
     assert_a_split_changes_nothing,
     assert_kills_change_nothing,
+    assert_overfits,
     run_program,
     run_programs,
     tiny,
@@ -34,6 +35,12 @@ LOOPS = {
     "train_cfw": ("cfw", "cfw"),
 }
 """Programs with a loop: the name of their tiny config, and of a result."""
+
+DISCRIMINATOR = ["PatchDiscriminator.", "ParametrizationList"]
+"""Beginnings of the names of its parameters, some of them spectrally normalised."""
+
+CACHED = ["--latents", "runs/tiny/latents/latents.safetensors", "--latent_crop", "16", "--pretrained_vae", "null"]
+"""Flags of train_stablesr for latents instead of photographs."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +153,30 @@ def test_training_on_every_source_resumes_at_the_exact_sample(
     assert (resumed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
     ours, theirs = weights(resumed / "adapter"), weights(whole / "adapter")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("program", "quantity", "factor", "trained", "flags"),
+    [
+        ("train_autoencoder", "pixel", 0.3, ["Reconstruction."], ["--random_flip", "false"]),
+        (
+            "train_decoder",
+            "pixel",
+            0.4,
+            ["Decoding.vae.decoder.", "Decoding.vae.post_quant_conv.", *DISCRIMINATOR],
+            ["--random_flip", "false"],
+        ),
+        ("train_prior", "conditional", 0.5, ["UNet2DConditionModel.", "StableSRAdapter."], []),
+        ("train_stablesr", "loss", 0.9, ["StableSRAdapter."], ["--learning_rate", "1e-2", *CACHED]),
+        ("train_cfw", "pixel", 0.9, ["FusedDecoding.cfw.", *DISCRIMINATOR], []),
+    ],
+    ids=[*LOOPS],
+)
+def test_a_program_overfits_a_few_pictures_and_moves_only_what_it_trains(
+    program: str, quantity: str, factor: float, trained: list[str], flags: list[str]
+) -> None:
+    common = ["--train_batch_size", "4", "--learning_rate", "4e-3", *flags]
+    assert_overfits(tiny(program, LOOPS[program][0], *common), quantity, factor, *trained)
 
 
 @pytest.mark.parametrize("program", LOOPS)

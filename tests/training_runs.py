@@ -25,6 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.training_watch import watched
+
 ROOT = Path(__file__).parents[1]
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -196,6 +198,22 @@ def assert_a_split_changes_nothing(
     for name, result in results.items():
         for kind in ("accumulated", "shared"):
             assert worst_difference(f"whole/{name}/{result}", f"{kind}/{name}/{result}") <= 1e-6, (name, kind)
+
+
+def assert_overfits(call: list[str], quantity: str, factor: float, *trained: str) -> None:
+    """A recorded loss falls below that factor of its first values within 60 steps, and only what is trained moves.
+
+    call: for four samples a step; trained: the names of trained parameters begin with one of these, class first.
+    """
+    output = f"overfit/{Path(call[2]).stem}"
+    with watched() as watch:
+        run_program(*call, "--max_train_steps", "60", "--checkpointing_steps", "60", "--output_dir", output)
+    values = [record[quantity] for record in losses(output) if quantity in record]
+    assert np.mean(values[-8:]) < factor * np.mean(values[:3])
+    expected = {name for name in watch.parameters if name.startswith(trained)}
+    assert watch.with_gradient == expected
+    assert watch.moved() <= expected
+    assert len(watch.moved()) > 0.9 * len(expected)  # a few gradients are exactly zero, as before a norm
 
 
 def assert_kills_change_nothing(call: list[str], result: str, processes: int = 1, kills: int = 3) -> None:
