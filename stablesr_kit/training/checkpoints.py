@@ -11,7 +11,7 @@ from stablesr_kit.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-"""Written last into a checkpoint: its step, and the size of every file."""
+"""Written last into a checkpoint: its step, the seconds it took, and the size of every file."""
 
 UNFINISHED = ".unfinished"
 """Suffix of what is still being written."""
@@ -22,11 +22,14 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
-def publish(unfinished: Path, final: Path, step: int) -> None:
-    """Give a folder that is completely written its manifest and its final name, in place of what has that name."""
+def publish(unfinished: Path, final: Path, step: int, seconds: float) -> None:
+    """Give a folder that is completely written its manifest and its final name, in place of what has that name.
+
+    step, seconds: how many are behind the run.
+    """
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
-    (unfinished / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=1) + "\n")
+    (unfinished / MANIFEST).write_text(json.dumps({"step": step, "seconds": seconds, "files": sizes}, indent=1) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
 
@@ -55,6 +58,11 @@ def is_whole(folder: Path) -> bool:
 def step_of(folder: Path) -> int:
     """Number of steps behind a checkpoint, from its name."""
     return int(folder.name.rpartition("-")[2])
+
+
+def seconds_of(folder: Path) -> float:
+    """Seconds that the run had taken up to a whole checkpoint."""
+    return float(json.loads((folder / MANIFEST).read_text()).get("seconds", 0.0))
 
 
 def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:

@@ -106,6 +106,14 @@ class RunConfig(ProgramConfig):
     output_dir/logs), wandb, or all."""
     tracker_project_name: str = "stablesr-kit"
     """Name of the project there."""
+    push_to_hub: bool = False
+    """Upload the results, the model card and the records to the Hugging Face hub at the end; needs a login."""
+    hub_model_id: str | None = None
+    """Repository there, NAME or OWNER/NAME; None takes the name of output_dir."""
+    hub_private: bool = False
+    """Whether the repository is private if it is made."""
+    allow_tf32: bool = False
+    """Let GPUs since Ampere multiply float32 matrices with 10 bits of mantissa: faster, less exact."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +132,8 @@ class RunConfig(ProgramConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.report_to not in ("none", "all", *TRACKERS):
             raise ConfigError(f"report_to={self.report_to!r} must be one of none, {', '.join(TRACKERS)}, all")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ConfigError(f"hub_model_id={self.hub_model_id} is given without push_to_hub; give both or none")
         if not 0 < self.lr_decay_fraction <= 1:
             raise ConfigError(f"lr_decay_fraction={self.lr_decay_fraction} must lie in (0, 1]")
         if not 0 <= self.ema_decay < 1:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.errors import CheckpointError, ConfigError, OutputError
 from stablesr_kit.training.checkpoints import UNFINISHED
+from stablesr_kit.training.writing import writing
 
 Network = TypeVar("Network", bound=ModelMixin)
 
@@ -74,17 +75,25 @@ def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a network to a folder that appears whole; one without a config as its weights alone."""
+    """Write a network to a folder that appears whole; one without a config as its weights alone.
+
+    Raises OutputError; what was there before is then still there.
+    """
     beside = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(beside, ignore_errors=True)
-    if isinstance(network, ModelMixin):
-        network.save_pretrained(beside)
-    else:
-        beside.mkdir(parents=True)
-        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    try:
+        with writing(folder):
+            if isinstance(network, ModelMixin):
+                network.save_pretrained(beside)
+            else:
+                beside.mkdir(parents=True)
+                state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+                save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+    except OutputError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def load_network(kind: type[Network], folder: str, option: str) -> Network:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from stablesr_kit.errors import ConfigError, StableSRKitError
 from stablesr_kit.training.config import Config, load_config
 
@@ -22,5 +24,5 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 
 
 def _end(error: StableSRKitError, status: int) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on a line of its own, off the progress bar
     raise SystemExit(status)

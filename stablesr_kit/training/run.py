@@ -1,11 +1,10 @@
 """What every training run does around its loop: processes, optimizers, averages, checkpoints, records."""
 
-import contextlib
 import logging
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +19,34 @@ from accelerate.utils import (
 )
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from stablesr_kit.errors import DivergenceError
+from stablesr_kit.errors import DivergenceError, OutputError
 from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
-from stablesr_kit.training.checkpoints import UNFINISHED, checkpoint_folder, find_checkpoint, prune, publish, step_of
+from stablesr_kit.training.checkpoints import (
+    UNFINISHED,
+    checkpoint_folder,
+    find_checkpoint,
+    prune,
+    publish,
+    seconds_of,
+    step_of,
+)
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
+from stablesr_kit.training.hub import open_repository, upload
+from stablesr_kit.training.model_card import model_card
+from stablesr_kit.training.network_files import SavedPart, save_network
 from stablesr_kit.training.optimizers import build_optimizer
 from stablesr_kit.training.photo_order import Share
 from stablesr_kit.training.records import StepRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
 from stablesr_kit.training.trackers import find_trackers, show_pictures, start_trackers
+from stablesr_kit.training.trained_network import TrainedNetwork
 from stablesr_kit.training.validation import Example, Measure, Restore, Validation, ValidationOptions
+from stablesr_kit.training.writing import LogFile, writing
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class TrainedNetwork:
-    """A network that the run steps, with what belongs to it."""
-
-    parts: list[SavedPart]
-    """What of it checkpoints hold."""
-    prepared: nn.Module
-    """The network as the loop must call it, so that its gradients are those of all processes."""
-    optimizer: Optimizer
-    learning_rate: Callable[[int], float]
-    """Learning rate of each step."""
-    is_clipped: bool
-    """Whether its gradients count for, and obey, max_grad_norm."""
-    ema: EMAModel | None
-    """Moving average of its trained parameters."""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return [parameter for parameter in self.prepared.parameters() if parameter.requires_grad]
 
 
 class TrainingRun:
@@ -96,14 +85,19 @@ class TrainingRun:
         self.validation: Validation | None = None
         self.accelerator.register_save_state_pre_hook(self._save_networks)
         self.accelerator.register_load_state_pre_hook(self._load_networks)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            config.save(self.output_dir / "config.yaml")
-            logging.basicConfig(
-                level=logging.INFO,
-                format="%(asctime)s %(name)s: %(message)s",
-                handlers=[logging.StreamHandler(), logging.FileHandler(self.output_dir / "log.txt")],
-            )
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                config.save(self.output_dir / "config.yaml")
+                logging.basicConfig(
+                    level=logging.INFO,
+                    format="%(asctime)s %(name)s: %(message)s",
+                    handlers=[logging.StreamHandler(), LogFile(self.output_dir / "log.txt")],
+                )
+        self.repository = open_repository(config) if config.push_to_hub and self.is_main else None
+        self.seconds = 0.0  # of the calls before this one
+        if config.allow_tf32:  # otherwise torch's own choice, which takes it for convolutions
+            torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(config.seed)
 
     @property
@@ -265,29 +259,47 @@ class TrainingRun:
 
         Every process must call it. The copy is in float32 on the device of the run.
         """
-        network, part = next((net, part) for net in self.networks for part in net.parts if part.name == name)
-        with self._averages_in(network):
-            copied = part.copy_from(self.accelerator, network.prepared)
+        network = next(net for net in self.networks if any(part.name == name for part in net.parts))
+        copied = network.averaged(name, self.accelerator)
         return None if copied is None else copied.to(self.accelerator.device).eval()
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write the results, networks by folder name, to output_dir; the main process's are taken."""
+        """Write the results, networks by folder name, to output_dir with a model card, and upload them if asked to.
+
+        The main process's are taken. Raises OutputError.
+        """
         if self.is_main:
             for name, network in results.items():
                 save_network(network, self.output_dir / name)
+            card = model_card(
+                self.config,
+                {name: type(network).__name__ for name, network in results.items()},
+                processes=self.accelerator.num_processes,
+                samples=self.samples_per_step,
+                seconds=self._seconds(),
+            )
+            with writing(self.output_dir / "README.md"):
+                card.save(self.output_dir / "README.md")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.repository is not None:
+            message = f"{Path(self.config.output_dir).resolve().name} after {self.step} steps"
+            logger.info("uploaded to %s", upload(self.output_dir, self.repository, message))
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return bool(self.accelerator.is_main_process)
 
+    def _seconds(self) -> float:
+        """How long the run has lasted, in all its calls up to the checkpoints they went on from."""
+        return self.seconds + time.monotonic() - self.start
+
     def _resume(self) -> None:
         folder = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
         if folder is None:
             return
-        self.step = step_of(folder)
+        self.step, self.seconds = step_of(folder), seconds_of(folder)
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew
         logger.info("resumed %s of %d steps", folder, self.config.max_train_steps)
@@ -295,47 +307,26 @@ class TrainingRun:
     def _write_state(self, folder: Path) -> None:
         """The whole state as a folder that appears complete; every process must call it."""
         unfinished = folder.with_name(folder.name + UNFINISHED)
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            publish(unfinished, folder, self.step)
+        try:
+            with writing(folder):
+                self.accelerator.save_state(str(unfinished))
+                self.accelerator.wait_for_everyone()
+                if self.is_main:
+                    publish(unfinished, folder, self.step, self._seconds())
+        except OutputError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
 
     def _save_networks(self, _models: list[nn.Module], weights: list[Any], folder: str) -> None:
         for network in self.networks:
-            self._save_parts(network, Path(folder), "")
-            if network.ema is not None:
-                with self._averages_in(network):
-                    self._save_parts(network, Path(folder), "_ema")
+            network.save(Path(folder), self.accelerator)
         weights.clear()  # accelerate's own copy of them
-
-    def _save_parts(self, network: TrainedNetwork, folder: Path, suffix: str) -> None:
-        for part in network.parts:
-            copied = part.copy_from(self.accelerator, network.prepared)
-            if copied is not None:
-                save_network(copied, folder / (part.name + suffix))
 
     def _load_networks(self, models: list[nn.Module], folder: str) -> None:
         for network in self.networks:
-            if network.ema is not None:
-                load_parts(network.prepared, network.parts, Path(folder), "_ema")
-                network.ema.shadow_params = [parameter.detach().clone() for parameter in network.parameters()]
-                network.ema.optimization_step = self.step
-            load_parts(network.prepared, network.parts, Path(folder))
+            network.load(Path(folder), self.step)
         models.clear()
-
-    @contextlib.contextmanager
-    def _averages_in(self, network: TrainedNetwork) -> Iterator[None]:
-        """For the time of the context the network has its averaged weights."""
-        if network.ema is None:
-            yield
-            return
-        network.ema.store(network.parameters())
-        network.ema.copy_to(network.parameters())
-        try:
-            yield
-        finally:
-            network.ema.restore(network.parameters())
 
     def _clip_gradients(self) -> float:
         """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
@@ -361,7 +352,8 @@ class TrainingRun:
         now = time.monotonic()
         speed, self.step_start = self.samples_per_step / (now - self.step_start), now
         shown = {"learning_rate": rate, **values, "samples_per_second": speed}
-        self.accelerator.log({f"train/{name}": value for name, value in shown.items()}, step=self.step)
+        with writing(self.output_dir / "logs"):
+            self.accelerator.log({f"train/{name}": value for name, value in shown.items()}, step=self.step)
         if self.records is None:
             return
         self.records.add(self.step, {"learning_rate": rate, **values})

@@ -1,6 +1,5 @@
 """Pictures made and measured during a run with the weights as they are, from the same noise every time."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +18,7 @@ from stablesr_kit.imaging.files import replacing
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from stablesr_kit.training.config import Options
 from stablesr_kit.training.photo_sources import FolderPhotos, decode
-from stablesr_kit.training.records import StepRecords
+from stablesr_kit.training.records import StepRecords, means_of
 
 SMALLEST_PX = 32
 """Side of the smallest picture that can be measured."""
@@ -207,9 +206,7 @@ class Validation:
                 Image.fromarray(pixels).save(encoded, "PNG")
                 part.write_bytes(encoded.getbuffer())
 
-        names = sorted({name for values in metrics.values() for name in values})
-        columns = {name: [values[name] for values in metrics.values() if name in values] for name in names}
-        means = {name: math.fsum(column) / len(column) for name, column in columns.items()}
+        means = means_of(metrics.values())
         own = {f"{picture}/{name}": value for picture, values in metrics.items() for name, value in values.items()}
         assert self.records is not None  # the main process has resumed
         self.records.add(step, means | own)
