@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +13,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from stablesr_kit import __version__
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.config import RunConfig, load_config
 from stablesr_kit.training.hub import open_repository
@@ -98,7 +98,7 @@ def test_a_finished_run_is_uploaded_with_its_card(folder: Path, hub: ThreadingHT
 
     card = ModelCard(received["files"]["README.md"].decode())
     assert card.data.library_name == "diffusers" and "train_autoencoder" in card.data.tags
-    assert f"Trained by `train_autoencoder` of stablesr-kit {__version__}" in card.text
+    assert f"Trained by `train_autoencoder` of stablesr-kit {version('stablesr-kit')}" in card.text
     assert "| vae | AutoencoderKL |" in card.text
     assert "Started from nothing; trained on train_data_dir `photos`" in card.text
     assert "3 steps of 2 samples" in card.text and "training/train_autoencoder.py --config" in card.text
