@@ -12,16 +12,22 @@ from PIL import Image
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model, load_face_model, tell_faces
 from stablesr_kit.cli.messages import failing_in_one_line, loading, quieten_libraries, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, run
 from stablesr_kit.cli.processes import local_index, share_of
+from stablesr_kit.cli.streamed_files import open_job, write_streamed
 from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
+from stablesr_kit.imaging.streams import StreamedPicture
 from stablesr_kit.pipelines.journal import Journal, sha256
 
 if TYPE_CHECKING:
     import torch
 
     from stablesr_kit import FaceRefinement, StableSRPipeline
+    from stablesr_kit.imaging.canvas import Readable
+    from stablesr_kit.pipelines.checking import OutputType
+
+LESS_MEMORY = "restore with a smaller --tile or --scale"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -54,6 +60,10 @@ def restore(
     tile_overlap: Annotated[
         int | None, typer.Option(metavar="PX", help="What neighbouring tiles share.", show_default="a quarter")
     ] = None,
+    mode: Annotated[
+        Literal["exact", "approximate"],
+        typer.Option(help="How the tiles of a large picture are coded; approximate needs less memory and disk."),
+    ] = "exact",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
@@ -66,6 +76,9 @@ def restore(
         str | None,
         typer.Option(metavar="NAME|DIR|PTH", help="A pipeline folder, a hub repository, or an original checkpoint."),
     ] = None,
+    huge: Annotated[
+        bool, typer.Option("--huge", help="Also take pictures of more than 100 million pixels; only files you trust.")
+    ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
@@ -93,6 +106,7 @@ def restore(
         "color_fix": color_fix,
         "tile_px": tile_px,
         "overlap_px": tile_overlap,
+        "vae_mode": mode,
     }
     try:
         if jobs:
@@ -121,9 +135,9 @@ def restore(
 
             def work(job: Job) -> None:
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
-                picture = read_job(job)
+                picture = open_job(job, scale, huge)
                 with journal.in_progress(job.source, job.target, resume) as state:
-                    call = resumable(pipeline, state / "sampling.pt", seeded(seed), {**options, "post_stages": stages})
+                    call = resumable(pipeline, state, seeded(seed), {**options, "post_stages": stages})
                     restore_file(job, picture, call, state)
                     for stage in stages:
                         tell_faces(job.source, stage, stage.reports[0])
@@ -264,10 +278,12 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
 
 
 def resumable(
-    pipeline: "StableSRPipeline", saved: Path, generator: "torch.Generator", options: dict[str, Any]
-) -> Callable[[Image.Image], Image.Image]:
-    """Restores a picture and saves where it stands after every step; goes on from there if that file exists."""
+    pipeline: "StableSRPipeline", folder: Path, generator: "torch.Generator", options: dict[str, Any]
+) -> Callable[["Image.Image | Readable", "OutputType"], Any]:
+    """Restores a picture; what is coded and sampled is saved in the folder, from where another run goes on."""
     from stablesr_kit.pipelines.sampling_state import SamplingState
+
+    saved = folder / "sampling.pt"
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         # A tiled call draws its noise by position and takes nothing more from the generator.
@@ -276,20 +292,37 @@ def resumable(
         ).save(saved)
         return tensors
 
-    def call(rgb: Image.Image) -> Image.Image:
+    def call(image: "Image.Image | Readable", output_type: "OutputType") -> Any:
         state = SamplingState.load(saved) if saved.exists() else None
-        restored: Image.Image = pipeline(
-            rgb, generator=generator, state=state, callback_on_step_end=save, **options
+        return pipeline(
+            image,
+            generator=generator,
+            state=state,
+            record=folder,
+            output_type=output_type,
+            callback_on_step_end=save,
+            **options,
         ).images[0]
-        return restored
 
     return call
 
 
-def restore_file(job: Job, picture: Picture, call: Callable[[Image.Image], Image.Image], scratch: Path) -> None:
+def restore_file(
+    job: Job,
+    picture: Picture | StreamedPicture,
+    call: Callable[["Image.Image | Readable", "OutputType"], Any],
+    scratch: Path,
+) -> None:
     """Restore and write; unfinished files are in `scratch`. Raises StableSRKitError, beginning with the file."""
-    with naming(job, less="restore with a smaller --tile or --scale"):
-        restored = call(picture.rgb)
+    if isinstance(picture, StreamedPicture):
+        from stablesr_kit.pipelines.pictures import to_canvas
+
+        with naming(job, less=LESS_MEMORY):
+            restored = call(to_canvas(picture, scratch), "canvas")
+            write_streamed(job, restored, picture, scratch)
+        return
+    with naming(job, less=LESS_MEMORY):
+        restored = call(picture.rgb, "pil")
     write_picture(job.target, restored, picture, scratch)
     if job.companion:
         write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb), scratch)

@@ -7,8 +7,9 @@ and TIFF (BigTIFF above 4 GB) likewise. A picture that must be turned upright is
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
@@ -38,6 +39,31 @@ _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
 _WRITERS[".tiff"] = _WRITERS[".tif"]
 
 
+class StreamHeader(NamedTuple):
+    """What the first bytes of a file say of a picture that can be streamed, maybe; nothing is decoded."""
+
+    height: int
+    """As stored: the upright picture may be as wide as this."""
+    width: int
+    is_16_bit: bool
+
+
+def read_header(path: Path) -> StreamHeader | None:
+    """The header of a PNG, JPEG or TIFF file, without libvips; None for any other file, damaged ones among them."""
+    try:
+        header_class, _ = _readers(path)
+        with header_class(path) as header:
+            is_16_bit = header.mode.startswith("I;16") or any(";16" in str(tile[3]) for tile in header.tile)
+            return StreamHeader(header.height, header.width, is_16_bit)
+    except Exception:  # whoever reads the picture says what is wrong with it
+        return None
+
+
+def has_streams() -> bool:
+    """Whether libvips is installed."""
+    return find_spec("pyvips") is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamedPicture:
     """A picture in a file, upright: what is known of it without decoding, and its pixels by bands."""
@@ -53,6 +79,8 @@ class StreamedPicture:
     icc_profile: bytes | None
     """Colour profile of the bands; None stands for sRGB."""
     exif: bytes | None
+    """As in `files.Picture`."""
+    notes: tuple[str, ...] = ()
     """As in `files.Picture`."""
 
     def bands(self, rows: int = BAND_ROWS) -> Iterator[np.ndarray]:
@@ -96,10 +124,12 @@ def open_stream(path: Path, *, max_pixels: int = MAX_STREAMED_PIXELS) -> Streame
     # Pillow has no mode for grey of 16 bits with alpha and calls it RGBA.
     is_grey = is_grey_mode(header) or (pixels.format == "ushort" and pixels.bands < 3)
     profile = header.info.get("icc_profile")
+    notes = ["only its first frame or page is used"] if getattr(header, "is_animated", False) else []
     try:
         exif = descriptive_exif(header)
     except Exception:  # EXIF is free-form bytes: any parser error means it is not readable
         exif = None
+        notes.append("EXIF cannot be read and is left out")
     return StreamedPicture(
         path=path,
         height=pixels.height,
@@ -109,6 +139,7 @@ def open_stream(path: Path, *, max_pixels: int = MAX_STREAMED_PIXELS) -> Streame
         is_grey=is_grey,
         icc_profile=profile if profile and is_profile_of(profile, b"GRAY" if is_grey else b"RGB ") else None,
         exif=exif,
+        notes=tuple(notes),
     )
 
 
@@ -152,9 +183,14 @@ def write_stream(
             rows.unlink(missing_ok=True)
 
 
+def is_streamed_output(path: Path) -> bool:
+    """Whether the suffix names a format that can be written by rows."""
+    return path.suffix.lower() in _WRITERS
+
+
 def check_streamed_output(path: Path) -> None:
     """Raise OutputError if the suffix names no format that can be written by rows."""
-    if path.suffix.lower() not in _WRITERS:
+    if not is_streamed_output(path):
         raise OutputError(
             f"{path}: a picture this large or deep is written as {', '.join(_WRITERS)} only; choose one of them"
         )
@@ -217,12 +253,7 @@ def _opened(path: Path) -> tuple[Image.Image, "pyvips.Image"]:
     """The header as Pillow reads it, and the upright pixels as libvips will. Raises ImageError."""
     vips = _vips()
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-        readers = next((readers for magic, readers in _READERS.items() if start.startswith(magic)), None)
-        if readers is None:
-            raise ImageError(f"{path}: not a picture that can be streamed; give PNG, JPEG or TIFF")
-        header_class, loader = readers
+        header_class, loader = _readers(path)
         header = header_class(path)  # Image.open would refuse its size
         if header.mode in ("RGBa", "LAB"):
             raise ImageError(f"{path}: colour mode {header.mode} is not supported; convert it to RGB first")
@@ -238,6 +269,15 @@ def _opened(path: Path) -> tuple[Image.Image, "pyvips.Image"]:
         raise ImageError(f"{path}: cannot be read ({error.strerror}); check the name and its permissions") from error
     except Exception as error:  # broken headers: SyntaxError, ValueError, struct.error, pyvips.Error and more
         raise _damaged(path, error) from error
+
+
+def _readers(path: Path) -> tuple[type[Any], str]:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, readers in _READERS.items():
+        if start.startswith(magic):
+            return readers
+    raise ImageError(f"{path}: not a picture that can be streamed; give PNG, JPEG or TIFF")
 
 
 def _damaged(path: Path, error: Exception) -> ImageError:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class Workspace:
         """Compute the map tile by tile into a canvas and into its moments; its dtype."""
         channels, height, width = x.shape
         sweep = self.scratch.begin()
-        for region in list(regions(height, width, side or self.side(channels)))[sweep.done :]:
+        for region in islice(regions(height, width, side or self.side(channels)), sweep.done, None):
             tile = x.read(region)
             if with_moments:
                 sweep.moments.add(tile)

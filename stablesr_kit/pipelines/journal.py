@@ -118,7 +118,7 @@ class Journal:
             made_from = {"picture": sha256(source), **self.settings}
             if resume and path.exists():
                 refuse_other_settings(result, json.loads(path.read_bytes()), made_from)
-                for part in state.glob(".*.part"):  # of a process that was killed while it wrote
+                for part in state.glob(".*"):  # of a process that was killed while it wrote
                     part.unlink()
                 return
             shutil.rmtree(state, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Whatever people hold a picture in, as images, and images as pictures again."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.canvas import Readable, View, bands
+from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, bands
 from stablesr_kit.imaging.files import as_picture
+from stablesr_kit.imaging.streams import StreamedPicture
 from stablesr_kit.spaces import pixels_to_image, unit_to_image
 
 Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
@@ -35,6 +37,21 @@ def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
             f"canvases of shapes {shapes} are given, expected three channels and one size; call once per size"
         )
     return canvases
+
+
+def to_canvas(source: StreamedPicture, folder: Path | None = None) -> Canvas:
+    """Image (3, h, w) in [-1, 1] of a picture in a file, read by rows; `folder` as for any canvas.
+
+    Raises:
+        ImageError: the file is truncated or damaged.
+        OutputError: the disk is full.
+    """
+    canvas = Canvas(3, source.height, source.width, folder=folder)
+    top = 0
+    for band in source.bands():
+        canvas.write(Region(top, 0, top + len(band), source.width), to_image(band[..., :3]))
+        top += len(band)
+    return canvas
 
 
 def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> Iterator[np.ndarray]:
