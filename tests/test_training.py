@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.optimization import SchedulerType, get_scheduler
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.feature_wrapping import (
@@ -172,3 +173,27 @@ def test_records_are_cut_back_to_the_step_a_run_resumes_from(tmp_path: Path) -> 
         stream.write('{"step": 4, "a"')  # killed in the middle of a line
     StepRecords(file, 2).close()
     assert file.read_text() == before
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT])
+def test_a_named_schedule_is_the_one_that_diffusers_steps(name: str) -> None:
+    config = ExampleConfig(
+        output_dir="out", max_train_steps=12, lr_scheduler=name, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0
+    )
+    schedule = learning_rate_schedule(config, 3e-4)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    peer = get_scheduler(
+        name, optimizer, num_warmup_steps=3, num_training_steps=12, num_cycles=config.lr_num_cycles, power=2.0
+    )
+    for step in range(13):
+        assert schedule(step) == pytest.approx(peer.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        optimizer.step()
+        peer.step()
+
+
+def test_a_schedule_that_is_not_known_is_refused_with_those_that_are() -> None:
+    for name in ("linaer", "piecewise_constant"):
+        with pytest.raises(
+            ConfigError, match=f"'{name}' is unknown; use one of warmup_plateau_cosine, multistep, linear"
+        ):
+            learning_rate_schedule(ExampleConfig(output_dir="out", max_train_steps=1, lr_scheduler=name), 1.0)

@@ -14,6 +14,7 @@ from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.small_unet import build_small_scheduler
 
@@ -38,11 +39,11 @@ def main(config: AssembleConfig) -> None:
     """Write the pipeline to output_dir, its weights in float16."""
     cfw = None
     if config.pretrained_cfw is not None:
-        cfw = ControllableFeatureWrapping.from_pretrained(config.pretrained_cfw)
+        cfw = load_network(ControllableFeatureWrapping, config.pretrained_cfw, "pretrained_cfw")
     pipeline = StableSRPipeline(
-        vae=AutoencoderKL.from_pretrained(config.pretrained_vae),
-        unet=UNet2DConditionModel.from_pretrained(config.pretrained_unet),
-        adapter=StableSRAdapter.from_pretrained(config.pretrained_adapter),
+        vae=load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae"),
+        unet=load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet"),
+        adapter=load_network(StableSRAdapter, config.pretrained_adapter, "pretrained_adapter"),
         scheduler=build_small_scheduler(),
         cfw=cfw,
         default_steps=config.default_steps,

@@ -15,6 +15,7 @@ from tqdm import trange
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.training.config import ProgramConfig
 from stablesr_kit.training.data_options import PairOptions
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
@@ -39,7 +40,8 @@ def main(config: CacheConfig) -> None:
     """Write output_dir/latents.safetensors: hq (N, C, h, w) and lq (N, versions, C, h, w), float16."""
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = AutoencoderKL.from_pretrained(config.pretrained_vae).to(device, memory_format=torch.channels_last)
+    vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae")
+    vae.to(device, memory_format=torch.channels_last)
     pairs = open_pairs(config, config.seed, versions=config.versions)
 
     hq_latents, lq_latents = [], []

@@ -19,6 +19,7 @@ from stablesr_kit.imaging.files import read_picture
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_sources import list_photos
 from stablesr_kit.training.program import launch
 
@@ -39,7 +40,7 @@ class CodesConfig(ProgramConfig):
 def main(config: CodesConfig) -> None:
     """Write output_dir/codes.safetensors: per face, by its path without suffix, NAME/orig and NAME/hflip, (h, w)."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    vqgan = VQGAN.from_pretrained(config.pretrained_vqgan).to(accelerator.device).eval()
+    vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").to(accelerator.device).eval()
     size, folder = vqgan.config.image_size, Path(config.input_dir)
     paths = list_photos(folder)
     codes: dict[str, Tensor] = {}

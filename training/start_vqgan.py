@@ -73,6 +73,8 @@ def main(config: StartConfig) -> None:
         codebook_size=config.codebook_size,
         code_channels=config.code_channels,
     ).to(run.accelerator.device)
+    if config.gradient_checkpointing:
+        vqgan.enable_gradient_checkpointing()
     images = RandomCrops(crops)
     graft = GraftedVQGAN(vqgan, vae, torch.stack([images[i] for i in range(4)]).to(run.accelerator.device))
     graft.to(memory_format=torch.channels_last)

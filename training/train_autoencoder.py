@@ -13,6 +13,7 @@ from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.losses import reconstruction_loss
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
@@ -46,7 +47,7 @@ def main(config: AutoencoderConfig) -> None:
     if config.pretrained_vae is None:
         vae = build_small_autoencoder(config.block_out_channels, config.latent_channels, config.layers_per_block)
     else:
-        vae = AutoencoderKL.from_pretrained(config.pretrained_vae)
+        vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae")
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     network = Reconstruction(vae.to(memory_format=torch.channels_last).train())

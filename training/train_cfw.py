@@ -20,6 +20,7 @@ from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.pairs import RestoredCrops
 from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
@@ -63,7 +64,7 @@ def main(config: CFWConfig) -> None:
     crops = RestoredCrops(config.samples, config.resolution, config.seed)
 
     # only the fusion layers are trained
-    vae = AutoencoderKL.from_pretrained(config.pretrained_vae).to(memory_format=torch.channels_last)
+    vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae").to(memory_format=torch.channels_last)
     vae.requires_grad_(False).eval()
     if config.pretrained_cfw is None:
         cfw = ControllableFeatureWrapping.from_vae(
@@ -71,7 +72,7 @@ def main(config: CFWConfig) -> None:
         )
         start_fusion_silent(cfw)
     else:
-        cfw = ControllableFeatureWrapping.from_pretrained(config.pretrained_cfw)
+        cfw = load_network(ControllableFeatureWrapping, config.pretrained_cfw, "pretrained_cfw")
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
         cfw.enable_gradient_checkpointing()
@@ -107,7 +108,7 @@ def main(config: CFWConfig) -> None:
 
     cfw = run.averaged("cfw")
     if run.is_main and config.pretrained_cfw is not None:
-        interpolate(cfw, ControllableFeatureWrapping.from_pretrained(config.pretrained_cfw), config)
+        interpolate(cfw, load_network(ControllableFeatureWrapping, config.pretrained_cfw, "pretrained_cfw"), config)
     run.finish({"cfw": cfw})
 
 

@@ -14,6 +14,7 @@ from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.data_options import PhotoOptions
 from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
 from stablesr_kit.training.losses import reconstruction_loss
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
@@ -42,7 +43,7 @@ def main(config: DecoderConfig) -> None:
     images = RandomCrops(crops)
 
     # only the decoder is trained
-    vae = AutoencoderKL.from_pretrained(config.pretrained_vae).to(memory_format=torch.channels_last)
+    vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae").to(memory_format=torch.channels_last)
     vae.requires_grad_(False)
     for module in (vae.decoder, vae.post_quant_conv):
         if module is not None:
@@ -74,7 +75,7 @@ def main(config: DecoderConfig) -> None:
     # the result: the averaged decoder, mixed with the first one, beside the encoder it belongs to
     vae = run.averaged("vae")
     if run.is_main:
-        interpolate(vae, AutoencoderKL.from_pretrained(config.pretrained_vae), config)
+        interpolate(vae, load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae"), config)
     run.finish({"vae": vae})
 
 

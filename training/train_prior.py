@@ -15,6 +15,7 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.pairs import CachedLatents
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
@@ -50,12 +51,12 @@ def main(config: PriorConfig) -> None:
     if config.pretrained_unet is None:
         stock_unet = build_small_unet(config.block_out_channels)
     else:
-        stock_unet = UNet2DConditionModel.from_pretrained(config.pretrained_unet)
+        stock_unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
     unet = SFTUNet2DConditionModel.from_unet(stock_unet)
     if config.pretrained_adapter is None:
         adapter = build_small_adapter(unet, config.adapter_channels)
     else:
-        adapter = StableSRAdapter.from_pretrained(config.pretrained_adapter)
+        adapter = load_network(StableSRAdapter, config.pretrained_adapter, "pretrained_adapter")
     for network in (unet, adapter):
         network.to(memory_format=torch.channels_last).train()
         if config.gradient_checkpointing:

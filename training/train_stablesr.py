@@ -24,6 +24,7 @@ from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
+from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.pair_queue import PairQueueOptions, QueuedDegradation
 from stablesr_kit.training.pairs import CachedLatents
 from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
@@ -80,7 +81,7 @@ def main(config: StableSRConfig) -> None:
 
     # only the adapter is trained, through the UNet
     if config.pretrained_adapter is not None:
-        adapter = StableSRAdapter.from_pretrained(config.pretrained_adapter)
+        adapter = load_network(StableSRAdapter, config.pretrained_adapter, "pretrained_adapter")
     elif config.adapter_channels is not None:
         adapter = build_small_adapter(unet, config.adapter_channels)
     else:
@@ -144,9 +145,12 @@ def frozen_parts(config: StableSRConfig) -> tuple[SFTUNet2DConditionModel, Autoe
         if foundation.text_encoder is not None:
             no_text = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
         return foundation.unet, foundation.vae, noise_schedule(foundation.prediction.type), no_text
-    unet = SFTUNet2DConditionModel.from_unet(UNet2DConditionModel.from_pretrained(config.pretrained_unet))
-    vae = None if config.pretrained_vae is None else AutoencoderKL.from_pretrained(config.pretrained_vae)
-    return unet, vae, noise_schedule(config.prediction_type), None
+    assert config.pretrained_unet is not None  # the options see to it
+    stock_unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
+    vae = None
+    if config.pretrained_vae is not None:
+        vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae")
+    return SFTUNet2DConditionModel.from_unet(stock_unet), vae, noise_schedule(config.prediction_type), None
 
 
 def open_data(config: StableSRConfig, share: Share) -> CachedLatents | DegradedCrops | PairedCrops | RandomCrops:

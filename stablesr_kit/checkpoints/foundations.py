@@ -50,7 +50,7 @@ def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, optio
 
 def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
     """From a Stable Diffusion pipeline in diffusers' layout; nothing is fetched."""
-    parts = {part.name for part in folder.iterdir() if part.is_dir()}
+    parts = {part.name for part in folder.glob("*") if part.is_dir()}
     lacking = {"unet", "vae", "scheduler"} - parts
     if lacking:
         raise CheckpointError(

@@ -152,7 +152,10 @@ def load_config(kind: type[Config], arguments: Sequence[str]) -> Config:
     file = values.pop("config", None)
     merged: dict[str, Any] = {}
     if file is not None:
-        content = yaml.safe_load(Path(str(file)).read_text())
+        try:
+            content = yaml.safe_load(Path(str(file)).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {file} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{file} holds no `key: value` lines")
         merged |= content

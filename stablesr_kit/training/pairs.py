@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablesr_kit.errors import ConfigError
+from stablesr_kit.checkpoints.reading import read_checkpoint
+from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.spaces import pixels_to_image
 
@@ -16,12 +16,12 @@ from stablesr_kit.spaces import pixels_to_image
 class CachedLatents(Dataset[Pair]):
     """Random square parts of the latent pairs that cache_latents.py has written.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached.
+    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached,
+    CheckpointError for another file.
     """
 
     def __init__(self, file: str | Path, crop: int, seed: int) -> None:
-        tensors = load_file(file)
-        self.hq, self.lq = tensors["hq"], tensors["lq"]  # (N, C, h, w), (N, versions, C, h, w)
+        self.hq, self.lq = read_tensors(file, "hq", "lq")  # (N, C, h, w), (N, versions, C, h, w)
         if crop > min(self.hq.shape[-2:]):
             raise ConfigError(f"latent_crop={crop} is larger than the cached latents, {tuple(self.hq.shape[-2:])}")
         self.crop = crop
@@ -47,12 +47,12 @@ class RestoredCrop(NamedTuple):
 class RestoredCrops(Dataset[RestoredCrop]):
     """Random square parts of the samples that generate_cfw_data.py has written.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError when the parts do not fit the samples.
+    Item i is a function of (seed, i) alone. Raises ConfigError when the parts do not fit the samples,
+    CheckpointError for another file.
     """
 
     def __init__(self, file: str | Path, crop_px: int, seed: int) -> None:
-        tensors = load_file(file)
-        self.hq, self.lq, self.latents = tensors["hq"], tensors["lq"], tensors["latents"]
+        self.hq, self.lq, self.latents = read_tensors(file, "hq", "lq", "latents")
         side_px = min(self.hq.shape[1:3])
         self.factor = side_px // self.latents.shape[-1]
         if crop_px % self.factor or crop_px > side_px:
@@ -72,3 +72,12 @@ class RestoredCrops(Dataset[RestoredCrop]):
             self.latents[which, :, top : top + size, left : left + size].float(),
             pixels_to_image(self.hq[which, rows, columns].numpy())[0],
         )
+
+
+def read_tensors(file: str | Path, *names: str) -> list[Tensor]:
+    """The tensors of these names in a weight file. Raises CheckpointError when there is one too few or no such file."""
+    content = read_checkpoint(file).content
+    tensors = [tensor for tensor in map(content.get, names) if isinstance(tensor, Tensor)]
+    if len(tensors) < len(names):
+        raise CheckpointError(f"{file} holds {', '.join(content)}; expected {', '.join(names)}, as the programs write")
+    return tensors
