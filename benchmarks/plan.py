@@ -8,6 +8,7 @@ Prints one JSON object.
 
 import argparse
 import json
+from dataclasses import asdict
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,7 +19,7 @@ from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.memory_plan import GIB, MemoryPlan, Planner
-from stablesr_kit.pipelines.planner import choose_tiling
+from stablesr_kit.pipelines.planner import LARGEST_BATCH, VAE_TILES_PX, tilings
 
 
 def main() -> None:
@@ -40,9 +41,7 @@ def main() -> None:
                 "max_memory_gib": arguments.max_memory,
                 "dtype": arguments.dtype,
                 "steps": arguments.steps,
-                "tile_latents": plan.tiling.tile,
-                "overlap_latents": plan.tiling.overlap,
-                "tile_batch_size": plan.tiling.batch_size,
+                "tiling": plan.tiling and asdict(plan.tiling),
                 "vae_tile_px": plan.vae_tile_px,
                 "peak_gib": round(plan.peak_bytes / GIB, 3),
                 "tflops": round(plan.flops / 1e12),
@@ -58,11 +57,13 @@ def full_size_plan(height: int, width: int, budget_bytes: int, dtype: torch.dtyp
         vae = AutoencoderKL(**SD21_VAE)
         unet = SFTUNet2DConditionModel(**SD21_UNET)
         networks = vae, unet, StableSRAdapter.from_unet(unet), ControllableFeatureWrapping.from_vae(vae)
-    tiling = choose_tiling(unet, height // 8, width // 8, 8)
-    if tiling is None:
-        raise ValueError(f"{height} x {width} px are restored as a whole; give a larger --size")
     return Planner(*(nn.Module.to(network, dtype) for network in networks)).plan(
-        height, width, tiling, steps, budget_bytes
+        height,
+        width,
+        tilings(unet, height // 8, width // 8, 8, batch_size=LARGEST_BATCH),
+        steps,
+        budget_bytes,
+        vae_tiles_px=VAE_TILES_PX,
     )
 
 

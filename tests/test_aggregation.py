@@ -30,7 +30,7 @@ SCHEDULERS = [SpacedDDPMScheduler, SpacedDDIMScheduler, DDIMScheduler, DPMSolver
 SCHEDULERS += [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler]
 SCHEDULERS += [UniPCMultistepScheduler]
 PICTURE = tiny_picture(18, 25)  # a canvas of 18 x 26 latents
-TILED = {"tile_px": 48, "overlap_px": 16}
+TILED = {"tile_px": 48, "overlap_px": 16, "vae_tile_px": 512}
 
 
 def run(pipeline: Any, picture: Tensor = PICTURE, **arguments: Any) -> Tensor:

@@ -40,7 +40,7 @@ def test_a_saved_step_leads_to_the_same_bits(scheduler: Any, tile_px: Any, tmp_p
     pipeline = tiny_pipeline()
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "tile_px": tile_px, "output_type": "latent"}
+    options = {"num_inference_steps": 4, "tile_px": tile_px, "vae_tile_px": 512, "output_type": "latent"}
     generator = seeded(3)
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_saved_step_leads_to_the_same_bits(scheduler: Any, tile_px: Any, tmp_p
 def test_tiles_that_were_halved_stay_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "tile_px": 32, "output_type": "latent"}
+    options = {"num_inference_steps": 4, "tile_px": 32, "vae_tile_px": 512, "output_type": "latent"}
     predict, largest = pipeline.predict, []
 
     def lacking_memory_at_the_second_step(**arguments: Any) -> torch.Tensor:

@@ -1,20 +1,30 @@
 """What the planner predicts is what runs need; budgets choose tiles, and are refused where nothing fits."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.plan import full_size_plan
-from stablesr_kit.errors import ConfigError
+from stablesr_kit.errors import ConfigError, JobError
 from stablesr_kit.imaging.canvas import Canvas
+from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.aggregation import LatentTiling
-from stablesr_kit.pipelines.costs import LiveBytes, coding_costs, prediction_cost, without_values
-from stablesr_kit.pipelines.memory_plan import GIB, Planner, measured_rate
+from stablesr_kit.pipelines.costs import (
+    LiveBytes,
+    approximate_coding_costs,
+    coding_costs,
+    prediction_cost,
+    whole_coding_costs,
+    without_values,
+)
+from stablesr_kit.pipelines.memory_plan import MemoryPlan, Planner, measured_rate
+from stablesr_kit.pipelines.planning import parsed_bytes
 from stablesr_kit.pipelines.sampling import Sampling
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder
-from tests.tiny import tiny_pipeline, tiny_vae, unit_noise
+from tests.tiny import seeded, tiny_picture, tiny_pipeline, tiny_vae, unit_noise
 
 PIPELINE = tiny_pipeline(with_text=False)
 F32 = torch.float32
@@ -50,13 +60,13 @@ def test_a_prediction_holds_what_was_counted_without_values(batch_size: int, bra
 @pytest.mark.parametrize("window", [None, 8])
 def test_tiled_coding_holds_what_was_counted_without_values(tile_px: int, window: int | None, tmp_path: Path) -> None:
     vae, cfw = PIPELINE.vae, PIPELINE.cfw
-    counted = coding_costs(without_values(vae, F32), without_values(cfw, F32), 256, 192, tile_px, window)
+    counted = coding_costs(without_values(vae, F32), without_values(cfw, F32), 128, 96, tile_px, window)
     attention = "global" if window is None else "windowed"
     coder = TiledAutoencoder(
         vae, cfw, tile_px=tile_px, attention=cast(AttentionMode, attention), window=window or 64, folder=tmp_path
     )
-    image = Canvas.from_tensor(unit_noise(1, 3, 256, 192), tmp_path)
-    z = Canvas.from_tensor(unit_noise(1, 4, 64, 48), tmp_path)
+    image = Canvas.from_tensor(unit_noise(1, 3, 128, 96), tmp_path)
+    z = Canvas.from_tensor(unit_noise(1, 4, 32, 24), tmp_path)
     with LiveBytes() as encoding:
         _, features = coder.encode_with_features(image, cfw.config.levels)
     with LiveBytes() as decoding:
@@ -73,20 +83,120 @@ def test_global_attention_costs_the_square_of_the_picture_and_windows_its_size()
     assert large == pytest.approx(16 * small, rel=0.05)
 
 
-def test_a_smaller_budget_gives_smaller_tiles_and_keeps_to_itself() -> None:
-    wanted = LatentTiling(tile=(64, 64), overlap=16)
-    plans = [planner().plan(512, 512, wanted, 2, budget) for budget in (GIB, GIB // 16, GIB // 128)]
-    for plan, budget in zip(plans, (GIB, GIB // 16, GIB // 128), strict=True):
-        assert plan.peak_bytes <= budget
-    sizes = [(plan.tiling.tile[0] ** 2 * plan.tiling.batch_size, plan.vae_tile_px) for plan in plans]
-    assert sizes[0] > sizes[1] > sizes[2]
-    assert "\n" not in str(plans[0]) and "GiB on the device" in str(plans[0])
+def test_coding_a_small_picture_whole_holds_what_was_counted_without_values() -> None:
+    vae, cfw = PIPELINE.vae, PIPELINE.cfw
+    *counted, kept = whole_coding_costs(without_values(vae, F32), without_values(cfw, F32), 64, 96, 2)
+    image, z = unit_noise(2, 3, 64, 96), unit_noise(2, 4, 16, 24)
+    with torch.no_grad(), LiveBytes() as encoding:
+        _, features = encode_with_features(vae, image, cfw.config.levels)
+    assert kept == sum(one.nbytes for one in features.values())
+    with torch.no_grad(), LiveBytes() as decoding:
+        decode_with_features(vae, cfw, z, features, 0.5)
+    for cost, peak in zip(counted, (encoding.peak, decoding.peak + kept), strict=True):
+        assert cost.peak_bytes == pytest.approx(peak, rel=0.1)
 
 
-def test_a_budget_too_small_for_anything_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"^0\.00 GiB of memory[^\n]* are too few, expected at least") as error:
-        planner().plan(512, 512, LatentTiling(tile=(64, 64), overlap=16), 2, 2**20)
-    assert "\n" not in str(error.value)
+def test_coding_in_approximate_tiles_holds_what_was_counted_without_values(tmp_path: Path) -> None:
+    vae, cfw = PIPELINE.vae, PIPELINE.cfw
+    counted = approximate_coding_costs(without_values(vae, F32), without_values(cfw, F32), 256, 192, 128)
+    coder = TiledAutoencoder(vae, cfw, tile_px=128, mode="approximate", folder=tmp_path)
+    image = Canvas.from_tensor(unit_noise(1, 3, 256, 192), tmp_path)
+    with LiveBytes() as encoding:
+        _, features = coder.encode_with_features(image, cfw.config.levels)
+    with LiveBytes() as decoding:
+        coder.decode(unit_noise(1, 4, 64, 48), features, 0.5)
+    for cost, live in zip(counted, (encoding, decoding), strict=True):
+        assert live.peak / 2 < cost.peak_bytes <= live.peak  # which counts the canvases of one tile, in memory, too
+
+
+def test_a_smaller_limit_gives_smaller_tiles_of_the_autoencoder_before_smaller_latents() -> None:
+    limits = [40 * 10**6, 17 * 10**6, 13 * 10**6, 6 * 10**6]
+    plans = [PIPELINE.plan(256, 256, max_memory=limit) for limit in limits]
+    for plan, limit in zip(plans, limits, strict=True):
+        assert plan.peak_bytes <= limit == plan.max_memory
+        assert plan.tiling == LatentTiling(tile=(16, 16), overlap=4)
+        assert not plan.is_reduced
+    assert [plan.vae_tile_px for plan in plans] == [512, 256, 128, 64]
+    assert "\n" not in str(plans[0])
+    assert "1 at once, autoencoder tiles of 512 px, at most" in str(plans[0])
+
+
+def test_where_the_latents_do_not_fit_smaller_ones_are_taken_and_said_to_change_the_picture() -> None:
+    whole = PIPELINE.plan(128, 128, w=0)
+    assert (whole.tiling, whole.vae_tile_px, whole.max_memory) == (None, None, None)
+    tiled = PIPELINE.plan(128, 128, w=0, max_memory="4.2MB")
+    assert tiled.is_reduced
+    assert tiled.tiling is not None
+    assert max(tiled.tiling.tile) < 32
+    assert "memory forces smaller tiles of latents than usual, which changes the picture" in str(tiled)
+
+
+def test_what_is_given_is_kept_to_or_refused_in_one_line() -> None:
+    given = {"tile_px": 64, "overlap_px": 8, "vae_tile_px": 96}
+    for limit in ("1GiB", "13MB"):
+        plan = PIPELINE.plan(256, 256, max_memory=limit, **given)
+        assert (plan.tiling, plan.vae_tile_px) == (LatentTiling(tile=(16, 16), overlap=2), 96)
+    for refused in ({"vae_tile_px": 512}, {"tile_px": "none"}, {"tile_px": 256}):
+        with pytest.raises(ConfigError, match=r"^8\.6 MiB of memory are too little, expected .* smaller") as error:
+            PIPELINE.plan(256, 256, max_memory="9MB", **refused)
+        assert "\n" not in str(error.value)
+
+
+def test_a_limit_too_small_for_anything_is_refused_in_one_line_and_too_little_free_memory_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"^1\.0 MiB of memory[^\n]* are weights\); allow more"):
+        PIPELINE.plan(256, 256, max_memory=2**20)
+    tried = planner().plan(64, 64, [LatentTiling(tile=(8, 8))], 1, 2**20, vae_tiles_px=[64], is_limit=False)
+    assert tried.peak_bytes > 2**20
+
+
+@pytest.mark.parametrize("size", ["6", "six GB", "-1GB", "6XB", "infGB", "nanGB"])
+def test_a_limit_that_is_no_size_is_refused_in_one_line(size: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^max_memory='{size}' is given, expected bytes or a size such as '6GB'"):
+        PIPELINE.plan(64, 64, max_memory=size)
+
+
+def test_sizes_are_decimal_or_binary_whatever_their_case() -> None:
+    sizes = ["6GB", "6gb", "6GiB", "1.5 MB", 7]
+    assert [parsed_bytes(size) for size in sizes] == [6 * 10**9, 6 * 10**9, 6 * 2**30, 1_500_000, 7]
+
+
+def test_a_plan_is_read_as_it_was_saved_and_damage_is_one_line(tmp_path: Path) -> None:
+    for plan in (PIPELINE.plan(256, 256, max_memory="40MB"), PIPELINE.plan(64, 64)):
+        plan.save(tmp_path / "plan.json")
+        assert MemoryPlan.load(tmp_path / "plan.json") == plan
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(JobError, match=r"plan\.json: the plan cannot be read .*; start again") as error:
+            MemoryPlan.load(tmp_path / "plan.json")
+        assert "\n" not in str(error.value)
+
+
+def test_a_call_keeps_to_its_limit_and_gives_the_same_picture(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, picture = tiny_pipeline(with_text=False), tiny_picture(64, 64)
+
+    def restored(**options: Any) -> Tensor:
+        return pipeline(picture, generator=seeded(0), output_type="pt", **options).images
+
+    expected = restored(tile_px=64, vae_tile_px=512)
+    torch.testing.assert_close(restored(max_memory="6MB"), expected, atol=1e-4, rtol=0)
+    assert pipeline.vae_tile_px == 64
+    assert not caplog.messages
+    picture = tiny_picture(32, 32)
+    plan = pipeline.plan(128, 128, max_memory="4.2MB", w=0)
+    reduced = restored(max_memory="4.2MB", w=0)
+    assert len(caplog.messages) == 1
+    assert "memory forces smaller tiles of latents than usual" in caplog.messages[0]
+    assert torch.equal(restored(plan=plan, w=0), reduced)
+
+
+def test_a_small_picture_is_whole_without_a_limit_and_may_be_coded_in_tiles_under_one() -> None:
+    pipeline, picture = tiny_pipeline(with_text=False), tiny_picture(24, 24)
+    options = {"output_type": "pt", "w": 0.5}
+    whole = pipeline(picture, generator=seeded(0), **options).images
+    assert (pipeline.tiling, pipeline.vae_tile_px) == (LatentTiling(tile=(24, 24)), None)
+    coded_in_tiles = pipeline(picture, generator=seeded(0), max_memory="4MB", **options).images
+    assert (pipeline.tiling, pipeline.vae_tile_px) == (LatentTiling(tile=(24, 24)), 64)
+    torch.testing.assert_close(coded_in_tiles, whole, atol=1e-4, rtol=0)
 
 
 def test_full_size_networks_restore_24_megapixels_in_eight_gigabytes() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model, load_face_model, tell_faces
+from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory, plan_for
 from stablesr_kit.cli.messages import failing_in_one_line, loading, quieten_libraries, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, run
 from stablesr_kit.cli.processes import local_index, share_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 LESS_MEMORY = "restore with a smaller --tile or --scale"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PLANNED = ("w", "num_inference_steps", "guidance_scale", "tile_px", "overlap_px", "vae_mode", "max_memory")
 
 
 def restore(
@@ -64,6 +66,10 @@ def restore(
         Literal["exact", "approximate"],
         typer.Option(help="How the tiles of a large picture are coded; approximate needs less memory and disk."),
     ] = "exact",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What the device may hold, such as 6GB.", show_default="what is free"),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
@@ -90,6 +96,7 @@ def restore(
     """
     first = parse_start(start)
     tile_px = parse_tile(tile, tile_overlap)
+    allowed = parse_max_memory(max_memory)
     check_numbers(scale, w, steps, guidance_scale)
     check_face_w(face_w, "--face-w")
     face_model = choose_face_model(codeformer, "--codeformer", beside=model) if face == "codeformer" else None
@@ -114,6 +121,8 @@ def restore(
                 make_folder(jobs[0].target.parent)
                 torch_device = choose_device(device)
                 torch_dtype = choose_dtype(dtype, torch_device)
+                if dtype == "auto":
+                    torch_dtype = dtype_that_fits(torch_dtype, find_model(model), torch_device, allowed)
                 settings = {
                     "version": __version__,
                     "model": sha256(find_model(model)),
@@ -137,7 +146,8 @@ def restore(
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
                 picture = open_job(job, scale, huge)
                 with journal.in_progress(job.source, job.target, resume) as state:
-                    call = resumable(pipeline, state, seeded(seed), {**options, "post_stages": stages})
+                    extra = {"post_stages": stages, "max_memory": allowed}
+                    call = resumable(pipeline, state, seeded(seed), {**options, **extra})
                     restore_file(job, picture, call, state)
                     for stage in stages:
                         tell_faces(job.source, stage, stage.reports[0])
@@ -280,7 +290,8 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
 def resumable(
     pipeline: "StableSRPipeline", folder: Path, generator: "torch.Generator", options: dict[str, Any]
 ) -> Callable[["Image.Image | Readable", "OutputType"], Any]:
-    """Restores a picture; what is coded and sampled is saved in the folder, from where another run goes on."""
+    """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
+    from stablesr_kit.pipelines.coding import scaled_size
     from stablesr_kit.pipelines.sampling_state import SamplingState
 
     saved = folder / "sampling.pt"
@@ -294,10 +305,14 @@ def resumable(
 
     def call(image: "Image.Image | Readable", output_type: "OutputType") -> Any:
         state = SamplingState.load(saved) if saved.exists() else None
+        planned = {name: options[name] for name in PLANNED}
+        size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
+        plan = plan_for(pipeline, *scaled_size(*size, options["scale"]), planned, folder / "plan.json")
         return pipeline(
             image,
             generator=generator,
             state=state,
+            plan=plan,
             record=folder,
             output_type=output_type,
             callback_on_step_end=save,

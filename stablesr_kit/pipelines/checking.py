@@ -35,7 +35,7 @@ class InputChecks(DiffusionPipeline):
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
         callback_on_step_end_tensor_inputs: list[str],
-        tile_batch_size: int = 1,
+        tile_batch_size: int | None = None,
         has_post_stages: bool = False,
     ) -> None:
         """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
@@ -63,7 +63,7 @@ class InputChecks(DiffusionPipeline):
             raise ValueError(f"num_inference_steps={num_inference_steps} is given, expected at least 1")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} is given, expected at least 1")
-        if not isinstance(tile_batch_size, int) or tile_batch_size < 1:
+        if tile_batch_size is not None and (not isinstance(tile_batch_size, int) or tile_batch_size < 1):
             raise ValueError(f"tile_batch_size={tile_batch_size!r} is given, expected at least 1")
         if not (start in ("lq", "noise") or (isinstance(start, int) and start >= 0)):
             raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")

@@ -22,7 +22,7 @@ from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.memory import is_out_of_memory
 from stablesr_kit.pipelines.pictures import to_pil
-from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode
+from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode, smallest_tile_px
 from stablesr_kit.spaces import from_latent, to_latent
 
 logger = logging.getLogger(__name__)
@@ -43,18 +43,22 @@ class ImageCoding(DiffusionPipeline):
     ) -> Readable:
         """The image resized bicubically to the result's size: scale times its own (default 4), or height x width."""
         if height is None or width is None:
-            scale = 4.0 if scale is None else scale
-            height, width = (max(round(side * scale), 1) for side in image.shape[1:])
+            height, width = scaled_size(image.shape[1], image.shape[2], scale)
         return resized(image, height, width)
 
     def pad(self, image: Readable) -> Readable:
-        """The image continued by reflection to a size that every level of the networks divides evenly.
+        """The image continued by reflection to its `padded_size`."""
+        return Padded(image, *self.padded_size(*image.shape[1:]))
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the canvas for a result of height x width: every level of the networks halves them.
 
         At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
         """
         multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         smallest = max(self.config.min_size_px, 2 * multiple)
-        return Padded(image, *(math.ceil(max(side, smallest) / multiple) * multiple for side in image.shape[1:]))
+        padded_height, padded_width = (math.ceil(max(side, smallest) / multiple) * multiple for side in (height, width))
+        return padded_height, padded_width
 
     def prepare_autoencoder(
         self,
@@ -106,6 +110,8 @@ class ImageCoding(DiffusionPipeline):
                     for i, one in enumerate(images)
                 ]
                 moments = torch.cat([canvas.to_tensor() for canvas, _ in coded])
+                if generator is not None:  # it may only draw on the device
+                    moments = moments.to(self._execution_device)
                 features = [canvases for _, canvases in coded]
             z = DiagonalGaussianDistribution(moments.repeat_interleave(num_images_per_prompt, dim=0)).sample(generator)
         return to_latent(z, self.vae).to(self.unet.dtype), features
@@ -197,18 +203,24 @@ def repeated(images: list[Readable], count: int) -> list[Readable]:
     return [one for one in images for _ in range(count)]
 
 
+def scaled_size(height: int, width: int, scale: float | None = None) -> tuple[int, int]:
+    """Height and width of the result for a picture of height x width; scale=None is 4."""
+    scaled_height, scaled_width = (max(round(side * (4.0 if scale is None else scale)), 1) for side in (height, width))
+    return scaled_height, scaled_width
+
+
 def _numbered(record: Path | None, name: str, index: int) -> Path | None:
     return None if record is None else record / f"{name}-{index}"
 
 
 def in_memory(autoencoder: TiledAutoencoder, code: Callable[[], Coded]) -> Coded:
-    """What `code` returns; where memory lacks, tiles are halved, down to 64 pixels, and it starts again."""
+    """What `code` returns; where memory lacks, tiles are halved, down to the smallest, and it starts again."""
     while True:
         try:
             return code()
         except (RuntimeError, MemoryError) as error:
             half = autoencoder.tile_px // 2
-            if half < 64 or not is_out_of_memory(error):
+            if half < smallest_tile_px(autoencoder.vae, autoencoder.mode) or not is_out_of_memory(error):
                 raise
             logger.warning("not enough memory for tiles of %d pixels; going on with %d", autoencoder.tile_px, half)
             autoencoder.tile_px = half

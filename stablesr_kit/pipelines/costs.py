@@ -1,8 +1,9 @@
 """What networks cost, counted by running them without values: bytes alive at once, and floating-point operations."""
 
+import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Self, cast
 
@@ -16,12 +17,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.models.feature_wrapping import (
+    ControllableFeatureWrapping,
+    decode_with_features,
+    encode_with_features,
+)
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.autoencoder_maps import decoded, encoded
 from stablesr_kit.pipelines.feature_maps import FeatureMap, Workspace
 from stablesr_kit.pipelines.moments import sums_of
 from stablesr_kit.pipelines.sampling import Sampling
+from stablesr_kit.pipelines.tiled_autoencoder import APPROXIMATE_HALO, SAMPLED_PATCH, SAMPLED_PATCHES
 
 META = torch.device("meta")
 
@@ -61,8 +67,9 @@ class LiveBytes(TorchDispatchMode):
 
 def without_values(network: Any, dtype: torch.dtype) -> Any:
     """The network of the same config on the meta device, where it computes shapes only."""
+    kind = type(getattr(network, "_orig_mod", network))  # of what torch.compile wraps
     with META:
-        built: ModelMixin = type(network).from_config(network.config)
+        built: ModelMixin = kind.from_config(network.config)
     return nn.Module.to(built, dtype).eval()
 
 
@@ -108,6 +115,48 @@ def coding_costs(
     decoding = _OneTilePerMap.for_(vae, tile_px)
     decoded(vae, cfw, z, features, 1.0, decoding, window)
     return encoding.cost, decoding.cost
+
+
+def approximate_coding_costs(
+    vae: AutoencoderKL,
+    cfw: ControllableFeatureWrapping | None,
+    height: int,
+    width: int,
+    tile_px: int,
+    window: int | None = None,
+) -> tuple[Cost, Cost]:
+    """As `coding_costs` in the approximate mode: exact tiles of the sample, then each tile through all layers."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    longest = SAMPLED_PATCHES * SAMPLED_PATCH * factor
+    sample = coding_costs(vae, cfw, min(height, longest), min(width, longest), tile_px, window)
+    side = tile_px // factor - 2 * APPROXIMATE_HALO
+    tiles = math.ceil(height / factor / side) * math.ceil(width / factor / side)
+    tile = coding_costs(vae, cfw, min(height, tile_px), min(width, tile_px), max(height, width))
+    encoding, decoding = (
+        Cost(peak_bytes=max(one.peak_bytes, other.peak_bytes), flops=one.flops + tiles * other.flops)
+        for one, other in zip(sample, tile, strict=True)
+    )
+    return encoding, decoding
+
+
+@torch.no_grad()
+def whole_coding_costs(
+    vae: AutoencoderKL, cfw: ControllableFeatureWrapping | None, height: int, width: int, pictures: int = 1
+) -> tuple[Cost, Cost, int]:
+    """As `coding_costs` without tiles, for several pictures at once, and the bytes that CFW's features keep between."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    levels = tuple(cfw.config.levels) if cfw is not None else ()
+    image = torch.empty(pictures, vae.config.in_channels, height, width, dtype=vae.dtype, device=META)
+    size = height // factor, width // factor
+    z = torch.empty(pictures, vae.config.latent_channels, *size, dtype=vae.dtype, device=META)
+    features: dict[int, Tensor] = {}
+    encoding = _counted(lambda: features.update(encode_with_features(vae, image, levels)[1]))
+    if cfw is None:
+        decoding = _counted(lambda: vae.decode(z))
+    else:
+        decoding = _counted(lambda: decode_with_features(vae, cfw, z, features, 1.0))
+    kept = sum(one.nbytes for one in features.values())
+    return encoding, replace(decoding, peak_bytes=decoding.peak_bytes + kept), kept
 
 
 def _counted(run: Callable[[], object]) -> Cost:

@@ -1,5 +1,6 @@
 """Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
 
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 from stablesr_kit.errors import ModelNotFoundError
 
@@ -50,6 +52,20 @@ def resolve_model(
             f"{folder} is a file, expected a pipeline folder; make one with `stablesr convert {folder} -o DIR`"
         )
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+
+
+def parameter_count(folder: Path) -> int:
+    """Numbers in the weight files of a model's folder, variants left out, from their headers alone."""
+    files = [path for path in folder.glob("*/*.safetensors") if len(path.suffixes) == 1]
+    return sum(_numbers(path) for path in files)
+
+
+def _numbers(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except (OSError, SafetensorError):
+        return 0  # loading it says what is wrong
 
 
 def _download(repository: str, variant: str | None, hub_arguments: dict[str, Any]) -> Path:

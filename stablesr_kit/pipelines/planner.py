@@ -1,6 +1,7 @@
 """What a call does with a canvas: whole or in tiles, how large, how many at once."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from diffusers import UNet2DConditionModel
@@ -8,6 +9,9 @@ from diffusers import UNet2DConditionModel
 from stablesr_kit.pipelines.aggregation import LatentTiling
 
 TileSize = Literal["auto", "none"] | int
+
+LARGEST_BATCH = 8
+VAE_TILES_PX = (512, 256, 128, 64)
 
 
 def native_tile(unet: UNet2DConditionModel) -> int:
@@ -53,6 +57,35 @@ def choose_tiling(
     if fits:
         return None
     return LatentTiling(tile=(tile, tile), overlap=overlap, batch_size=batch_size)
+
+
+def tilings(
+    unet: UNet2DConditionModel,
+    height: int,
+    width: int,
+    pixels_per_latent: int,
+    tile_px: TileSize = "auto",
+    overlap_px: int | None = None,
+    batch_size: int = 1,
+) -> Iterator[LatentTiling | None]:
+    """The tiling that `choose_tiling` chooses, and then those that take less and less memory.
+
+    First the batch is halved and then, with tile_px="auto" only, the tile: that changes the picture.
+    """
+    tiling = choose_tiling(unet, height, width, pixels_per_latent, tile_px, overlap_px, batch_size)
+    yield tiling
+    if tiling is None and tile_px == "auto":
+        native = native_tile(unet)
+        overlap = native // 4 if overlap_px is None else checked_overlap(overlap_px, native, pixels_per_latent)
+        tiling = LatentTiling(tile=(min(native, height), min(native, width)), overlap=overlap, batch_size=batch_size)
+        if tiling.tile != (height, width):
+            yield tiling
+    while tiling is not None:
+        smaller = tiling.halved(tile_multiple(unet))
+        if smaller is None or (tile_px != "auto" and smaller.tile != tiling.tile):
+            return
+        yield smaller
+        tiling = smaller
 
 
 def checked_tile(tile_px: object, multiple: int, pixels_per_latent: int) -> int:

@@ -94,6 +94,28 @@ def batch_size_of(pictures: int, prompt: str | list[str] | None, prompt_embeds: 
     return max(pictures, prompts)
 
 
+def embeds_of_batch(
+    prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None, batch_size: int, num_images_per_prompt: int
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings for all results of a call, with guidance the negative ones first, and those once more.
+
+    Arguments as `expand_batch`; negative_prompt_embeds: None without guidance.
+
+    Raises:
+        ValueError: another number of prompts, or negative ones of another shape.
+    """
+    prompt_embeds = expand_batch(prompt_embeds, batch_size, num_images_per_prompt)
+    if negative_prompt_embeds is None:
+        return prompt_embeds, None
+    negative_prompt_embeds = expand_batch(negative_prompt_embeds, batch_size, num_images_per_prompt)
+    if negative_prompt_embeds.shape != prompt_embeds.shape:
+        raise ValueError(
+            f"prompt_embeds of shape {tuple(prompt_embeds.shape[1:])} and negative_prompt_embeds of shape "
+            f"{tuple(negative_prompt_embeds.shape[1:])} are given; give both, padded to one length"
+        )
+    return torch.cat([negative_prompt_embeds, prompt_embeds]), negative_prompt_embeds
+
+
 def expand_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:
     """Embeddings (batch_size, tokens, channels), of one prompt for all results or of one per picture.
 

@@ -1,6 +1,7 @@
 """StableSRPipeline: restore and enlarge photographs with the prior of a frozen Stable Diffusion (Wang et al. 2023)."""
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +30,19 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
-from stablesr_kit.pipelines.coding import Generators, ImageCoding, PostStage, repeated
+from stablesr_kit.pipelines.coding import Generators, PostStage, repeated
 from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.pipelines.memory_plan import MemoryPlan
 from stablesr_kit.pipelines.pictures import Picture, as_readables
-from stablesr_kit.pipelines.planner import TileSize, choose_tiling, tile_multiple
-from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, expand_batch
+from stablesr_kit.pipelines.planner import TileSize, tile_multiple
+from stablesr_kit.pipelines.planning import Planning
+from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, embeds_of_batch
+from stablesr_kit.pipelines.running_call import RunningCall
 from stablesr_kit.pipelines.sampling import Sampling
 from stablesr_kit.pipelines.sampling_state import SamplingState
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TilingMode
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -65,7 +71,7 @@ class StableSRPipelineOutput(BaseOutput):
 
 
 class StableSRPipeline(
-    InputChecks, PromptEncoding, ImageCoding, Sampling, StableDiffusionMixin, StableDiffusionLoraLoaderMixin
+    RunningCall, InputChecks, PromptEncoding, Planning, Sampling, StableDiffusionMixin, StableDiffusionLoraLoaderMixin
 ):
     """Restores and enlarges photographs: an adapter steers a frozen UNet, CFW carries the input into the decoder.
 
@@ -146,46 +152,6 @@ class StableSRPipeline(
         """
         return cls(**convert_checkpoint(checkpoint, **kwargs))
 
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the running call; a callback may change it through `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call evaluates the UNet for the negative prompt as well."""
-        return self._guidance_scale > 1
-
-    @property
-    def clip_skip(self) -> int | None:
-        """Layers of the text encoder that the running call skips."""
-        return self._clip_skip
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Arguments of the attention processors in the running call."""
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of timesteps of the running call."""
-        return self._num_timesteps
-
-    @property
-    def tiling(self) -> LatentTiling:
-        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
-        return self._aggregation.tiling
-
-    @property
-    def vae_tile_px(self) -> int | None:
-        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
-        return self._vae_tile_px
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call skips its remaining steps; a callback sets it through `_interrupt`."""
-        return self._interrupt
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -216,13 +182,15 @@ class StableSRPipeline(
         clip_skip: int | None = None,
         tile_px: TileSize = "auto",
         overlap_px: int | None = None,
-        tile_batch_size: int = 1,
+        tile_batch_size: int | None = None,
         tile_jitter: bool = False,
-        vae_tile_px: int = 512,
+        vae_tile_px: int | None = None,
         vae_mode: TilingMode = "exact",
         vae_attention: AttentionMode = "global",
         canvas_folder: Path | None = None,
         record: Path | None = None,
+        max_memory: int | str | None = None,
+        plan: MemoryPlan | None = None,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
@@ -257,15 +225,18 @@ class StableSRPipeline(
             tile_px: side of the tiles a large picture is sampled in, in pixels of the result; "auto" takes the size
                 the UNet was trained on, and leaves pictures of up to four times its area whole; "none" never tiles.
             overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
-            tile_batch_size: tiles the networks take at once, on devices that gain by it.
+            tile_batch_size: tiles the networks take at once, on devices that gain by it; None as many as fit.
             tile_jitter: moves the tiles at every step, so that no border stays in place.
-            vae_tile_px: side of the tiles the autoencoder and CFW take if the picture is tiled; the result does not
-                depend on it.
+            vae_tile_px: side of the tiles the autoencoder and CFW take, on which the result does not depend; None is
+                what fits, and small pictures whole.
             vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, in less memory.
             vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
             canvas_folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
             record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call
                 with the same arguments goes on where another one was killed, to the bit. None records nothing.
+            max_memory: what the device may hold, in bytes or as "6GB"; None is what is free on it. If it is too little
+                for the tiles of "auto", smaller ones are taken, which changes the picture, and a warning says so.
+            plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them now.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -336,31 +307,37 @@ class StableSRPipeline(
         batch_size *= num_images_per_prompt
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
-        prompt_embeds = expand_batch(prompt_embeds, batch_size, num_images_per_prompt)
-        if negative_prompt_embeds is not None:
-            negative_prompt_embeds = expand_batch(negative_prompt_embeds, batch_size, num_images_per_prompt)
-            if negative_prompt_embeds.shape != prompt_embeds.shape:
-                raise ValueError(
-                    f"prompt_embeds of shape {tuple(prompt_embeds.shape[1:])} and negative_prompt_embeds of shape "
-                    f"{tuple(negative_prompt_embeds.shape[1:])} are given; give both, padded to one length"
-                )
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        prompt_embeds, negative_prompt_embeds = embeds_of_batch(
+            prompt_embeds, negative_prompt_embeds, batch_size, num_images_per_prompt
+        )
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
-        tiling = choose_tiling(
-            self.unet,
-            canvas_size[0] // self.vae_scale_factor,
-            canvas_size[1] // self.vae_scale_factor,
-            self.vae_scale_factor,
-            tile_px,
-            overlap_px,
-            tile_batch_size,
-        )
+        tiling = self.given_tiling(*canvas_size, tile_px, overlap_px, tile_batch_size)
+        options: dict[str, Any] = {"tile_px": tile_px, "overlap_px": overlap_px, "tile_batch_size": tile_batch_size}
+        options |= {"vae_tile_px": vae_tile_px, "max_memory": max_memory}
+        if plan is None and self.leaves_choice(*canvas_size, **options):
+            plan = self.plan(
+                *canvas_size,
+                w=w,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                batch_size=batch_size,
+                vae_mode=vae_mode,
+                vae_attention=vae_attention,
+                **options,
+            )
+            if plan.is_reduced:
+                logger.warning("%s", plan)
+        if plan is not None:
+            tiling, vae_tile_px = plan.tiling, plan.vae_tile_px
+        if state is not None and state.tiling is not None:
+            vae_tile_px = state.vae_tile_px
         noise = autoencoder = None
         if tiling is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
-            vae_tile_px = (state.vae_tile_px if state is not None else None) or vae_tile_px
+        if vae_tile_px is not None:
             autoencoder = self.prepare_autoencoder(*canvas_size, vae_tile_px, vae_mode, vae_attention, canvas_folder)
+        self._autoencoder = autoencoder
 
         # 5. Encode the picture
         with_features = w > 0 and output_type != "latent"
@@ -368,9 +345,7 @@ class StableSRPipeline(
             lq_latents, features = self.encode_image(
                 canvases, generator, with_features, num_images_per_prompt, autoencoder, record
             )
-        self._vae_tile_px = autoencoder.tile_px if autoencoder is not None else None
-        if tiling is not None:
-            lq_latents = lq_latents.cpu().float()
+        lq_latents = lq_latents.to(device) if tiling is None else lq_latents.cpu().float()
 
         # 6. Choose the timesteps and the latent to start from
         kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, timesteps, sigmas)

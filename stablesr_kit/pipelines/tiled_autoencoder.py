@@ -25,6 +25,7 @@ AttentionMode = Literal["global", "windowed"]
 Statistics = dict[nn.GroupNorm, tuple[Tensor, Tensor]]
 
 APPROXIMATE_HALO = 8  # latent positions; the true receptive field is about twice that, its far taps are weak
+WINDOW = 64  # latent positions
 SAMPLED_PATCHES = 8  # per side of the picture
 SAMPLED_PATCH = 32  # latent positions
 
@@ -63,12 +64,12 @@ class TiledAutoencoder:
         tile_px: int = 256,
         mode: TilingMode = "exact",
         attention: AttentionMode = "global",
-        window: int = 64,
+        window: int = WINDOW,
         folder: Path | None = None,
         canvas_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check_blocks(vae)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = _factor(vae)
         if mode not in get_args(TilingMode):
             raise ConfigError(f"mode={mode!r} is given, expected one of {get_args(TilingMode)}")
         if attention not in get_args(AttentionMode):
@@ -78,7 +79,7 @@ class TiledAutoencoder:
         if mode == "approximate" and tile_px <= 2 * APPROXIMATE_HALO * factor:
             raise ConfigError(
                 f"tile_px={tile_px} leaves nothing between the halos of the approximate mode; "
-                f"give at least {4 * APPROXIMATE_HALO * factor}"
+                f"give at least {smallest_tile_px(vae, mode)}"
             )
         if window < 4:
             raise ConfigError(f"window={window} is given, expected at least 4 latent positions")
@@ -241,6 +242,16 @@ class TiledAutoencoder:
                 given = features[level].shape if level in features else "nothing"
                 raise ValueError(f"features of level {level} are {given}, expected {expected} for z of {z.shape}")
         return {level: features[level] for level in self.cfw.config.levels}
+
+
+def smallest_tile_px(vae: AutoencoderKL, mode: TilingMode) -> int:
+    """Side of the smallest tiles worth taking: smaller ones are nearly all halo."""
+    return max(64, 4 * APPROXIMATE_HALO * _factor(vae) if mode == "approximate" else _factor(vae))
+
+
+def _factor(vae: AutoencoderKL) -> int:
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
 
 
 def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:

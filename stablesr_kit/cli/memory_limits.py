@@ -1,0 +1,84 @@
+"""What fits into a device's memory, chosen before a picture is begun and told in one line."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from stablesr_kit.cli.messages import usage_error
+from stablesr_kit.errors import ConfigError, JobError
+
+if TYPE_CHECKING:
+    import torch
+
+    from stablesr_kit import StableSRPipeline
+    from stablesr_kit.pipelines.memory_plan import MemoryPlan
+
+
+def parse_max_memory(text: str | None) -> int | None:
+    """Bytes; None stays None and stands for what is free. Ends the command if the text is no size."""
+    if text is None:
+        return None
+
+    from stablesr_kit.pipelines.planning import parsed_bytes
+
+    try:
+        return parsed_bytes(text)
+    except ConfigError:
+        usage_error(f"--max-memory {text!r} is not a size; give one such as 6GB or 500MB")
+
+
+def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", max_memory: int | None) -> "torch.dtype":
+    """float32, or with a note half precision where the model's weights alone would not fit; others stay."""
+    import torch
+
+    from stablesr_kit.pipelines.loading import parameter_count
+    from stablesr_kit.pipelines.memory_plan import GIB, RESERVE, free_bytes
+
+    budget = free_bytes(device) if max_memory is None else max_memory
+    needed = parameter_count(model) * dtype.itemsize
+    if dtype != torch.float32 or needed <= budget * (1 - RESERVE):
+        return dtype
+    half = torch.bfloat16 if device.type == "cpu" else torch.float16
+    name = str(half).removeprefix("torch.")
+    tqdm.write(
+        f"note: {needed / GIB:.2f} GiB of weights in float32 do not fit into {budget / GIB:.2f} GiB of memory; "
+        f"restoring in {name}, as --dtype {name} does",
+        file=sys.stderr,
+    )
+    return half
+
+
+def plan_for(
+    pipeline: "StableSRPipeline", height: int, width: int, options: dict[str, Any], saved: Path
+) -> "MemoryPlan | None":
+    """The plan for a result of height x width pixels, told if there are tiles; None if there is nothing to plan.
+
+    options: of `pipeline.plan`. saved: a file with the plan that a stopped run began with, which is kept to whatever
+    is free now, so that the picture is the same; it is written if it is not there.
+
+    Raises:
+        JobError: the stopped run was allowed another amount of memory.
+    """
+    from stablesr_kit.pipelines.memory_plan import MemoryPlan
+
+    if saved.exists():
+        plan = MemoryPlan.load(saved)
+        if plan.max_memory != options["max_memory"]:
+            raise JobError(
+                f"begun with {_limit(plan.max_memory)} (now {_limit(options['max_memory'])}); "
+                "give the same, or start this picture again without --resume"
+            )
+    elif pipeline.leaves_choice(height, width, **options):
+        plan = pipeline.plan(height, width, **options)
+        plan.save(saved)
+    else:
+        return None
+    if plan.tiling is not None or plan.vae_tile_px is not None:
+        tqdm.write(str(plan), file=sys.stderr)
+    return plan
+
+
+def _limit(max_memory: int | None) -> str:
+    return "no --max-memory" if max_memory is None else f"--max-memory {max_memory / 1e9:g}GB"
