@@ -20,7 +20,7 @@ def stablesr(*arguments: object) -> Result:
 def error_lines(result: Result) -> list[str]:
     """The lines on stderr, each of which is one that a user can read."""
     lines = result.stderr.splitlines()
-    assert all(line.startswith(("error: ", "note: ", "interrupted: ")) for line in lines), lines
+    assert all(line.startswith(("error: ", "note: ", "plan: ", "interrupted: ")) for line in lines), lines
     return lines
 
 

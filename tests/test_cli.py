@@ -27,7 +27,7 @@ def names_in(folder: Path) -> list[str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=64,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -188,6 +188,7 @@ def test_a_seed_gives_one_result_whatever_came_before(model: Path, photos: Path,
         (("--start", "middle"), "--start 'middle' is not known; give lq, noise or a timestep"),
         (("--tile", "large"), "--tile 'large' is not known; give auto, none or a number of pixels"),
         (("--tile", 256, "--tile-overlap", 256), "--tile-overlap 256 must be from 0 to less than --tile 256"),
+        (("--max-memory", "much"), "--max-memory 'much' is not a size; give one such as 6GB or 500MB"),
         (("--start", -1), "--start '-1' is not known"),
         (("--device", "tpu"), "--device 'tpu' is not known; give auto, cpu, cuda"),
         (("--device", "cuda:"), "--device 'cuda:' is not known"),

@@ -12,7 +12,7 @@ from stablesr_kit.cli.memory_limits import dtype_that_fits
 from stablesr_kit.pipelines import planning
 from stablesr_kit.pipelines.loading import parameter_count
 from stablesr_kit.pipelines.memory_plan import MemoryPlan
-from tests.test_cli import error_lines, stablesr
+from tests.cli_runs import error_lines, stablesr
 from tests.tiny import tiny_picture, tiny_pipeline
 
 
@@ -37,7 +37,7 @@ def test_a_tiled_picture_tells_its_plan_and_a_small_one_says_nothing(model: Path
     assert tiled.exit_code == 0
     (line,) = error_lines(tiled)
     assert line.startswith("plan: tiles of 16 x 16 latents, 1 at once, autoencoder tiles of 64 px, at most ")
-    refused = stablesr(*call, "--max-memory", "1MB")
+    refused = stablesr(*call, "--max-memory", "1MB", "--dtype", "float32")
     (line,) = error_lines(refused)
     assert refused.exit_code == 1
     assert line.startswith(f"error: {photo}: 1.0 MiB of memory are too little, expected at least ")
@@ -57,7 +57,7 @@ def test_a_stopped_picture_goes_on_with_its_plan_whatever_is_free_and_refuses_an
         assert restore("out.png").exit_code == 1
     saved = tmp_path / ".stablesr" / "out.png.job" / "plan.json"
     assert str(MemoryPlan.load(saved)).partition(", about")[0] == plan[0].partition(", about")[0]
-    monkeypatch.setattr(planning, "free_bytes", lambda _: 4 * 10**6)
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2 * 10**6)
     assert "autoencoder tiles of 64 px" in error_lines(restore("less.png"))[0]
 
     (line,) = error_lines(restore("out.png", "--resume", "--max-memory", "1GB"))
