@@ -157,7 +157,10 @@ def test_photos_of_every_kind_keep_what_belongs_to_them(model: Path, photo: Path
 def test_an_aligned_face_is_restored_as_the_pipeline_does_it(model: Path, photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     result = faces(photo, "-o", out, "--model", model, "--mode", "aligned", "--w", 0.2)
-    assert (result.exit_code, result.stdout) == (0, f"1 done: {out}\n")
+    assert result.exit_code == 0, result.stderr
+    line, summary = result.stdout.splitlines()
+    assert line.startswith(f"{photo}: aligned face, restored with w 0.2, identity distance 0.")
+    assert summary == f"1 done: {out}"
     pipeline = CodeFormerPipeline.from_pretrained(model)
     expected = pipeline([Image.open(photo)], w=0.2).images[0]
     assert np.array_equal(pixels_of(out), np.asarray(expected))
@@ -177,6 +180,7 @@ def test_inpainting_fills_the_white_pixels_and_leaves_the_others(model: Path, ph
             tmp_path / f"{name}.png", "-o", tmp_path / "out.png", "--model", model, "--mode", "inpaint", *option
         )
         assert result.exit_code == 0, result.stderr
+        assert f"{name}.png: aligned face, 10% filled in with w 1\n" in result.stdout
         filled = pixels_of(tmp_path / "out.png")
         assert np.array_equal(filled[~hole], pixels[~hole])
         assert (filled[hole] != 255).any()
@@ -203,6 +207,7 @@ def test_a_grey_face_gets_colours(model: Path, photo: Path, tmp_path: Path) -> N
     Image.open(photo).convert("L").save(grey)
     result = faces(grey, "-o", tmp_path / "out.png", "--model", model, "--mode", "colorize")
     assert result.exit_code == 0, result.stderr
+    assert f"{grey}: aligned face, coloured with w 0, identity distance " in result.stdout
     assert np.ptp(pixels_of(tmp_path / "out.png").astype(int), axis=-1).max() > 0
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from tqdm import tqdm
 
 from stablesr_kit.cli.messages import loading, one_line, quieten_libraries, usage_error
@@ -12,7 +13,7 @@ from stablesr_kit.errors import ModelNotFoundError
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline, FaceTask
     from stablesr_kit.pipelines.face_refinement import FaceRefinement, FaceReport
 
 # The face model in the package, and the folder of one that was converted together with a StableSR model.
@@ -76,6 +77,29 @@ def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceRep
             f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "
             f"{report.action}{strength}, identity distance {report.identity_distance:.2f}"
         )
+
+
+def tell_aligned(
+    source: Path, task: "FaceTask", w: float | None, given: Image.Image, restored: Image.Image, hole: Image.Image | None
+) -> None:
+    """A line for a picture of one aligned face on stdout, above the progress bars.
+
+    given, restored: before and after, of the same proportions. hole: white where it was to be filled in; None is where
+    `given` is pure white.
+    """
+    import numpy as np
+
+    from stablesr_kit.faces.identity import identity_distance
+    from stablesr_kit.pipelines.codeformer import TASK_DEFAULTS
+
+    before = np.asarray(given, np.float32)
+    (distance,) = identity_distance(before[None], np.asarray(restored.convert("RGB"), np.float32)[None])
+    filled = (before == 255).all(-1).mean() if hole is None else np.asarray(hole).mean() / 255
+    done = {"restore": "restored", "inpaint": f"{filled:.0%} filled in", "colorize": "coloured"}[task]
+    # What is filled in is another picture by intention.
+    identity = "" if task == "inpaint" else f", identity distance {distance:.2f}"
+    used = TASK_DEFAULTS[task].w if w is None else w
+    tqdm.write(f"{one_line(source)}: aligned face, {done} with w {used:g}{identity}")
 
 
 def check_face_w(w: float | None, option: str) -> None:

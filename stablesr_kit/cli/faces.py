@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from PIL import Image
 
-from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_faces
+from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_aligned, tell_faces
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.restore import choose_device, choose_dtype, load_pipeline
@@ -199,13 +199,14 @@ def restore_photo(
 def restore_aligned(
     job: Job, pipeline: "CodeFormerPipeline", mode: Mode, w: float | None, hole: Image.Image | None
 ) -> None:
-    """Restore, fill in or colour a picture of one aligned face and write it. Raises StableSRKitError."""
+    """Restore, fill in or colour a picture of one aligned face, write it and tell about it. Raises StableSRKitError."""
     picture = read_job(job)
     with naming(job, less="give smaller pictures"):
         restored = pipeline([picture.rgb], w=w, task=_TASKS[mode], mask=hole, return_dict=False)[0][0]
     if mode == "colorize":  # a grey file's result has colours, in no grey profile
         picture = replace(picture, is_grey=False, icc_profile=None if picture.is_grey else picture.icc_profile)
     write_picture(job.target, restored, picture)
+    tell_aligned(job.source, _TASKS[mode], w, picture.rgb, restored, hole)
 
 
 def read_given(path: Path | None, jobs: list[Job]) -> "dict[str, list[Box | Points]]":

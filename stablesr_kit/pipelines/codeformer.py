@@ -23,15 +23,17 @@ FaceTask = Literal["restore", "inpaint", "colorize"]
 FaceOutputType = Literal["pil", "np", "pt"]
 
 
-class _TaskDefaults(NamedTuple):
+class TaskDefaults(NamedTuple):
+    """What a task takes where the caller says nothing."""
+
     w: float
     adain: bool
 
 
-_DEFAULTS: dict[str, _TaskDefaults] = {
-    "restore": _TaskDefaults(w=0.5, adain=True),
-    "inpaint": _TaskDefaults(w=1.0, adain=False),
-    "colorize": _TaskDefaults(w=0.0, adain=True),
+TASK_DEFAULTS: dict[FaceTask, TaskDefaults] = {
+    "restore": TaskDefaults(w=0.5, adain=True),
+    "inpaint": TaskDefaults(w=1.0, adain=False),
+    "colorize": TaskDefaults(w=0.0, adain=True),
 }
 
 # Of the released files, these two differ in shape from the one that restores: (codes, fused sizes) -> task.
@@ -157,7 +159,7 @@ class CodeFormerPipeline(DiffusionPipeline):
         """
         task = task or self.config.task
         _check_task(task)
-        defaults = _DEFAULTS[task]
+        defaults = TASK_DEFAULTS[task]
         w = defaults.w if w is None else w
         adain = defaults.adain if adain is None else adain
         if isinstance(w, bool) or not isinstance(w, int | float) or not 0 <= w < float("inf"):
@@ -203,8 +205,8 @@ class CodeFormerPipeline(DiffusionPipeline):
 
 
 def _check_task(task: object) -> None:
-    if task not in _DEFAULTS:
-        raise ConfigError(f"task={task!r} is given, expected one of {tuple(_DEFAULTS)}")
+    if task not in TASK_DEFAULTS:
+        raise ConfigError(f"task={task!r} is given, expected one of {tuple(TASK_DEFAULTS)}")
 
 
 def _one_by_one(pictures: Picture | list[Picture] | tuple[Picture, ...]) -> list[Tensor]:
