@@ -134,6 +134,19 @@ def test_landmarks_outside_the_picture_change_nothing() -> None:
     assert len(stage.reports[0]) == 1
 
 
+@pytest.mark.parametrize("side", ["left", "top"])
+def test_a_face_cut_by_the_border_is_refined_as_far_as_it_is_in_the_picture(side: str) -> None:
+    cut = photo()[..., 40:] if side == "left" else photo()[..., 38:, :]
+    before = resize_bicubic(cut, 2 * cut.shape[2], 2 * cut.shape[3])
+    stage = FaceRefinement(Smoothing(), w=0.2)
+    after = stage(before, cut)
+    assert [report.action for report in stage.reports[0]] == ["refined"]
+    changed = (after != before).any(1)[0]
+    border, opposite = (changed[:, 0], changed[:, -1]) if side == "left" else (changed[0], changed[-1])
+    assert border.any() and not opposite.any()
+    assert after.isfinite().all() and after.abs().max() <= 1.0001
+
+
 def test_drawn_boxes_are_green() -> None:
     after = FaceRefinement(Smoothing(), draw_boxes=True)(enlarged(), photo())
     green = torch.tensor([-1.0, 1.0, -1.0])[:, None, None]
