@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,10 @@ def save_smooth_pictures(
 class ForkedRun:
     """Programs in one process or several that talk through gloo, forked where the imports are done: in milliseconds.
 
-    They run in the current folder and environment; what they say is in forked.log.
+    They run in the current folder and environment; what they say is in forked.log. begin: what each calls first.
     """
 
-    def __init__(self, calls: list[list[str]], processes: int = 1) -> None:
+    def __init__(self, calls: list[list[str]], processes: int = 1, begin: Callable[[], None] | None = None) -> None:
         shared: dict[str, str] = {}
         if processes > 1:
             with socket.socket() as free:
@@ -118,7 +118,7 @@ class ForkedRun:
         self.log = Path("forked.log").absolute()
         self.log.write_bytes(b"")
         self.processes = [
-            FORKS.Process(target=_run_there, args=(calls, os.getcwd(), os.environ | shared | rank, self.log))
+            FORKS.Process(target=_run_there, args=(calls, os.getcwd(), os.environ | shared | rank, self.log, begin))
             for rank in ranks
         ]
         for process in self.processes:
@@ -148,7 +148,9 @@ class ForkedRun:
             process.join()
 
 
-def _run_there(calls: list[list[str]], folder: str, environment: dict[str, str], log: Path) -> None:
+def _run_there(
+    calls: list[list[str]], folder: str, environment: dict[str, str], log: Path, begin: Callable[[], None] | None
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -157,6 +159,8 @@ def _run_there(calls: list[list[str]], folder: str, environment: dict[str, str],
         os.dup2(stream.fileno(), 2)
     torch.set_num_threads(1)
     _keep_process_group()
+    if begin is not None:
+        begin()
     run_programs(calls)
 
 

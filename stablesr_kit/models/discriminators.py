@@ -27,8 +27,13 @@ class PatchDiscriminator(nn.Module):
         self.layers.append(spectral_norm(nn.Conv2d(widths[-2], widths[-1], 3, padding=1)))
         self.to_logits = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, 1, h, w), positive for what looks real, and the features of every layer; image (B, C, H, W)."""
+    def forward(self, image: Tensor, update_norms: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, 1, h, w), positive for what looks real, and the features of every layer; image (B, C, H, W).
+
+        update_norms: move the spectral norms by one power iteration first, in eval mode too.
+        """
+        if update_norms:
+            self._update_norms()
         features = []
         h = image
         for layer in self.layers:
@@ -37,8 +42,7 @@ class PatchDiscriminator(nn.Module):
         return self.to_logits(h), features
 
     @torch.no_grad()
-    def update_norms(self) -> None:
-        """One power iteration of every layer's spectral norm, which a forward pass in eval mode leaves alone."""
+    def _update_norms(self) -> None:
         was_training = self.training
         self.train()
         for layer in self.layers:

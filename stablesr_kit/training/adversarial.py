@@ -8,6 +8,7 @@ from torch import Tensor
 from stablesr_kit.models.discriminators import PatchDiscriminator
 from stablesr_kit.training.losses import HINGE, feature_matching_loss
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.trained_network import judging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +64,18 @@ class Adversary:
         waited = run.step - options.discriminator_start
         if waited < 0:
             return fake.new_zeros(()), {}
-        frozen = run.accelerator.unwrap_model(self.discriminator)
-        if run.is_first_batch_of_step:
-            frozen.update_norms()
 
         # its own loss: told from the photographs
         with run.accelerator.autocast():
-            logits, features = self.discriminator(torch.cat([real, fake.detach()]))
+            both = torch.cat([real, fake.detach()])
+            logits, features = self.discriminator(both, update_norms=run.is_first_batch_of_step)
         real_logits, fake_logits = logits.float().chunk(2)
         discriminator_loss = 0.5 * (HINGE.real(real_logits) + HINGE.fake(fake_logits))
         run.backward(discriminator_loss)
 
         # the other's loss: close to the photographs to the discriminator's eye, which is not trained by this
-        frozen.requires_grad_(False)
-        with run.accelerator.autocast():
-            fake_logits, fake_features = frozen(fake)
-        frozen.requires_grad_(True)
+        with judging(self.discriminator, run.accelerator), run.accelerator.autocast():
+            fake_logits, fake_features = self.discriminator(fake)
         matching = feature_matching_loss(fake_features, [feature.detach().chunk(2)[0] for feature in features])
         adversarial = HINGE.generator(fake_logits.float())
         ramp = min(1.0, waited / max(options.discriminator_warmup_steps, 1))

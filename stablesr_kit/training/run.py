@@ -19,10 +19,11 @@ from accelerate.utils import (
 )
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from stablesr_kit.errors import DivergenceError, OutputError
+from stablesr_kit.errors import ConfigError, DivergenceError, OutputError
 from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
 from stablesr_kit.training.checkpoints import (
     UNFINISHED,
@@ -42,7 +43,7 @@ from stablesr_kit.training.photo_order import Share
 from stablesr_kit.training.records import StepRecords
 from stablesr_kit.training.schedules import learning_rate_schedule
 from stablesr_kit.training.trackers import find_trackers, show_pictures, start_trackers
-from stablesr_kit.training.trained_network import TrainedNetwork
+from stablesr_kit.training.trained_network import TrainedNetwork, make_shareable
 from stablesr_kit.training.validation import Example, Measure, Restore, Validation, ValidationOptions
 from stablesr_kit.training.writing import LogFile, writing
 
@@ -80,6 +81,10 @@ class TrainingRun:
             project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
         )
+        if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            raise ConfigError(
+                "FSDP of version 1 is asked for; set fsdp_version: 2 as configs/accelerate/fsdp.yaml does"
+            )
         self.step = 0
         self.networks: list[TrainedNetwork] = []
         self.validation: Validation | None = None
@@ -138,11 +143,18 @@ class TrainingRun:
         learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
         the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
         """
+        if self.networks and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError(
+                "DeepSpeed trains a single network, this run has several; "
+                "use configs/accelerate/fsdp.yaml or eight_gpus.yaml"
+            )
         config = self.config
         peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
         schedule = learning_rate_schedule(config, peak) if learning_rate is None else lambda _: float(learning_rate)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, trained, betas=betas, weight_decay=weight_decay)
+        if self.accelerator.is_fsdp2:
+            make_shareable(network, self.accelerator)
         saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
         prepared, optimizer = self.accelerator.prepare(network, optimizer)
         self.networks.append(
@@ -157,7 +169,8 @@ class TrainingRun:
         )
         if average and config.ema_decay > 0:
             # of the prepared parameters: those are what this process holds where parameters are sharded
-            ema = EMAModel(self.networks[-1].parameters(), decay=config.ema_decay, foreach=True)
+            foreach = not self.accelerator.is_fsdp2  # whose tensors cannot be copied so
+            ema = EMAModel(self.networks[-1].parameters(), decay=config.ema_decay, foreach=foreach)
             ema.to(self.accelerator.device)
             self.networks[-1].ema = ema
         logger.info("%d trained parameters in %s", sum(p.numel() for p in trained), ", ".join(parts))
@@ -331,12 +344,10 @@ class TrainingRun:
     def _clip_gradients(self) -> float:
         """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
         clipped = [network for network in self.networks if network.is_clipped]
-        clip = self.accelerator.clip_grad_norm_
-        if self.accelerator.distributed_type == DistributedType.FSDP:  # each wrapper adds up its own shards
-            norms = [clip(list(network.prepared.parameters()), self.config.max_grad_norm) for network in clipped]
-            return max(map(float, norms))
         parameters = [parameter for network in clipped for parameter in network.parameters()]
-        norm = clip(parameters, self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if isinstance(norm, DTensor):  # so far every process knows its own share
+            norm = norm.full_tensor()
         return 0.0 if norm is None else float(norm)  # DeepSpeed clips in its own step
 
     def _mean_losses(self) -> dict[str, float]:

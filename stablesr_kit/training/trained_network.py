@@ -6,12 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim import Optimizer
 
 from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
+
+
+def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
+    """Change a network that FSDP is about to share out so that it can, and so that loops may call what is frozen."""
+    network.to(accelerator.device)
+    network.to(memory_format=torch.contiguous_format)
+    frozen = [part for part in network.modules() if not any(weight.requires_grad for weight in part.parameters())]
+    accelerator.state.fsdp_plugin.ignored_modules = frozen  # stays whole in every process
+
+
+@contextmanager
+def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """For the forward passes in the context, a network that was prepared is not trained, and waits for no gradients.
+
+    It must be called as it was prepared, or its parameters are not there where processes share them.
+    """
+    parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with accelerator.no_sync(network):
+        yield
+    # those it has now are others where processes share them: whole ones, until the next backward pass
+    for parameter in [*parameters, *network.parameters()]:
+        parameter.requires_grad_(True)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from stablesr_kit.models.discriminators import VQGANDiscriminator
 from stablesr_kit.training.losses import HINGE, adaptive_adversarial_weight
 from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.trained_network import judging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,14 @@ class VQGANAdversary:
         self.run = run
         self.options = options
         if options.pretrained_discriminator is None:
-            self.discriminator = VQGANDiscriminator(
+            discriminator = VQGANDiscriminator(
                 base_channels=options.discriminator_channels, num_layers=options.discriminator_layers
             )
         else:
-            self.discriminator = load_network(
+            discriminator = load_network(
                 VQGANDiscriminator, options.pretrained_discriminator, "pretrained_discriminator"
             )
-        self.prepared = run.train(self.discriminator.train(), {"discriminator": ""}, is_clipped=False, average=False)
+        self.discriminator = run.train(discriminator.train(), {"discriminator": ""}, is_clipped=False, average=False)
 
     def judge(
         self, fake: Tensor, real: Tensor, reconstruction: Tensor, last_layer: Tensor
@@ -56,20 +57,18 @@ class VQGANAdversary:
             return fake.new_zeros(()), {}
 
         # the generator's loss: the discriminator is not trained by this
-        self.discriminator.requires_grad_(False)
-        with run.accelerator.autocast():
+        with judging(self.discriminator, run.accelerator), run.accelerator.autocast():
             logits = self.discriminator(fake)
         adversarial = HINGE.generator(logits.float())
-        self.discriminator.requires_grad_(True)
         weight = self.options.adversarial_weight * adaptive_adversarial_weight(reconstruction, adversarial, last_layer)
 
         # its own: photographs and fakes are normalised by the statistics of their own batch
         with run.accelerator.autocast():
-            real_logits = self.prepared(real)
+            real_logits = self.discriminator(real)
         real_loss = HINGE.real(real_logits.float())
         run.backward(real_loss)
         with run.accelerator.autocast():
-            fake_logits = self.prepared(fake.detach())
+            fake_logits = self.discriminator(fake.detach())
         fake_loss = HINGE.fake(fake_logits.float())
         run.backward(fake_loss)
         terms = {"adversarial": adversarial, "adversarial_weight": weight, "discriminator": real_loss + fake_loss}

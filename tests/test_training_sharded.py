@@ -1,0 +1,68 @@
+"""Training where processes share out parameters, gradients and optimizer states (FSDP) equals training in one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.config import RunConfig
+from stablesr_kit.training.run import TrainingRun
+from tests.training_runs import ForkedRun, run_programs, tiny, working_folder, worst_difference
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What `accelerate launch --config_file configs/accelerate/fsdp.yaml` tells the processes."""
+
+
+def let_accelerate_shard_on_the_cpu() -> None:
+    """torch shares out on CPUs too, but accelerate takes that only from GPUs: tell it that these are some."""
+    begin = PartialState.__init__
+    PartialState.__init__ = lambda self, cpu=False, **options: begin(self, False, **options)  # noqa: ARG005
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with working_folder(tmp_path_factory.mktemp("sharded"), "TRAIN_DATA") as folder:
+        run_programs([tiny("train_autoencoder", "autoencoder", "--max_train_steps", "1")])
+        yield folder
+
+
+def test_processes_that_share_parameters_take_the_steps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen encoder, a decoder, its average, and a discriminator that is trained and judges, cut and resumed."""
+
+    def call(name: str, steps: int, samples: int, *flags: str) -> list[str]:
+        common = ["--adam_epsilon", "1e-4", "--lr_scheduler", "constant", "--train_batch_size", str(samples)]
+        shown = ["--validation_steps", "3", "--validation_hq_dir", "pictures"]
+        flags = ("--output_dir", name, "--max_train_steps", str(steps), *common, *shown, *flags)
+        return tiny("train_decoder", "decoder", *flags)
+
+    run_programs([call("one", 3, 4)])
+    for name, value in SHARDED.items():
+        monkeypatch.setenv(name, value)
+    accumulated = ["--gradient_accumulation_steps", "2"]
+    calls = [call("cut", 2, 2), call("cut", 3, 2), call("accumulated", 3, 1, *accumulated)]
+    ForkedRun(calls, 2, begin=let_accelerate_shard_on_the_cpu).finish()
+    assert "FSDP" in Path("forked.log").read_text()
+    for name in ("cut", "accumulated"):
+        for part in ("vae", "checkpoint-3/vae", "checkpoint-3/vae_ema", "checkpoint-3/discriminator"):
+            assert worst_difference(f"one/{part}", f"{name}/{part}") <= 1e-6, (name, part)
+        assert Path(name, "validation", "step-000003", "0.png").exists()
+
+
+def test_deepspeed_with_several_networks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1, mixed_precision="no"))
+    run.train(torch.nn.Linear(2, 2), {"first": ""})
+    monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match="DeepSpeed trains a single network, this run has several"):
+        run.train(torch.nn.Linear(2, 2), {"second": ""})
