@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.models.codeformer import CodeFormer
@@ -150,6 +150,37 @@ def test_a_folders_codes_are_those_of_its_faces_and_of_their_mirror_images() -> 
     with torch.no_grad():
         for kind, image in {"orig": face, "hflip": face.flip(-1)}.items():
             assert torch.equal(codes[f"1/{kind}"].long(), vqgan.encode(image).indices[0])
+
+
+def test_stored_codes_train_the_same_weights_bit_by_bit() -> None:
+    flags = ("--codes", "runs/tiny/codes/codes.safetensors", "--output_dir", "runs/stored")
+    run_program(*tiny("train_codeformer", "codeformer_stage2", *flags))
+    stored, computed = (weights(f"{folder}/codeformer") for folder in ("runs/stored", "runs/tiny/codeformer_stage2"))
+    assert computed.keys() == stored.keys()
+    assert all(torch.equal(computed[name], stored[name]) for name in computed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--codes", "nothing.safetensors"], "codes=nothing.safetensors cannot be read"),
+        (["--codes", "stale.safetensors"], "are not those of pretrained_vqgan"),
+        (["--codes", "few.safetensors"], "has no codes in few.safetensors"),
+        (["--codes", "runs/tiny/codes/codes.safetensors", "--use_usm", "true"], "a degradation changes its target"),
+        (["--codes", "runs/tiny/codes/codes.safetensors", "--resolution", "16"], "has another size than resolution"),
+        (["--codes", "runs/tiny/codes/codes.safetensors", "--photo_scales", "[1, 0.5]"], "leave out random_rotation"),
+    ],
+)
+def test_codes_that_are_not_those_of_the_faces_are_refused_in_one_line(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = load_file("runs/tiny/codes/codes.safetensors")
+    save_file({name: tensor + 1 for name, tensor in codes.items()}, "stale.safetensors")
+    save_file({"other/orig": codes["0/orig"]}, "few.safetensors")
+    with pytest.raises(SystemExit):
+        run_program(*tiny("train_codeformer", "codeformer_stage2", *flags, "--output_dir", "runs/refused"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Write the codes of a folder's faces, as they are and mirrored: what CodeFormer's transformer is to predict.
 
+train_codeformer.py takes the file with --codes, and then does not encode the good faces in every step.
+
 accelerate launch training/generate_codes.py --config configs/tiny/codes.yaml --input_dir FACES
 """
 
@@ -22,6 +24,7 @@ from stablesr_kit.training.config import ProgramConfig
 from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_sources import list_photos
 from stablesr_kit.training.program import launch
+from stablesr_kit.training.stored_codes import codes_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +50,10 @@ def main(config: CodesConfig) -> None:
     for start in tqdm(range(0, len(paths), config.batch_size), disable=not accelerator.is_local_main_process):
         batch = paths[start : start + config.batch_size]
         faces = torch.cat([read_face(path, size) for path in batch]).to(accelerator.device)
-        for kind, images in {"orig": faces, "hflip": faces.flip(-1)}.items():
+        for is_mirrored, images in ((False, faces), (True, faces.flip(-1))):
             indices = vqgan.quantizer.nearest(vqgan.encoder(images)[0]).to(torch.int16).cpu()
             for path, own in zip(batch, indices, strict=True):
-                codes[f"{path.relative_to(folder).with_suffix('')}/{kind}"] = own.clone()
+                codes[codes_key(path, folder, is_mirrored)] = own.clone()
     if accelerator.is_main_process:
         output = Path(config.output_dir)
         config.save(output / "config.yaml")

@@ -26,6 +26,7 @@ from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
 from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.stored_codes import StoredCodes
 from stablesr_kit.training.validation import Example, RestorationValidationOptions, restoration_examples
 from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
 
@@ -38,6 +39,8 @@ class CodeFormerConfig(
 
     pretrained_vqgan: str
     """Folder of the trained VQGAN: its codes of the good face are the targets."""
+    codes: str | None = None
+    """File of generate_codes.py with the codes of the faces in train_data_dir; None computes them in every step."""
     pretrained_codeformer: str | None = None
     """Folder of a CodeFormer to start from, that of stage II for stage III; None builds one around the VQGAN."""
     dim: int = 512
@@ -83,9 +86,12 @@ def main(config: CodeFormerConfig) -> None:
     vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").eval().requires_grad_(False)
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed, run.share)
-    faces = TwiceDegradedFaces(crops, config.small_degradations)
+    stored = StoredCodes(config.codes, crops) if config.codes is not None else None
+    faces = TwiceDegradedFaces(crops, config.small_degradations, stored)
 
     vqgan.to(run.accelerator.device)
+    if stored is not None:
+        stored.check(vqgan, crops.draw(0))
     codeformer = load_codeformer(config, vqgan).to(memory_format=torch.channels_last)
     codeformer.vqgan.quantizer.requires_grad_(False)
     codeformer.vqgan.decoder.requires_grad_(False)
@@ -104,14 +110,15 @@ def main(config: CodeFormerConfig) -> None:
 
     run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
 
-    for _, (large, small, hq) in run.batches(faces):
+    for _, (large, small, hq, targets) in run.batches(faces):
         w = config.fidelity(run.step)
         lq = (small if w > 0 else large).to(memory_format=torch.channels_last)
         hq = hq.to(memory_format=torch.channels_last)
 
         # the codes of the good face, from the damaged one
         with torch.no_grad(), run.accelerator.autocast():
-            targets = vqgan.quantizer.nearest(vqgan.encoder(hq)[0])
+            if stored is None:
+                targets = vqgan.quantizer.nearest(vqgan.encoder(hq)[0])
             codes = vqgan.quantizer.lookup(targets)
         output = restore(lq, w, code_only=w == 0)
         feature = commitment_loss(output.lq_feat.float(), codes.float())

@@ -56,6 +56,11 @@ class Crop(NamedTuple):
 
     hq: np.ndarray
     lq: np.ndarray | None
+    number: int | None = None
+    """Which photograph of the source it is of; None: not told."""
+    is_mirrored: bool = False
+    is_whole: bool = True
+    """Whether it is all of the photograph, and upright."""
 
 
 class PhotoCrops(Generic[Chosen_co]):
@@ -87,7 +92,7 @@ class PhotoCrops(Generic[Chosen_co]):
         for _ in range(MOST_REDRAWS):
             photo = self._photo(number)
             if photo is not None:
-                return cut(photo, self.options, random)
+                return cut(photo, self.options, random)._replace(number=number)
             others = self.order.group_of(number)
             if self.faults[others.start : others.stop].all():
                 others = range(len(self))
@@ -154,7 +159,8 @@ def cut(photo: Crop, options: PhotoOptions, random: Generator) -> Crop:
     lq = photo.lq
     if lq is not None:
         lq = finish(continued(lq, side), top // factor, left // factor, side)
-    return Crop(finish(hq, top, left, options.resolution), lq)
+    is_whole = photo.hq.shape[:2] == (options.resolution, options.resolution) and turns == 0
+    return Crop(finish(hq, top, left, options.resolution), lq, is_mirrored=is_mirrored, is_whole=is_whole)
 
 
 def continued(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -85,7 +85,7 @@ class PairedCrops(Dataset[Pair]):
         self.crops = crops
 
     def __getitem__(self, index: int) -> Pair:
-        hq_pixels, lq_pixels = self.crops.draw(index)
+        hq_pixels, lq_pixels, *_ = self.crops.draw(index)
         assert lq_pixels is not None  # the source is paired
         hq, lq = pixels_to_image(hq_pixels), pixels_to_image(lq_pixels)
         if lq.shape != hq.shape:
