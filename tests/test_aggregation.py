@@ -1,5 +1,6 @@
 """Tiled sampling: what cannot change the picture, what must, and what happens when memory lacks."""
 
+import io
 import itertools
 from functools import partial
 from typing import Any
@@ -23,8 +24,10 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.imaging.tiles import Blend
 from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling, repeat_for_tiles
+from stablesr_kit.pipelines.coding import in_memory
 from stablesr_kit.pipelines.planner import choose_tiling, native_tile
-from tests.tiny import seeded, tiny_components, tiny_picture, tiny_pipeline, tiny_unet, unit_noise
+from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder, smallest_tile_px
+from tests.tiny import seeded, tiny_components, tiny_picture, tiny_pipeline, tiny_unet, tiny_vae, unit_noise
 
 SCHEDULERS = [SpacedDDPMScheduler, SpacedDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler]
 SCHEDULERS += [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler]
@@ -235,6 +238,61 @@ def test_the_pipeline_codes_in_the_mode_it_is_told() -> None:
     approximate = run(pipeline, vae_mode="approximate", **call)
     torch.testing.assert_close(windowed, exact)  # the picture is smaller than a window
     assert 0 < (approximate - exact).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("network", ["encoder", "decoder"])
+@pytest.mark.parametrize("w", [0.0, 0.5])
+def test_where_memory_lacks_for_the_whole_picture_it_is_coded_in_tiles(network: str, w: float, caplog: Any) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    pictures = torch.cat([PICTURE, tiny_picture(18, 25, seed=1)])
+    call = {"tile_px": "none", "overlap_px": None, "vae_tile_px": None, "output_type": "pt", "w": w}
+    expected = run(pipeline, pictures, num_images_per_prompt=2, **call)
+
+    def lacking(_module: Any, args: tuple[Tensor, ...]) -> None:
+        if args[0].numel() > 100_000:  # two pictures whole have 119 808 values at the widest place
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for part in getattr(pipeline.vae, network).modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.register_forward_pre_hook(lacking)
+    found = run(pipeline, pictures, num_images_per_prompt=2, **call)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert caplog.messages[0] == "not enough memory for the autoencoder on the whole picture; going on in tiles"
+
+
+def test_approximate_tiles_are_halved_only_down_to_their_smallest() -> None:
+    autoencoder = TiledAutoencoder(tiny_vae(), tile_px=256, mode="approximate")
+    sizes = []
+
+    def lacking() -> None:
+        sizes.append(autoencoder.tile_px)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        in_memory(autoencoder, lacking)
+    assert sizes == [256, 128] == [256, smallest_tile_px(autoencoder.vae, "approximate")]
+
+
+def test_the_progress_bar_ends_at_its_total_after_tiles_were_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    predict, bars = pipeline.predict, []
+    make_bar = pipeline.progress_bar
+
+    def progress_bar(**options: Any) -> Any:
+        bars.append(make_bar(**options))
+        return bars[-1]
+
+    def lacking_memory_later(**batch: Any) -> Tensor:
+        if bars[0].n > 3 and batch["latents"].shape[-1] > 8:
+            raise MemoryError
+        return predict(**batch)
+
+    pipeline.set_progress_bar_config(file=io.StringIO())
+    monkeypatch.setattr(pipeline, "progress_bar", progress_bar)
+    monkeypatch.setattr(pipeline, "predict", lacking_memory_later)
+    run(pipeline, num_inference_steps=3)
+    assert pipeline.tiling.tile == (6, 6)
+    assert bars[0].n == bars[0].total
 
 
 def test_an_unknown_mode_of_coding_is_refused() -> None:

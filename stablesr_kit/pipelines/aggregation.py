@@ -105,10 +105,12 @@ class Aggregation:
         prompt_embeds: Tensor,
         step: int,
         on_tile: Callable[[], object] = lambda: None,
+        on_halving: Callable[[], object] = lambda: None,
     ) -> Tensor:
         """Prediction (B, C, h, w) for a canvas, with its device and dtype.
 
         latents, lq_latents: (B, C, h, w). prompt_embeds: as `Sampling.predict`. on_tile: called after each tile.
+        on_halving: called when the tiling was halved and the step begins again.
 
         Raises:
             torch.OutOfMemoryError: one of the smallest tiles is too large (or what the CPU raises then).
@@ -131,6 +133,7 @@ class Aggregation:
                     raise
                 logger.warning("not enough memory for %s; going on with %s", self.tiling, halved)
                 self.tiling = halved
+                on_halving()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -22,6 +22,7 @@ from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.pipelines.memory import is_out_of_memory
 from stablesr_kit.pipelines.pictures import to_pil
+from stablesr_kit.pipelines.planner import VAE_TILES_PX
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode, smallest_tile_px
 from stablesr_kit.spaces import from_latent, to_latent
 
@@ -97,11 +98,11 @@ class ImageCoding(DiffusionPipeline):
         levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
         features: list[Features]
         with self._vae_in_safe_precision():
-            if autoencoder is None:
-                image = torch.cat([assembled(one) for one in images]).to(self._execution_device, self.vae.dtype)
-                posterior, whole = encode_with_features(self.vae, image, levels)
-                moments, features = posterior.parameters, [whole]
+            whole = None if autoencoder is not None else if_memory_suffices(lambda: self._encode(images, levels))
+            if whole is not None:
+                moments, features = whole[0].parameters, [whole[1]]
             else:
+                autoencoder = autoencoder or self.prepare_autoencoder(*images[0].shape[1:], VAE_TILES_PX[0])
                 coded = [
                     in_memory(
                         autoencoder,
@@ -132,10 +133,15 @@ class ImageCoding(DiffusionPipeline):
         images: list[Readable]
         with self._vae_in_safe_precision():
             z = from_latent(latents, self.vae)
-            if autoencoder is None:
-                whole = self._decode(z.to(self._execution_device, self.vae.dtype), cast(Any, features[0]), w)
+            is_whole = autoencoder is None and not any(isinstance(one, Canvas) for one in features[0].values())
+            whole = if_memory_suffices(lambda: self._decode(z, cast(Any, features[0]), w)) if is_whole else None
+            if whole is not None:
                 images = [View(one) for one in whole.float().split(1)]
             else:
+                if is_whole:
+                    features = _by_picture(cast(Any, features[0]))
+                height, width = (side * self.vae_scale_factor for side in z.shape[-2:])
+                autoencoder = autoencoder or self.prepare_autoencoder(height, width, VAE_TILES_PX[0])
                 copies = len(z) // len(features)
                 images = [
                     in_memory(
@@ -177,7 +183,14 @@ class ImageCoding(DiffusionPipeline):
             torch.cat([assembled(one) for one in restored]), output_type=output_type
         )
 
+    def _encode(
+        self, images: Sequence[Readable], levels: tuple[int, ...]
+    ) -> tuple[DiagonalGaussianDistribution, dict[int, Tensor]]:
+        image = torch.cat([assembled(one) for one in images])
+        return encode_with_features(self.vae, image.to(self._execution_device, self.vae.dtype), levels)
+
     def _decode(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
+        z = z.to(self._execution_device, self.vae.dtype)
         if w == 0 or self.cfw is None:
             return self.vae.decode(z, return_dict=False)[0]
         copies = len(z) // len(next(iter(features.values())))
@@ -211,6 +224,28 @@ def scaled_size(height: int, width: int, scale: float | None = None) -> tuple[in
 
 def _numbered(record: Path | None, name: str, index: int) -> Path | None:
     return None if record is None else record / f"{name}-{index}"
+
+
+def _by_picture(features: dict[int, Tensor]) -> list[Features]:
+    """Features of all pictures at once as canvases picture by picture; without features one empty entry."""
+    pictures = max((len(one) for one in features.values()), default=1)
+    return [
+        {level: Canvas.from_tensor(maps[i : i + 1].float().cpu()) for level, maps in features.items()}
+        for i in range(pictures)
+    ]
+
+
+def if_memory_suffices(code: Callable[[], Coded]) -> Coded | None:
+    """What `code` makes of pictures as a whole, or None with a warning where memory lacks."""
+    try:
+        return code()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("not enough memory for the autoencoder on the whole picture; going on in tiles")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def in_memory(autoencoder: TiledAutoencoder, code: Callable[[], Coded]) -> Coded:

@@ -10,8 +10,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stablesr_kit.diffusion.guidance import classifier_free_guidance
+from stablesr_kit.pipelines.aggregation import Aggregation
 from stablesr_kit.pipelines.checking import Start
 from stablesr_kit.pipelines.coding import Generators
+
+
+def recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
+    """Correct a progress bar's total when the tiles of the steps still to come have become others."""
+    progress_bar.total = progress_bar.n + aggregation.count(steps)
 
 
 class Sampling(DiffusionPipeline):

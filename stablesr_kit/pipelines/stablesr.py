@@ -38,7 +38,7 @@ from stablesr_kit.pipelines.planner import TileSize, tile_multiple
 from stablesr_kit.pipelines.planning import Planning
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, embeds_of_batch
 from stablesr_kit.pipelines.running_call import RunningCall
-from stablesr_kit.pipelines.sampling import Sampling
+from stablesr_kit.pipelines.sampling import Sampling, recount
 from stablesr_kit.pipelines.sampling_state import SamplingState
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TilingMode
 
@@ -383,7 +383,13 @@ class StableSRPipeline(
                     cross_attention_kwargs=cross_attention_kwargs,
                 )
                 prediction = aggregation.predict(
-                    predict, model_input, lq_latents, prompt_embeds, i, progress_bar.update
+                    predict,
+                    model_input,
+                    lq_latents,
+                    prompt_embeds,
+                    i,
+                    on_tile=progress_bar.update,
+                    on_halving=partial(recount, progress_bar, aggregation, range(i, self._num_timesteps)),
                 )
                 with drawing_from(noise, stage=2 + i):
                     latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
