@@ -1,8 +1,9 @@
 """Aggregation sampling: one prediction for a canvas of any size, from tiles the UNet can take (Wang et al. 2023)."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,12 +13,16 @@ from torch import Tensor
 from stablesr_kit.imaging.canvas import Region
 from stablesr_kit.imaging.tiles import Blend, cover, gaussian_weights
 from stablesr_kit.pipelines.memory import is_out_of_memory
+from stablesr_kit.pipelines.team import Team, TileRequest
 
 logger = logging.getLogger(__name__)
 
 
 class Predict(Protocol):
-    """Prediction for a batch of tiles at one timestep: `Sampling.predict` with the rest of its arguments bound."""
+    """Prediction for a batch of tiles at one timestep: `Sampling.predict` with the rest of its arguments bound.
+
+    A team needs those as well: it is a `functools.partial` there.
+    """
 
     def __call__(self, *, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor) -> Tensor: ...
 
@@ -64,6 +69,7 @@ class Aggregation:
         device, dtype: where and in what tiles are computed.
         jitter_seed: moves the tiles at every step, so that no border stays where it is; None leaves them in place.
         weights: (height, width) of a tile -> what its positions count where tiles overlap.
+        team: processes that predict tiles as well; None predicts all of them here.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class Aggregation:
         dtype: torch.dtype,
         jitter_seed: int | None = None,
         weights: Callable[[int, int], Tensor] = gaussian_weights,
+        team: Team | None = None,
     ) -> None:
         self.size = size
         self.tiling = tiling or LatentTiling(tile=size)
@@ -83,6 +90,7 @@ class Aggregation:
         self.dtype = dtype
         self.jitter_seed = jitter_seed
         self.weights = weights
+        self.team = team
 
     def regions(self, step: int) -> list[Region]:
         """The tiles of a step, row by row."""
@@ -119,9 +127,7 @@ class Aggregation:
             regions = self.regions(step)
             try:
                 blend = Blend(regions, self.weights)
-                for index, prediction in self.predictions(
-                    predict, latents, lq_latents, prompt_embeds, regions, range(len(regions))
-                ):
+                for index, prediction in self._predictions_of_all(predict, latents, lq_latents, prompt_embeds, regions):
                     on_tile()
                     if len(regions) == 1:
                         return prediction.to(latents)
@@ -158,8 +164,31 @@ class Aggregation:
             )
             yield from zip(chosen, predicted.split(pictures), strict=True)
 
+    def _predictions_of_all(
+        self, predict: Predict, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor, regions: Sequence[Region]
+    ) -> Iterable[tuple[int, Tensor]]:
+        if self.team is None:
+            return self.predictions(predict, latents, lq_latents, prompt_embeds, regions, range(len(regions)))
+        assert isinstance(predict, partial)
+        request = TileRequest(
+            latents=latents.cpu(),
+            lq_latents=lq_latents.cpu(),
+            prompt_embeds=prompt_embeds.cpu(),
+            arguments={k: v.cpu() if isinstance(v, Tensor) else v for k, v in predict.keywords.items()},
+            regions=regions,
+            batch_size=self.tiling.batch_size,
+        )
+        self.team.tell(request)
+        own = self.predictions(predict, latents, lq_latents, prompt_embeds, regions, self.team.share(len(regions)))
+        return enumerate(self.team.exchange(prediction_shapes(request), own))
+
     def _gather(self, canvas: Tensor, regions: list[Region]) -> Tensor:
         return torch.cat([region.crop(canvas) for region in regions]).to(self.device, self.dtype)
+
+
+def prediction_shapes(request: TileRequest) -> list[tuple[int, int, int, int]]:
+    """(B, C, tile height, tile width) of what each region's prediction is."""
+    return [(*request.latents.shape[:2], region.height, region.width) for region in request.regions]
 
 
 def repeat_for_tiles(prompt_embeds: Tensor, pictures: int, tiles: int) -> Tensor:

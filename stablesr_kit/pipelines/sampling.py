@@ -1,6 +1,7 @@
 """From the LQ latent to the restored one: timesteps, start, and what the steered UNet predicts."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stablesr_kit.diffusion.guidance import classifier_free_guidance
-from stablesr_kit.pipelines.aggregation import Aggregation
+from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling, prediction_shapes
 from stablesr_kit.pipelines.checking import Start
 from stablesr_kit.pipelines.coding import Generators
+from stablesr_kit.pipelines.memory import is_out_of_memory
+from stablesr_kit.pipelines.team import Team
 
 
 def recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
@@ -70,6 +73,39 @@ class Sampling(DiffusionPipeline):
         if start == "noise":
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(lq_latents, noise, timesteps[:1].repeat(len(noise)))
+
+    @torch.no_grad()
+    def assist(self, team: Team) -> None:
+        """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
+
+        Raises:
+            Exception: what happened here, once the first process has given up.
+        """
+        failure: Exception | None = None
+        while (request := team.listen()) is not None:
+            aggregation = Aggregation(
+                (request.latents.shape[-2], request.latents.shape[-1]),
+                LatentTiling(tile=(request.regions[0].height, request.regions[0].width), batch_size=request.batch_size),
+                multiple=1,
+                device=self._execution_device,
+                dtype=self.unet.dtype,
+            )
+            own = aggregation.predictions(
+                partial(self.predict, **request.arguments),
+                request.latents,
+                request.lq_latents,
+                request.prompt_embeds.to(self._execution_device),
+                request.regions,
+                team.share(len(request.regions)),
+            )
+            try:
+                team.exchange(prediction_shapes(request), own)
+            except Exception as error:  # the first process knows too, and asks for less or gives up
+                failure = failure if is_out_of_memory(error) else error
+            if self._execution_device.type == "cuda":
+                torch.cuda.empty_cache()
+        if failure is not None:
+            raise failure
 
     def predict(
         self,

@@ -40,6 +40,7 @@ from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, embe
 from stablesr_kit.pipelines.running_call import RunningCall
 from stablesr_kit.pipelines.sampling import Sampling, recount
 from stablesr_kit.pipelines.sampling_state import SamplingState
+from stablesr_kit.pipelines.team import Team
 from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TilingMode
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ class StableSRPipeline(
         record: Path | None = None,
         max_memory: int | str | None = None,
         plan: MemoryPlan | None = None,
+        team: Team | None = None,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
@@ -237,6 +239,8 @@ class StableSRPipeline(
             max_memory: what the device may hold, in bytes or as "6GB"; None is what is free on it. If it is too little
                 for the tiles of "auto", smaller ones are taken, which changes the picture, and a warning says so.
             plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them now.
+            team: processes that predict tiles of a tiled picture as well, see `assist`; the autoencoder runs in this
+                one alone. None is this process.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -366,6 +370,7 @@ class StableSRPipeline(
             device,
             self.unet.dtype,
             jitter_seed=noise.seeds[0] if noise is not None and tile_jitter else None,
+            team=team if tiling is not None else None,
         )
         if state is not None and state.tiling is not None:
             aggregation.tiling = LatentTiling(**state.tiling)
