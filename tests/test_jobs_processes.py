@@ -1,4 +1,4 @@
-"""A folder spread over two processes: every picture once, every failure once, the same files as from one process."""
+"""A folder, and a single picture, spread over two processes: the same files as from one process, failures once."""
 
 import os
 import socket
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from tests.cli_runs import stablesr
 from tests.tiny import tiny_pipeline
 
 
@@ -23,11 +25,7 @@ def test_two_processes_share_a_folder_and_its_failures(tmp_path: Path) -> None:
     arguments = ["restore", photos, tmp_path / "missing", "--model", tmp_path / "model", "--steps", "1", "-o"]
 
     alone = _run([sys.executable, "-m", "stablesr_kit.cli", *arguments, tmp_path / "alone"])
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", port, "-m"]
-    shared = _run([sys.executable, "-m", *launch, "stablesr_kit.cli", *arguments, tmp_path / "shared"])
+    shared = _run_in_two_processes([*arguments, tmp_path / "shared"])
 
     assert alone.returncode == shared.returncode == 1
     assert alone.stdout == f"3 restored, 2 failed: {tmp_path / 'alone'}\n"
@@ -41,6 +39,31 @@ def test_two_processes_share_a_folder_and_its_failures(tmp_path: Path) -> None:
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
     journal = (tmp_path / "shared" / ".stablesr" / "journal.jsonl").read_text().splitlines()
     assert len(journal) == 3
+
+
+def test_two_processes_share_the_tiles_of_one_picture(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 41, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    arguments = ["restore", tmp_path / "in.png", "--model", tmp_path / "model", "-o"]
+    shared = _run_in_two_processes([*arguments, tmp_path / "shared.png"])
+    assert (shared.returncode, shared.stdout) == (0, f"1 restored: {tmp_path / 'shared.png'}\n"), shared.stderr
+    assert shared.stderr.count("plan: tiles of 16 x 16 latents") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert stablesr(*arguments, tmp_path / "alone.png").exit_code == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "shared.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+
+
+def _run_in_two_processes(arguments: list[object]) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", port, "-m"]
+    return _run([sys.executable, "-m", *launch, "stablesr_kit.cli", *arguments])
 
 
 def _run(command: list[object]) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,6 @@
-"""Pictures spread over the processes of `accelerate launch`: each takes its own and learns what became of all.
+"""Work spread over the processes of `accelerate launch`: pictures, or the tiles of a single one.
+
+Each process takes its own pictures and learns what became of all.
 
 A command that was started otherwise is one process and takes part in nothing.
 """
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+    from stablesr_kit.pipelines.team import Team
 
 Item = TypeVar("Item")
 
@@ -27,6 +31,17 @@ def local_index() -> int:
     """Number of this process on its machine, from 0."""
     state = _state()
     return 0 if state is None else state.local_process_index
+
+
+def team_of_all() -> "Team | None":
+    """All processes as a team at one picture; None if there is one."""
+    state = _state()
+    if state is None:
+        return None
+
+    from stablesr_kit.pipelines.team import Team
+
+    return Team(state)
 
 
 def share_of(items: list[Item]) -> list[Item]:

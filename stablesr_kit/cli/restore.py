@@ -12,9 +12,9 @@ from PIL import Image
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model, load_face_model, tell_faces
 from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory, plan_for
-from stablesr_kit.cli.messages import failing_in_one_line, loading, quieten_libraries, usage_error
+from stablesr_kit.cli.messages import failing_in_one_line, loading, one_line, quieten_libraries, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, run
-from stablesr_kit.cli.processes import local_index, share_of
+from stablesr_kit.cli.processes import local_index, share_of, team_of_all
 from stablesr_kit.cli.streamed_files import open_job, write_streamed
 from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stablesr_kit import FaceRefinement, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
     from stablesr_kit.pipelines.checking import OutputType
+    from stablesr_kit.pipelines.team import Team
 
 LESS_MEMORY = "restore with a smaller --tile or --scale"
 
@@ -90,7 +91,8 @@ def restore(
 ) -> None:
     """Restore and enlarge pictures.
 
-    Pictures are spread over the processes of `accelerate launch -m stablesr_kit.cli restore ...`.
+    Pictures, or the tiles of a single one, are spread over the processes of `accelerate launch -m stablesr_kit.cli
+    restore ...`.
 
     Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
     """
@@ -101,7 +103,15 @@ def restore(
     check_face_w(face_w, "--face-w")
     face_model = choose_face_model(codeformer, "--codeformer", beside=model) if face == "codeformer" else None
     report = Report("restored")
-    jobs = share_of(plan(inputs, output, "_compare" if compare else None, report))
+    jobs = plan(inputs, output, "_compare" if compare else None, report)
+    team = team_of_all() if len(jobs) == 1 else None
+    if team is None:
+        jobs = share_of(jobs)
+    elif not team.is_lead:
+        with failing_in_one_line():
+            assist(team, model, choose_device(device))
+        finish(report)
+        return
     options = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -123,6 +133,8 @@ def restore(
                 torch_dtype = choose_dtype(dtype, torch_device)
                 if dtype == "auto":
                     torch_dtype = dtype_that_fits(torch_dtype, find_model(model), torch_device, allowed)
+                if team is not None:
+                    team.tell(torch_dtype)
                 settings = {
                     "version": __version__,
                     "model": sha256(find_model(model)),
@@ -146,7 +158,7 @@ def restore(
                 show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
                 picture = open_job(job, scale, huge)
                 with journal.in_progress(job.source, job.target, resume) as state:
-                    extra = {"post_stages": stages, "max_memory": allowed}
+                    extra = {"post_stages": stages, "max_memory": allowed, "team": team}
                     call = resumable(pipeline, state, seeded(seed), {**options, **extra})
                     restore_file(job, picture, call, state)
                     for stage in stages:
@@ -157,7 +169,18 @@ def restore(
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written, --resume continues", err=True)
         raise typer.Exit(130) from None
+    if team is not None:
+        team.tell(None)
     finish(report)
+
+
+def assist(team: "Team", model: str, device: "torch.device") -> None:
+    """Predict tiles for the first process, in the precision that it tells first."""
+    pipeline = load_pipeline(model, device, team.listen())
+    try:
+        pipeline.assist(team)
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:  # the first process counts the failure
+        typer.echo(f"error: predicting tiles: {one_line(error)}", err=True)
 
 
 def parse_start(start: str) -> Literal["lq", "noise"] | int:

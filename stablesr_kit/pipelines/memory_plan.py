@@ -1,6 +1,7 @@
 """How to restore a picture within a device's memory: tiles, batch, what it will take at most and how long."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -213,11 +214,11 @@ class Planner:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device can still give to this process."""
+    """What the device can still give to this process; memory of the CPU is divided among those launched on it."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling, predic
 from stablesr_kit.pipelines.checking import Start
 from stablesr_kit.pipelines.coding import Generators
 from stablesr_kit.pipelines.memory import is_out_of_memory
-from stablesr_kit.pipelines.team import Team
+from stablesr_kit.pipelines.team import OthersFailed, Team
 
 
 def recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
@@ -100,6 +100,8 @@ class Sampling(DiffusionPipeline):
             )
             try:
                 team.exchange(prediction_shapes(request), own)
+            except OthersFailed:
+                pass
             except Exception as error:  # the first process knows too, and asks for less or gives up
                 failure = failure if is_out_of_memory(error) else error
             if self._execution_device.type == "cuda":

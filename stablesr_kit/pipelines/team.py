@@ -16,6 +16,10 @@ from stablesr_kit.pipelines.memory import is_out_of_memory
 DONE, LACKS_MEMORY, FAILED = range(3)
 
 
+class OthersFailed(RuntimeError):
+    """The trouble is another process's, which reports it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileRequest:
     """What one step asks of all: predictions of the regions, in batches, of canvases (B, C, h, w) on the CPU.
@@ -68,7 +72,7 @@ class Team:
 
         Raises:
             MemoryError: a process lacks memory (or what the device of this one raises then).
-            RuntimeError: another process failed (or the error of this one).
+            OthersFailed: another process failed (or the error of this one).
         """
         error: Exception | None = None
         flat = [torch.zeros(0)]
@@ -81,7 +85,7 @@ class Team:
         if error is not None and worst == status:
             raise error
         if worst == FAILED:
-            raise RuntimeError("another process failed at its tiles; see what it says")
+            raise OthersFailed("another process failed at its tiles; see what it says")
         if worst == LACKS_MEMORY:
             raise MemoryError("another process lacks memory")
 
