@@ -1,12 +1,18 @@
 """A program takes the options it uses, and no others."""
 
+import importlib.util
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.config import ProgramConfig, load_config
+from stablesr_kit.training.config import ProgramConfig, RunConfig, load_config
+from stablesr_kit.training.denoising import DenoisingOptions, enable_xformers
+from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.small_unet import build_small_unet
 from tests.photo_files import save_photos
 from tests.training_runs import ROOT, run_program
 
@@ -43,3 +49,21 @@ def test_the_pair_queue_is_refused_for_pairs_as_they_come(tmp_path: Path, capsys
     with pytest.raises(SystemExit, match="2"):
         run_program("train_stablesr", *flags, *networks, "--output_dir", str(tmp_path / "run"))
     assert "pair_queue_size mixes what is degraded together" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
+def test_xformers_that_is_missing_is_one_line() -> None:
+    options = DenoisingOptions(enable_xformers_memory_efficient_attention=True)
+    with pytest.raises(ConfigError, match=r"stablesr-kit\[xformers\]") as error:
+        enable_xformers(options, build_small_unet((16, 32)))
+    assert "\n" not in str(error.value)
+    enable_xformers(DenoisingOptions(), build_small_unet((16, 32)))
+
+
+def test_tf32_is_allowed_where_it_is_asked_for(tmp_path: Path) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    for is_allowed in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1, allow_tf32=is_allowed))
+        assert torch.backends.cuda.matmul.allow_tf32 is (is_allowed or before)
+    torch.backends.cuda.matmul.allow_tf32 = before

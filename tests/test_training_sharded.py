@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from stablesr_kit.errors import ConfigError
@@ -61,7 +61,8 @@ def test_processes_that_share_parameters_take_the_steps_of_one(monkeypatch: pyte
 
 
 def test_deepspeed_with_several_networks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1, mixed_precision="no"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1))
     run.train(torch.nn.Linear(2, 2), {"first": ""})
     monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ConfigError, match="DeepSpeed trains a single network, this run has several"):

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
 from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.pairs import CachedLatents
 from stablesr_kit.training.program import launch
@@ -61,6 +61,7 @@ def main(config: PriorConfig) -> None:
         network.to(memory_format=torch.channels_last).train()
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+    enable_xformers(config, unet, adapter)
     assert adapter.empty_prompt_embeds is not None
     no_text = adapter.empty_prompt_embeds.to(run.accelerator.device)
     predict = run.train(unet, {"unet": ""})

@@ -23,7 +23,7 @@ from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
 from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, noise_schedule
+from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
 from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.pair_queue import PairQueueOptions, QueuedDegradation
 from stablesr_kit.training.pairs import CachedLatents
@@ -94,6 +94,7 @@ def main(config: StableSRConfig) -> None:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         adapter.enable_gradient_checkpointing()
+    enable_xformers(config, unet, adapter)
     if vae is not None:  # it encodes photographs, and decodes validation pictures
         vae.requires_grad_(False).eval().to(run.accelerator.device, memory_format=torch.channels_last)
     adapt = run.train(adapter, {"adapter": ""})

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stablesr_kit.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,13 @@ def refresh_codebook(
     """Where the options say so, fit the codebook to latents, or move its dead codes onto them.
 
     find_latents: latents (N, C) of a number of pictures. What happens is a function of them, the codebook and the step,
-    so that processes that are given the same do the same.
+    so that processes that are given the same do the same. Raises ConfigError where they share out the codebook (FSDP).
     """
+    if isinstance(codebook.weight, DTensor) and (options.codebook_fit_steps or options.codebook_revival_steps):
+        raise ConfigError(
+            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shares out; "
+            "use configs/accelerate/eight_gpus.yaml, or leave them out"
+        )
     is_fitted = step in options.codebook_fit_steps
     is_revived = options.codebook_revival_steps and step % options.codebook_revival_steps == 0
     if not is_fitted and not (is_revived and 0 < step <= options.codebook_revival_until):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
@@ -22,6 +23,25 @@ class DenoisingOptions:
     snr_gamma: float | None = None
     """Weigh a sample's loss by min(SNR, gamma) in units of the prediction's own (Hang et al. 2023); 5 is usual, None
     weighs all alike."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Compute attention with xformers, on GPUs; torch's own is as lean wherever it has a kernel for the GPU."""
+
+
+def enable_xformers(options: DenoisingOptions, *networks: ModelMixin) -> None:
+    """Switch the attention of networks that are built to xformers if the options say so.
+
+    Raises ConfigError where it is not installed or there is no GPU.
+    """
+    if not options.enable_xformers_memory_efficient_attention:
+        return
+    for network in networks:
+        try:
+            network.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ValueError) as error:  # ValueError: without a GPU
+            raise ConfigError(
+                f"enable_xformers_memory_efficient_attention=true: {str(error).splitlines()[0]}; "
+                "it needs a GPU and `pip install 'stablesr-kit[xformers]'`; leave it out without"
+            ) from error
 
 
 def noise_schedule(prediction_type: str) -> DDPMScheduler:

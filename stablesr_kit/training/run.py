@@ -207,6 +207,8 @@ class TrainingRun:
         start_trackers(accelerator, config, self.step)
         self.losses: list[dict[str, Tensor]] = []
         self.start = self.step_start = time.monotonic()
+        if self.step == 0:
+            self._show()  # what cannot be shown fails before the training, not in its middle
         self.progress = tqdm(
             total=config.max_train_steps * self.samples_per_step,
             initial=self.step * self.samples_per_step,

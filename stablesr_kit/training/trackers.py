@@ -31,7 +31,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, step: int) -> No
     Raises ConfigError where a tracker cannot start.
     """
     folder = Path(config.output_dir) / "logs"
-    own: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
+    own: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1 if step else 0}}
     if "wandb" in find_trackers(config.report_to) and accelerator.is_main_process:
         name = Path(config.output_dir).name
         own["wandb"] = {"id": _wandb_id(folder, step), "resume": "allow", "name": name, "dir": str(folder)}

@@ -29,7 +29,8 @@ class ValidationOptions(Options):
     """Options of programs that show what their network does while it is trained."""
 
     validation_steps: int = 0
-    """Validation pictures are made with the averaged weights every so many steps, and at the end; 0: never."""
+    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end; 0:
+    never."""
     num_validation_images: int = 4
     """How many pictures are made, the first ones by name."""
     niqe_statistics: str | None = None
@@ -175,9 +176,12 @@ class Validation:
         self.records: StepRecords | None = None
 
     def resume(self, step: int) -> None:
-        """Begin after a step; what was recorded of later ones is forgotten. Only the main process calls it."""
+        """Begin after a step, 0 for a run that starts; what was recorded of later ones is forgotten.
+
+        Only the main process calls it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.records = StepRecords(self.folder / "metrics.jsonl", step)
+        self.records = StepRecords(self.folder / "metrics.jsonl", step or -1)
 
     @torch.no_grad()
     def show(self, network: Any, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
