@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from stablesr_kit.errors import OutputError
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.checkpoints import whole_checkpoints
 from stablesr_kit.training.network_files import save_network
 from stablesr_kit.training.records import StepRecords, read_records
 from stablesr_kit.training.small_autoencoder import build_small_autoencoder
+from stablesr_kit.training.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
 from stablesr_kit.training.writing import LogFile
 from tests.photo_files import save_photos
 from tests.training_runs import run_program, tiny
@@ -63,6 +66,18 @@ def test_a_result_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
         save_network(vae, tmp_path / "vae")
     assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "vae").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def test_validation_pictures_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
+    photos = str(save_photos(tmp_path / "photos", 1, 64, 64))
+    examples = photo_examples(PhotoValidationOptions(validation_steps=1, validation_hq_dir=photos), 8)
+    validation = Validation(tmp_path, ValidationOptions(), "network", examples, lambda _, it: it.lq * 0.9, Quality())
+    validation.resume(0)
+    with files_end_at(100), pytest.raises(OutputError, match=r"step-000001: cannot be written \(File too large\)"):
+        validation.show(torch.nn.Linear(1, 1), 1)
+    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["metrics.jsonl"]
+    metrics, pictures = validation.show(torch.nn.Linear(1, 1), 1)
+    assert list(metrics) == ["psnr", "ssim"] and list(pictures) == ["000"]
 
 
 def test_records_that_do_not_fit_are_cut_back_to_whole_lines_by_the_next_run(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -14,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from stablesr_kit.errors import CheckpointError, ConfigError, OutputError
-from stablesr_kit.training.checkpoints import UNFINISHED
-from stablesr_kit.training.writing import writing
+from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.training.writing import replacing_folder
 
 Network = TypeVar("Network", bound=ModelMixin)
 
@@ -79,21 +77,12 @@ def save_network(network: nn.Module, folder: Path) -> None:
 
     Raises OutputError; what was there before is then still there.
     """
-    beside = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with writing(folder):
-            if isinstance(network, ModelMixin):
-                network.save_pretrained(beside)
-            else:
-                beside.mkdir(parents=True)
-                state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-                save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-    except OutputError:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with replacing_folder(folder) as beside:
+        if isinstance(network, ModelMixin):
+            network.save_pretrained(beside)
+        else:
+            state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+            save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
 
 
 def load_network(kind: type[Network], folder: str, option: str) -> Network:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.files import replacing
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from stablesr_kit.training.config import Options
 from stablesr_kit.training.photo_sources import FolderPhotos, decode
 from stablesr_kit.training.records import StepRecords, means_of
+from stablesr_kit.training.writing import replacing_folder
 
 SMALLEST_PX = 32
 """Side of the smallest picture that can be measured."""
@@ -193,28 +192,25 @@ class Validation:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # whatever the network draws, training goes on as if it had not
             pictures = {example.name: self._restored(network, example, device) for example in self.examples}
-        metrics: dict[str, dict[str, float]] = {}
-        folder = self.folder / f"step-{step:06d}"
-        folder.mkdir(exist_ok=True)
-        for example in self.examples:
-            pixels = pictures[example.name]
-            truth = None if example.hq is None else image_to_pixels(example.hq)[0]
-            if truth is not None and truth.shape != pixels.shape:
-                raise ConfigError(
-                    f"validation picture {example.name} becomes {pixels.shape[0]}x{pixels.shape[1]} px, its truth has "
-                    f"{truth.shape[0]}x{truth.shape[1]}; give a truth of that size, or none"
-                )
-            metrics[example.name] = self.measure(pixels, truth)
-            with replacing(folder / f"{example.name}.png") as part:
-                encoded = BytesIO()
-                Image.fromarray(pixels).save(encoded, "PNG")
-                part.write_bytes(encoded.getbuffer())
+        metrics = {example.name: self._measured(example, pictures[example.name]) for example in self.examples}
+        with replacing_folder(self.folder / f"step-{step:06d}") as folder:
+            for name, pixels in pictures.items():
+                Image.fromarray(pixels).save(folder / f"{name}.png")
 
         means = means_of(metrics.values())
         own = {f"{picture}/{name}": value for picture, values in metrics.items() for name, value in values.items()}
         assert self.records is not None  # the main process has resumed
         self.records.add(step, means | own)
         return means, pictures
+
+    def _measured(self, example: Example, pixels: np.ndarray) -> dict[str, float]:
+        truth = None if example.hq is None else image_to_pixels(example.hq)[0]
+        if truth is not None and truth.shape != pixels.shape:
+            raise ConfigError(
+                f"validation picture {example.name} becomes {pixels.shape[0]}x{pixels.shape[1]} px, its truth has "
+                f"{truth.shape[0]}x{truth.shape[1]}; give a truth of that size, or none"
+            )
+        return self.measure(pixels, truth)
 
     def _restored(self, network: Any, example: Example, device: torch.device) -> np.ndarray:
         hq, latent = (None if x is None else x.to(device) for x in (example.hq, example.latent))

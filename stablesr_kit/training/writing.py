@@ -11,6 +11,7 @@ from typing import NoReturn
 from safetensors import SafetensorError
 
 from stablesr_kit.errors import OutputError
+from stablesr_kit.training.checkpoints import UNFINISHED
 
 TORCH_WRITER = ("iostream", "inline_container", "PytorchStreamWriter")
 """Words that torch.save says of a file that cannot be written, always in a RuntimeError."""
@@ -29,6 +30,25 @@ def writing(path: Path) -> Iterator[None]:
         if not any(word in str(error) for word in TORCH_WRITER):
             raise
         _refuse(path, error)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` at the end.
+
+    Raises OutputError where it cannot be written; then the old one is still there and nothing of the new one.
+    """
+    beside = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with writing(folder):
+            beside.mkdir(parents=True)
+            yield beside
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+    except OutputError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 class LogFile(FileHandler):
