@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from stablesr_kit import ControllableFeatureWrapping, SpacedDDPMScheduler, StableSRAdapter, StableSRPipeline
+from stablesr_kit import StableSRPipeline
 from tests.cli_runs import error_lines, stablesr
+from tests.tiny import tiny_pipeline
 
 
 def names_in(folder: Path) -> list[str]:
@@ -25,39 +24,8 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    adapter = StableSRAdapter.from_unet(
-        unet,
-        block_out_channels=(8, 8),
-        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
-        layers_per_block=1,
-        num_attention_heads=2,
-        norm_num_groups=4,
-        cond_channels=8,
-        hidden_channels=8,
-        prompt_length=4,
-    )
-    cfw = ControllableFeatureWrapping(channels=(8,), levels=(1,), num_rrdb=1, growth_channels=4, norm_num_groups=4)
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    pipeline = StableSRPipeline(vae, unet, adapter, SpacedDDPMScheduler(), cfw, default_steps=2)
-    pipeline.save_pretrained(folder)
+    tiny_pipeline(with_text=False).save_pretrained(folder)
     return folder
 
 
