@@ -131,7 +131,7 @@ class CodeFormerPipeline(DiffusionPipeline):
         task: FaceTask | None = None,
         mask: Picture | list[Picture] | None = None,
         code_lookup: CodeLookup = "transformer",
-        batch_size: int = 8,
+        batch_size: int = 4,
         output_type: FaceOutputType = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -148,7 +148,7 @@ class CodeFormerPipeline(DiffusionPipeline):
             mask: to inpaint: where it is white the network completes the face, where it is black the face stays
                 bitwise; of the size of the face, one for all or one each. None takes the white pixels of each face.
             code_lookup: "transformer", or "nearest": what a plain autoencoder would do.
-            batch_size: faces per forward.
+            batch_size: faces per forward, of which each takes half a gigabyte at 512 px in float32.
             output_type: "pil"; "np" for arrays (B, H, W, 3), "pt" for tensors (B, 3, H, W), in [0, 1]. Results of
                 different sizes are a list of such batches of one.
             return_dict: False returns a tuple.
