@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
 from stablesr_kit.cli.messages import one_line, quieten_libraries
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DISTRIBUTION = "stablesr-kit"
 
@@ -31,7 +34,7 @@ def doctor() -> None:
     something is broken.
     """
     problems = 0
-    for examine in (_python, _packages, _devices, _memory, _model):
+    for examine in (_python, _packages, _devices, _memory, _model, _faces):
         for finding in _findings(examine):
             problems += finding.is_problem
             mark = "PROBLEM " if finding.is_problem else ""
@@ -111,7 +114,22 @@ def _model() -> Iterator[Finding]:
 
     began = time.perf_counter()
     pipeline = StableSRPipeline.from_pretrained("mini")
-    seconds = time.perf_counter() - began
+    yield Finding("model", f"mini: {_described(pipeline)}, loaded in {time.perf_counter() - began:.1f} s")
+
+
+def _faces() -> Iterator[Finding]:
+    from stablesr_kit.errors import ModelNotFoundError
+    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+
+    try:
+        pipeline = CodeFormerPipeline.from_pretrained("mini")
+    except ModelNotFoundError:
+        yield Finding("face model", "none in the package: give one to `stablesr faces --model`")
+    else:
+        yield Finding("face model", f"mini: {_described(pipeline)}")
+
+
+def _described(pipeline: "DiffusionPipeline") -> str:
     parameters = sum(
         parameter.numel()
         for component in pipeline.components.values()
@@ -119,4 +137,4 @@ def _model() -> Iterator[Finding]:
         for parameter in component.parameters()
     )
     parts = ", ".join(sorted(key for key, component in pipeline.components.items() if component is not None))
-    yield Finding("model", f"mini: {parameters / 1e6:.1f} M parameters, loaded in {seconds:.1f} s ({parts})")
+    return f"{parameters / 1e6:.1f} M parameters ({parts})"
