@@ -132,7 +132,11 @@ def _by_signature(checkpoint: Checkpoint, hints: Hints) -> Detection | None:
     for family, description, pattern in SIGNATURES:
         candidates = vae if family == "diffusers weights" and vae else names
         if any(re.search(pattern, name) for name in candidates):
-            return Detection(family=family, description=description, faces=_face_config(family, names, hints))
+            try:
+                faces = face_config(family, names, hints)
+            except CheckpointError:  # the file is incomplete, and building the network says what is absent
+                faces = None
+            return Detection(family=family, description=description, faces=faces)
     return None
 
 
@@ -148,14 +152,6 @@ def face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Co
     if family == "vqgan discriminator":
         return discriminator_config(names)
     return None
-
-
-def _face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Config | None:
-    """As `face_config`; an incomplete file has none, and building it says what is absent."""
-    try:
-        return face_config(family, names, hints)
-    except CheckpointError:
-        return None
 
 
 def unet_config(unet: Mapping[str, Tensor], hints: Hints) -> Config:

@@ -90,8 +90,8 @@ def convert(
                 ignore=ignore or (),
             )
         if codeformer is not None:
-            model = convert_faces(codeformer, tensors_only, ignore or (), must_restore=checkpoint is not None)
-            models["." if checkpoint is None else BESIDE] = model
+            faces = convert_faces(codeformer, tensors_only, ignore or (), is_alone=checkpoint is None)
+            models["." if checkpoint is None else BESIDE] = faces
         save_whole(models, output)
     typer.echo(f"converted: {output}")
 
@@ -103,16 +103,13 @@ class Savable(Protocol):
         """Write its files into a folder."""
 
 
-def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], must_restore: bool) -> Savable:
-    """A pipeline around a CodeFormer; another network of its family as it is. Raises CheckpointError.
-
-    must_restore: refuse what is no CodeFormer.
-    """
+def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], is_alone: bool) -> Savable:
+    """A pipeline around a CodeFormer; alone, another network of its family as it is. Raises CheckpointError."""
     from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
     from stablesr_kit.models.codeformer import CodeFormer
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 
-    if must_restore:
+    if not is_alone:
         return CodeFormerPipeline.from_original(path, tensors_only=tensors_only, ignore=ignore)
     network = convert_face_checkpoint(path, tensors_only=tensors_only, ignore=ignore)
     return CodeFormerPipeline.from_network(network) if isinstance(network, CodeFormer) else network
