@@ -156,7 +156,7 @@ def test_a_file_of_codeformers_family_is_described_and_becomes_a_folder_with_its
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-def test_a_codeformer_beside_stablesr_is_found_by_restore(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_codeformer_beside_stablesr_is_found_by_the_commands(checkpoints: Path, tmp_path: Path) -> None:
     faces, _ = official_file("codeformer.pth", tmp_path)
     convert = ("convert", checkpoints / "stablesr_000117.ckpt", "--codeformer", faces)
     assert error_lines(stablesr(*convert, "-o", tmp_path / "both")) == []
@@ -179,6 +179,8 @@ def test_a_codeformer_beside_stablesr_is_found_by_restore(checkpoints: Path, tmp
     result = stablesr(*restore, "--model", tmp_path / "both")
     assert result.exit_code == 0, result.stderr
     assert f"{photo}: " in result.stdout and "face" in result.stdout
+    aligned = stablesr("faces", photo, "-o", tmp_path / "face.png", "--mode", "aligned", "--model", tmp_path / "both")
+    assert aligned.exit_code == 0, aligned.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def choose_face_model(model: str | None, option: str, beside: str | None = None)
 
     option: how the command calls it, such as "--model". beside: the StableSR model.
     """
-    if model is None and beside is not None and (Path(beside) / BESIDE / "model_index.json").is_file():
-        return str(Path(beside) / BESIDE)
+    if model is None and beside is not None and (Path(beside) / BESIDE).is_dir():
+        return beside
     if model in (None, EMBEDDED):
         try:
             find_face_model(EMBEDDED)
@@ -40,9 +40,11 @@ def choose_face_model(model: str | None, option: str, beside: str | None = None)
 
 
 def find_face_model(model: str) -> Path:
-    """The file or folder of a face model. Raises ModelNotFoundError."""
+    """The file or folder of a face model, also of one inside a StableSR model. Raises ModelNotFoundError."""
     from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 
+    if (Path(model) / BESIDE).is_dir():
+        model = str(Path(model) / BESIDE)
     return Path(model) if Path(model).is_file() else resolve_model(model, embedded=EMBEDDED_FACES)
 
 
