@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from tests.photo_files import save_photos
 from tests.training_runs import (
+    ForkedRun,
     assert_a_step_stays_the_same,
     assert_kills_change_nothing,
     assert_overfits,
@@ -187,3 +188,36 @@ def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(program: st
 
 def test_two_processes_killed_twice_end_as_if_they_had_not_been() -> None:
     assert_kills_change_nothing(tiny("train_decoder", "decoder"), "vae", processes=2, kills=2)
+
+
+@pytest.mark.parametrize(
+    ("program", "config", "file", "count"),
+    [
+        ("cache_latents", "latents", "latents.safetensors", ["--crops", "30"]),
+        ("generate_cfw_data", "cfw_data", "samples.safetensors", ["--crops", "12", "--batch_size", "1"]),
+    ],
+)
+def test_data_computed_beforehand_go_on_after_a_kill_to_the_same_file(
+    program: str, config: str, file: str, count: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_program(*tiny(program, config, "--output_dir", f"computed/whole/{config}", *count))
+    folder = Path("computed/killed", config)
+    call = tiny(program, config, "--output_dir", str(folder), *count)
+    run = ForkedRun([call])
+    run.kill_when(lambda: len(list(folder.glob("*.parts/*.safetensors"))) >= 3)
+    behind = sorted(folder.glob("*.parts/*.safetensors"))
+    written = [part.stat().st_mtime_ns for part in behind[:3]]
+    assert not (folder / file).exists()
+
+    second = ForkedRun([call])
+    second.kill_when(lambda: len(list(folder.glob("*.parts/*.safetensors"))) > len(behind))
+    assert [part.stat().st_mtime_ns for part in behind[:3]] == written
+    run_program(*call)
+    assert (folder / file).read_bytes() == Path("computed/whole", config, file).read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", file]
+
+    # parts of other options are none of this run
+    caplog.clear()
+    (folder / f"{file}.parts").mkdir()
+    run_program(*call)
+    assert "parts of another model or other options, which are deleted" in caplog.text

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +133,11 @@ class ForkedRun:
 
     def kill_at_step(self, records: Path, step: int) -> None:
         """Kill with SIGKILL once so many steps are recorded."""
-        while not records.exists() or len(records.read_text().splitlines()) < step:
+        self.kill_when(lambda: records.exists() and len(records.read_text().splitlines()) >= step)
+
+    def kill_when(self, is_time: Callable[[], bool]) -> None:
+        """Kill with SIGKILL once that is so, which must be before the end."""
+        while not is_time():
             assert all(process.is_alive() for process in self.processes), self.log.read_text()[-4000:]
             time.sleep(0.001)
         assert all(process.is_alive() for process in self.processes), "ended before it could be killed"
@@ -182,7 +185,9 @@ def launch_two_processes(calls: list[list[str]]) -> None:
 
 
 def assert_a_step_stays_the_same(
-    calls: dict[str, list[str]], results: dict[str, str], launch_two: Any = launch_two_processes
+    calls: dict[str, list[str]],
+    results: dict[str, str],
+    launch_two: Callable[[list[list[str]]], None] = launch_two_processes,
 ) -> None:
     """Weights within 1e-6 of those of whole steps from accumulated batches, two processes, and forgotten activations.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from tqdm import trange
 
 from stablesr_kit.spaces import to_latent
@@ -19,6 +18,7 @@ from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
+from stablesr_kit.training.tensor_parts import TensorParts
 
 logger = logging.getLogger("cache_latents")
 
@@ -37,33 +37,35 @@ class CacheConfig(PairOptions, ProgramConfig):
 
 @torch.no_grad()
 def main(config: CacheConfig) -> None:
-    """Write output_dir/latents.safetensors: hq (N, C, h, w) and lq (N, versions, C, h, w), float16."""
+    """Write output_dir/latents.safetensors: hq (N, C, h, w) and lq (N, versions, C, h, w), float16.
+
+    What was interrupted goes on after the last crop, to the same file.
+    """
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae")
     vae.to(device, memory_format=torch.channels_last)
     pairs = open_pairs(config, config.seed, versions=config.versions)
+    parts = TensorParts(Path(config.output_dir) / "latents.safetensors", config, Path(config.pretrained_vae))
 
-    hq_latents, lq_latents = [], []
-    for first in trange(0, config.crops * config.versions, config.versions, mininterval=10):
+    for crop in trange(config.crops, mininterval=10):
+        if crop in parts:
+            continue
         # the good crop once, then its degraded versions, as one batch
-        versions = [pairs[first + i] for i in range(config.versions)]
+        versions = [pairs[crop * config.versions + i] for i in range(config.versions)]
         images = torch.stack([versions[0].hq, *(pair.lq for pair in versions)])
         with torch.autocast(device.type, torch.bfloat16):
             z = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean
         latents = to_latent(z.float(), vae).half().cpu()
-        hq_latents.append(latents[0])
-        lq_latents.append(latents[1:])
+        parts.add(crop, {"hq": latents[:1], "lq": latents[None, 1:]})
 
     report_skipped(pairs.crops)
-    hq, lq = torch.stack(hq_latents), torch.stack(lq_latents)
-    logger.info("mean %s", [round(x, 3) for x in hq.float().mean(dim=(0, 2, 3)).tolist()])
-    logger.info("deviation %s", [round(x, 3) for x in hq.float().std(dim=(0, 2, 3)).tolist()])
-    logger.info("mean squared difference %.4f", (hq[:, None].float() - lq.float()).square().mean())
-    output = Path(config.output_dir) / "latents.safetensors"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"hq": hq.contiguous(), "lq": lq.contiguous()}, output)
-    config.save(output.with_name("config.yaml"))
+    whole = parts.join(config.crops)
+    config.save(Path(config.output_dir) / "config.yaml")
+    hq, lq = whole["hq"].float(), whole["lq"].float()
+    logger.info("mean %s", [round(x, 3) for x in hq.mean(dim=(0, 2, 3)).tolist()])
+    logger.info("deviation %s", [round(x, 3) for x in hq.std(dim=(0, 2, 3)).tolist()])
+    logger.info("mean squared difference %.4f", (hq[:, None] - lq).square().mean())
 
 
 if __name__ == "__main__":

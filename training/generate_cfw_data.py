@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tqdm import trange
+from tqdm import tqdm
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels
@@ -18,6 +17,7 @@ from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
 from stablesr_kit.training.program import launch
+from stablesr_kit.training.tensor_parts import TensorParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +37,41 @@ class CFWDataConfig(PairOptions, ProgramConfig):
 
 
 def main(config: CFWDataConfig) -> None:
-    """Write output_dir/samples.safetensors: hq, lq (N, H, W, 3) uint8 and latents (N, C, h, w) float16."""
+    """Write output_dir/samples.safetensors: hq, lq (N, H, W, 3) uint8 and latents (N, C, h, w) float16.
+
+    What was interrupted goes on after the last batch, to the same file.
+    """
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pairs = open_pairs(config, config.seed)
 
-    hq_pixels, lq_pixels, latents = [], [], []
-    for i, first in enumerate(trange(0, config.crops, config.batch_size, mininterval=10)):
+    parts = TensorParts(Path(config.output_dir) / "samples.safetensors", config, Path(config.pretrained_model))
+
+    starts = range(0, config.crops, config.batch_size)
+    for part, first in enumerate(tqdm(starts, mininterval=10)):
+        if part in parts:
+            continue
         batch = [pairs[index] for index in range(first, first + config.batch_size)]
         hq, lq = torch.stack([pair.hq for pair in batch]), torch.stack([pair.lq for pair in batch])
         generator = torch.Generator().manual_seed(config.seed + first)
         with torch.autocast(device.type, torch.bfloat16):
-            sample = pipeline(
+            latents = pipeline(
                 (lq + 1) / 2,
                 scale=1,
                 w=0,
-                num_inference_steps=config.steps[i % len(config.steps)],
+                num_inference_steps=config.steps[part % len(config.steps)],
                 eta=config.eta,
                 generator=generator,
                 output_type="latent",
             ).images
-        latents.append(sample.half().cpu())
-        hq_pixels.append(torch.from_numpy(image_to_pixels(hq)))
-        lq_pixels.append(torch.from_numpy(image_to_pixels(lq)))
+        hq_pixels, lq_pixels = (torch.from_numpy(image_to_pixels(image)) for image in (hq, lq))
+        parts.add(part, {"hq": hq_pixels, "lq": lq_pixels, "latents": latents.half().cpu()})
 
     report_skipped(pairs.crops)
-    output = Path(config.output_dir) / "samples.safetensors"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"hq": hq_pixels, "lq": lq_pixels, "latents": latents}
-    save_file({name: torch.cat(parts).contiguous() for name, parts in tensors.items()}, output)
-    config.save(output.with_name("config.yaml"))
+    parts.join(len(starts))
+    config.save(Path(config.output_dir) / "config.yaml")
 
 
 if __name__ == "__main__":

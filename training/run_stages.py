@@ -3,7 +3,6 @@
 TRAIN_DATA=PHOTOS python training/run_stages.py --config configs/mini/stages.yaml
 """
 
-import json
 import logging
 import os
 import re
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablesr_kit.errors import ConfigError, StableSRKitError
-from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.config import ProgramConfig, given_options
 from stablesr_kit.training.program import launch
+from stablesr_kit.training.stages import Record, Stage, make_plan, put_away, read_journal, write_journal
 
 logger = logging.getLogger("run_stages")
 
@@ -32,36 +32,43 @@ class StagesConfig(ProgramConfig):
 
 
 def main(config: StagesConfig) -> None:
-    """Run every stage that is not finished; output_dir/stages.json names those that are, with their seconds.
+    """Run every stage that is not finished, as output_dir/stages.json has it with its options and seconds.
 
-    A stage that was interrupted is called again, and resumes by itself if it trains. Raises ConfigError for a stage
-    that is no program or has no config, StableSRKitError when one fails.
+    A stage that was interrupted is called again, and resumes by itself if it trains. One whose options were changed
+    since begins anew, and all that come after it; what they had trained is put away under another name. Raises
+    ConfigError for a stage that is no program or has no config, StableSRKitError when one fails.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    for stage in config.stages:
-        check(stage)
+    stages = [read(stage) for stage in config.stages]
     journal = Path(config.output_dir) / "stages.json"
     journal.parent.mkdir(parents=True, exist_ok=True)
-    finished: dict[str, float] = json.loads(journal.read_text()) if journal.exists() else {}
-    for number, stage in enumerate(config.stages, 1):
-        name = f"stage {number} of {len(config.stages)}, {stage}"
-        if stage in finished:
-            logger.info("%s: finished before", name)
+    plan = make_plan(stages, read_journal(journal))
+    for folder in plan.outdated:
+        if folder.exists():
+            logger.info("%s was trained with other options, and is now %s", folder, put_away(folder))
+    records = plan.kept
+    write_journal(journal, records)
+    for i, stage in enumerate(stages):
+        name = f"stage {i + 1} of {len(stages)}, {config.stages[i]}"
+        if i < len(records) and (seconds := records[i].seconds) is not None:
+            logger.info("%s: skipped, it was finished with the same options (%.0f s)", name, seconds)
             continue
-        logger.info("%s", name)
+        reason = f": begins anew, since {plan.reasons[i]}" if i in plan.reasons else ""
+        logger.info("%s%s", name, reason)
+        records[i:] = [Record(stage=stage, seconds=None)]
+        write_journal(journal, records)
         start = time.monotonic()
-        status = subprocess.run(command(stage, config)).returncode
+        status = subprocess.run(command(config.stages[i], config)).returncode
         if status != 0:
             raise StableSRKitError(f"{name}: ended with status {status}; the same command goes on from there")
-        finished[stage] = round(time.monotonic() - start, 1)
-        beside = journal.with_name(journal.name + ".unfinished")
-        beside.write_text(json.dumps(finished, indent=1) + "\n")
-        beside.rename(journal)
+        records[i] = Record(stage=stage, seconds=round(time.monotonic() - start, 1))
+        write_journal(journal, records)
 
 
-def check(stage: str) -> None:
-    """Whether the stage can be called at all, before hours are spent on the ones before it."""
-    program, file, *_ = [*shlex.split(stage), "", ""]
+def read(stage: str) -> Stage:
+    """The stage's program and options. Raises ConfigError if it cannot be called: before hours are spent on others."""
+    words = shlex.split(stage)
+    program, file = [*words, "", ""][:2]
     if not program_file(program).is_file():
         raise ConfigError(f"stage {stage!r}: {program_file(program)} does not exist; begin with a name from training/")
     if not Path(file).is_file():
@@ -69,6 +76,7 @@ def check(stage: str) -> None:
     for variable in re.findall(r"\$(\w+)", Path(file).read_text()):
         if variable not in os.environ:
             raise ConfigError(f"{file} asks for {variable}; set it, as in {variable}=FOLDER before the command")
+    return Stage.of(program, given_options(["--config", file, *words[2:]]))
 
 
 def command(stage: str, config: StagesConfig) -> list[str]:

@@ -148,19 +148,7 @@ def load_config(kind: type[Config], arguments: Sequence[str]) -> Config:
 
     Environment variables in values (`$DATA/photos`) are expanded. Raises ConfigError.
     """
-    values = dict(_flags(arguments))
-    file = values.pop("config", None)
-    merged: dict[str, Any] = {}
-    if file is not None:
-        try:
-            content = yaml.safe_load(Path(str(file)).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{file} holds no `key: value` lines")
-        merged |= content
-    merged |= values
-
+    merged = given_options(arguments)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in merged:
@@ -171,6 +159,21 @@ def load_config(kind: type[Config], arguments: Sequence[str]) -> Config:
     if missing := [name for name in required if name not in merged]:
         raise ConfigError(f"{', '.join(missing)} must be given, in --config FILE or as --{missing[0]} VALUE")
     return kind(**{key: _convert(key, value, hints[key]) for key, value in merged.items()})
+
+
+def given_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a command line gives, in its file and its flags, as it stands there. Raises ConfigError."""
+    values = dict(_flags(arguments))
+    file = values.pop("config", None)
+    if file is None:
+        return values
+    try:
+        content = yaml.safe_load(Path(str(file)).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no `key: value` lines")
+    return content | values
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
