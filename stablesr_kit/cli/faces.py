@@ -13,7 +13,8 @@ from PIL import Image
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_aligned, tell_faces
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
-from stablesr_kit.cli.restore import choose_device, choose_dtype, load_pipeline
+from stablesr_kit.cli.restore import choose_device, choose_dtype
+from stablesr_kit.cli.restorer import load_pipeline
 from stablesr_kit.imaging.files import Picture, read_picture, write_picture
 
 if TYPE_CHECKING:

@@ -1,38 +1,28 @@
 """`stablesr restore`: pictures and folders in, restored pictures out."""
 
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from PIL import Image
 
 from stablesr_kit import __version__
-from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model, load_face_model, tell_faces
-from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory, plan_for
-from stablesr_kit.cli.messages import failing_in_one_line, loading, one_line, quieten_libraries, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, run
+from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
+from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory
+from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
+from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, run
 from stablesr_kit.cli.processes import local_index, share_of, team_of_all
-from stablesr_kit.cli.streamed_files import open_job, write_streamed
+from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
 from stablesr_kit.errors import JobError
-from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
-from stablesr_kit.imaging.streams import StreamedPicture
 from stablesr_kit.pipelines.journal import Journal, sha256
 
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import FaceRefinement, StableSRPipeline
-    from stablesr_kit.imaging.canvas import Readable
-    from stablesr_kit.pipelines.checking import OutputType
+    from stablesr_kit import StableSRPipeline
     from stablesr_kit.pipelines.team import Team
 
-LESS_MEMORY = "restore with a smaller --tile or --scale"
-
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-PLANNED = ("w", "num_inference_steps", "guidance_scale", "tile_px", "overlap_px", "vae_mode", "max_memory")
 
 
 def restore(
@@ -86,6 +76,10 @@ def restore(
     huge: Annotated[
         bool, typer.Option("--huge", help="Also take pictures of more than 100 million pixels; only files you trust.")
     ] = False,
+    engine: Annotated[
+        Literal["here", "ray"], typer.Option(help="Who runs the pictures: this process, or a cluster (RAY_ADDRESS).")
+    ] = "here",
+    workers: Annotated[int | None, typer.Option(help="Of --engine ray.", show_default="as the cluster allows")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
@@ -149,23 +143,28 @@ def restore(
                 journal.remove_stale_locks()
                 jobs = unfinished(jobs, journal, report) if resume else jobs
         if jobs:
-            with failing_in_one_line():
-                pipeline = load_pipeline(model, torch_device, torch_dtype)
-                stages = [refinement(face_model, face_w, torch_device)] if face_model is not None else []
-            check_components(pipeline, w, prompt, negative_prompt)
+            restoring = Restoring(
+                folder=jobs[0].target.parent,
+                settings=settings,
+                model=model,
+                device=torch_device,
+                dtype=torch_dtype,
+                seed=seed,
+                options={**options, "max_memory": allowed},
+                face_model=face_model,
+                face_w=face_w,
+                is_huge_allowed=huge,
+                resume=resume,
+            )
+            if engine == "ray":
+                from stablesr_kit.cli.ray_engine import run_on_ray
 
-            def work(job: Job) -> None:
-                show_steps(pipeline, job, is_below_another_bar=len(jobs) > 1)
-                picture = open_job(job, scale, huge)
-                with journal.in_progress(job.source, job.target, resume) as state:
-                    extra = {"post_stages": stages, "max_memory": allowed, "team": team}
-                    call = resumable(pipeline, state, seeded(seed), {**options, **extra})
-                    restore_file(job, picture, call, state)
-                    for stage in stages:
-                        tell_faces(job.source, stage, stage.reports[0])
-                    journal.finish(job.source, job.results)
-
-            run(jobs, work, report)
+                run_on_ray(jobs, restoring, report, workers)
+            else:
+                with failing_in_one_line():
+                    restorer = Restorer(restoring, team, is_below_another_bar=len(jobs) > 1)
+                check_components(restorer.pipeline, w, prompt, negative_prompt)
+                run(jobs, restorer, report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written, --resume continues", err=True)
         raise typer.Exit(130) from None
@@ -229,31 +228,6 @@ def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
     return left
 
 
-def find_model(model: str) -> Path:
-    """The folder of the model's files. Raises ModelNotFoundError."""
-    from stablesr_kit.pipelines.loading import resolve_model
-
-    return resolve_model(model)
-
-
-def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "StableSRPipeline":
-    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged."""
-    quieten_libraries()
-
-    from stablesr_kit import StableSRPipeline
-
-    with loading(model):
-        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    return pipeline.to(device)
-
-
-def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":
-    """The stage that refines faces with this model. Raises as load_face_model."""
-    from stablesr_kit import FaceRefinement
-
-    return FaceRefinement(load_face_model(model, device), w)
-
-
 def choose_device(name: str) -> "torch.device":
     """The named device, or the best one there is; ends the command if there is none of that name."""
     import torch
@@ -290,77 +264,3 @@ def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None,
         usage_error(f"--w {w} needs feature wrapping (CFW), which this model lacks; give --w 0 or convert with --cfw")
     if (prompt or negative_prompt) and pipeline.text_encoder is None:
         usage_error("a prompt needs a text encoder, which this model lacks; leave the prompts out")
-
-
-def seeded(seed: int) -> "torch.Generator":
-    """A fresh generator for each picture: its result does not depend on what was restored before it."""
-    import torch
-
-    return torch.Generator().manual_seed(seed)
-
-
-def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: bool) -> None:
-    """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
-    pipeline.set_progress_bar_config(
-        desc=job.source.name,
-        unit="tile",
-        leave=False,
-        position=int(is_below_another_bar),
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def resumable(
-    pipeline: "StableSRPipeline", folder: Path, generator: "torch.Generator", options: dict[str, Any]
-) -> Callable[["Image.Image | Readable", "OutputType"], Any]:
-    """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
-    from stablesr_kit.pipelines.coding import scaled_size
-    from stablesr_kit.pipelines.sampling_state import SamplingState
-
-    saved = folder / "sampling.pt"
-
-    def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        # A tiled call draws its noise by position and takes nothing more from the generator.
-        SamplingState.after(
-            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.tiling, pipeline.vae_tile_px
-        ).save(saved)
-        return tensors
-
-    def call(image: "Image.Image | Readable", output_type: "OutputType") -> Any:
-        state = SamplingState.load(saved) if saved.exists() else None
-        planned = {name: options[name] for name in PLANNED}
-        size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
-        plan = plan_for(pipeline, *scaled_size(*size, options["scale"]), planned, folder / "plan.json")
-        return pipeline(
-            image,
-            generator=generator,
-            state=state,
-            plan=plan,
-            record=folder,
-            output_type=output_type,
-            callback_on_step_end=save,
-            **options,
-        ).images[0]
-
-    return call
-
-
-def restore_file(
-    job: Job,
-    picture: Picture | StreamedPicture,
-    call: Callable[["Image.Image | Readable", "OutputType"], Any],
-    scratch: Path,
-) -> None:
-    """Restore and write; unfinished files are in `scratch`. Raises StableSRKitError, beginning with the file."""
-    if isinstance(picture, StreamedPicture):
-        from stablesr_kit.pipelines.pictures import to_canvas
-
-        with naming(job, less=LESS_MEMORY):
-            restored = call(to_canvas(picture, scratch), "canvas")
-            write_streamed(job, restored, picture, scratch)
-        return
-    with naming(job, less=LESS_MEMORY):
-        restored = call(picture.rgb, "pil")
-    write_picture(job.target, restored, picture, scratch)
-    if job.companion:
-        write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb), scratch)

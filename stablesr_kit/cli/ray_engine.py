@@ -1,0 +1,66 @@
+"""The pictures of `stablesr restore` spread over a Ray cluster, whose nodes see the same folders."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from stablesr_kit.cli.messages import usage_error
+from stablesr_kit.cli.picture_files import Job, Report
+from stablesr_kit.cli.restorer import Restorer, Restoring, find_model
+from stablesr_kit.errors import StableSRKitError
+
+
+class RayRestorer:
+    """An actor that holds the model and restores the pictures it is given."""
+
+    def __init__(self, restoring: Restoring) -> None:
+        self.restorer = Restorer(restoring)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Row of a job -> its number, and the line that says why there is no result."""
+        try:
+            companion = Path(row["companion"]) if row["companion"] else None
+            self.restorer(Job(source=Path(row["source"]), target=Path(row["target"]), companion=companion))
+        except StableSRKitError as error:
+            return {"index": row["index"], "error": str(error)}
+        return {"index": row["index"], "error": ""}
+
+
+def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: int | None) -> None:
+    """Map the pictures over actors of the cluster of RAY_ADDRESS, or of one that is started here.
+
+    workers: how many actors; None is as many as there are pictures and room. Each takes a whole accelerator, if that is
+    where the model goes. Ends the command if Ray is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        usage_error("--engine ray needs Ray, which is not installed: pip install 'stablesr-kit[ray]'")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Workers have other working folders.
+    restoring = replace(restoring, folder=restoring.folder.resolve(), model=str(find_model(restoring.model).resolve()))
+    rows = [
+        {
+            "index": index,
+            "source": str(job.source.resolve()),
+            "target": str(job.target.resolve()),
+            "companion": str(job.companion.resolve()) if job.companion else "",
+        }
+        for index, job in enumerate(jobs)
+    ]
+    restored = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        cast(Any, RayRestorer),
+        fn_constructor_args=(restoring,),
+        compute=ray.data.ActorPoolStrategy(size=workers) if workers else ray.data.ActorPoolStrategy(max_size=len(rows)),
+        num_gpus=1 if restoring.device.type == "cuda" else None,
+    )
+    for row in restored.iter_rows():
+        if row["error"]:
+            report.fail(StableSRKitError(row["error"]))
+        else:
+            report.written.append(jobs[row["index"]].target)
