@@ -60,6 +60,16 @@ def test_processes_that_share_parameters_take_the_steps_of_one(monkeypatch: pyte
         assert Path(name, "validation", "step-000003", "0.png").exists()
 
 
+def test_fsdp_that_accelerate_would_silently_leave_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs it would train by DDP instead."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP is asked for, and accelerate gives NO here; it takes GPUs"):
+        TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1))
+
+
 def test_deepspeed_with_several_networks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     run = TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1))

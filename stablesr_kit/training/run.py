@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +82,10 @@ class TrainingRun:
             project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
         )
-        if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.accelerator.is_fsdp2:
             raise ConfigError(
-                "FSDP of version 1 is asked for; set fsdp_version: 2 as configs/accelerate/fsdp.yaml does"
+                f"FSDP is asked for, and accelerate gives {self.accelerator.distributed_type.value} here; "
+                "it takes GPUs, and fsdp_version: 2 as in configs/accelerate/fsdp.yaml"
             )
         self.step = 0
         self.networks: list[TrainedNetwork] = []
