@@ -1,10 +1,9 @@
 """How a training program is started: options from the command line, errors as one line, an exit status."""
 
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
-
-from tqdm import tqdm
 
 from stablesr_kit.errors import ConfigError, StableSRKitError
 from stablesr_kit.training.config import Config, load_config
@@ -24,5 +23,6 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 
 
 def _end(error: StableSRKitError, status: int) -> NoReturn:
-    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on a line of its own, off the progress bar
+    traceback.clear_frames(error.__traceback__)  # ends the loop that was running, and with it its progress bar
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     raise SystemExit(status)

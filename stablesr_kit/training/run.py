@@ -218,14 +218,14 @@ class TrainingRun:
             mininterval=5,
             disable=not accelerator.is_local_main_process,
         )
-        for numbers, batch in make_loader(dataset, indices, config.dataloader_num_workers):
-            for network in self.networks:
-                for group in network.optimizer.param_groups:
-                    group["lr"] = network.learning_rate(self.step)
-            with accelerator.accumulate(*(network.prepared for network in self.networks)):
-                draws = SampleDraws(config.seed, numbers, self.samples_per_step)
-                yield draws, send_to_device(batch, accelerator.device)
-        self.progress.close()
+        with self.progress:
+            for numbers, batch in make_loader(dataset, indices, config.dataloader_num_workers):
+                for network in self.networks:
+                    for group in network.optimizer.param_groups:
+                        group["lr"] = network.learning_rate(self.step)
+                with accelerator.accumulate(*(network.prepared for network in self.networks)):
+                    draws = SampleDraws(config.seed, numbers, self.samples_per_step)
+                    yield draws, send_to_device(batch, accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, the mean over the batch."""
