@@ -92,12 +92,14 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_three_kills_and_the_file_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_kills_in_every_stage_and_the_file_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     pipeline: StableSRPipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path / "model")
     Image.fromarray(PICTURE).save(tmp_path / "in.png")
     saved = tmp_path / ".stablesr" / "killed.png.job" / "sampling.pt"
-    arguments = ("restore", tmp_path / "in.png", "--model", tmp_path / "model", "--steps", 4, "--resume", "-o")
+    encoded, decoded = (saved.parent / stage / "record.pt" for stage in ("encode-0", "decode-0"))
+    options = ("--model", tmp_path / "model", "--steps", 4, "--tile", 32, "--resume", "-o")
+    arguments = ("restore", tmp_path / "in.png", *options)
     processes = multiprocessing.get_context("forkserver")  # torch and diffusers are imported once, not by every run
     processes.set_forkserver_preload([__name__])
 
@@ -109,12 +111,16 @@ def test_three_kills_and_the_file_is_that_of_an_uninterrupted_run(tmp_path: Path
 
     whole, killed = tmp_path / "whole.png", tmp_path / "killed.png"
     assert exit_status(whole) == 0
+    assert exit_status(killed, encoded, 5) == -signal.SIGKILL
     assert exit_status(killed, saved, 1) == -signal.SIGKILL
     assert not saved.exists()
     assert exit_status(killed, saved, 3) == -signal.SIGKILL
     assert SamplingState.load(saved).step == 2
-    assert exit_status(killed, killed) == -signal.SIGKILL
+    assert exit_status(killed, decoded, 5) == -signal.SIGKILL
     assert SamplingState.load(saved).step == 4
+    decoded_then = decoded.stat().st_mtime_ns
+    assert exit_status(killed, killed) == -signal.SIGKILL
+    assert decoded.stat().st_mtime_ns > decoded_then
     assert not killed.exists()
     assert exit_status(killed) == 0
     assert killed.read_bytes() == whole.read_bytes()

@@ -11,6 +11,7 @@ from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import replacing
 from stablesr_kit.pipelines.aggregation import LatentTiling
 from stablesr_kit.pipelines.coding import Generators
+from stablesr_kit.pipelines.scratch import saved_bytes
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 
@@ -68,7 +69,7 @@ class SamplingState:
     def save(self, path: Path) -> None:
         """Write it whole, or leave the older one. Raises OutputError."""
         with replacing(path) as part:
-            torch.save(vars(self), part)
+            part.write_bytes(saved_bytes(vars(self)))
 
     @classmethod
     def load(cls, path: Path) -> "SamplingState":

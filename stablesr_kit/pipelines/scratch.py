@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -106,10 +107,10 @@ class Record(Scratch):
         part = self._path.with_suffix(".part")
         try:
             # No fsync: the kernel keeps what a killed process wrote, and after a crash of the machine it is not used.
-            torch.save({"made_with": self._made_with, "passes": passes}, part)
+            part.write_bytes(saved_bytes({"made_with": self._made_with, "passes": passes}))
             os.replace(part, self._path)
-        except (OSError, RuntimeError) as error:  # how torch says that a disk is full
-            raise OutputError(f"{self._path}: cannot be written ({one_reason(error)}); free space there") from error
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written ({error.strerror}); free space there") from error
 
     @property
     def _folder(self) -> Path:
@@ -148,6 +149,13 @@ class Record(Scratch):
 def folder_canvases(folder: Path) -> list[Path]:
     """The files of a record's canvases."""
     return list(folder.glob("*.canvas"))
+
+
+def saved_bytes(values: dict[str, Any]) -> memoryview:
+    """What torch.save writes, to be written by whoever can say what fails; torch's own writer cannot."""
+    buffer = BytesIO()
+    torch.save(values, buffer)
+    return buffer.getbuffer()
 
 
 def one_reason(error: Exception) -> str:
