@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from stablesr_kit.training.config import ProgramConfig, load_config
+from benchmarks.training import SIZES, call_of
+from stablesr_kit.training.config import ProgramConfig, RunConfig, load_config
 from tests.training_runs import ROOT
 
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -39,11 +40,24 @@ def test_a_config_holds_the_options_of_the_program_in_its_first_lines(
         flags = command[command.index(program) + 1 :]
     assert flags[:2] == ["--config", str(file)]
     monkeypatch.chdir(ROOT)
+    config = load_config(options_of(program), flags)
+    assert config.output_dir.startswith("runs/")
+
+
+def options_of(program: str) -> type[ProgramConfig]:
+    """The class of a program's options."""
     names = runpy.run_path(str(ROOT / program), run_name="options")
     own = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, ProgramConfig)]
     (kind,) = [kind for kind in own if kind.__module__ == "options"]
-    config = load_config(kind, flags)
-    assert config.output_dir.startswith("runs/")
+    return kind
+
+
+@pytest.mark.parametrize(("size", "stage"), [(size, stage) for size, stages in SIZES.items() for stage in stages])
+def test_the_benchmark_calls_programs_with_options_they_have(size: str, stage: str, tmp_path: Path) -> None:
+    program, *flags = call_of(SIZES[size][stage], tmp_path, steps=3, use_checkpointing=True)
+    config = load_config(options_of(f"training/{program}.py"), flags)
+    assert isinstance(config, RunConfig)
+    assert config.gradient_checkpointing and config.max_train_steps == 3
 
 
 @pytest.mark.parametrize("file", ACCELERATE_CONFIGS, ids=str)
