@@ -41,6 +41,19 @@ def test_two_processes_share_a_folder_and_its_failures(tmp_path: Path) -> None:
     assert len(journal) == 3
 
 
+def test_two_processes_share_what_is_degraded(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{seed}.png")
+    shared = _run_in_two_processes(["degrade", photos, tmp_path / "missing", "-o", tmp_path / "shared"])
+    assert (shared.returncode, shared.stdout) == (1, f"3 degraded, 1 failed: {tmp_path / 'shared'}\n"), shared.stderr
+    assert stablesr("degrade", photos, "-o", tmp_path / "alone").exit_code == 0
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "shared" / file.name).read_bytes()
+
+
 def test_two_processes_share_the_tiles_of_one_picture(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (33, 41, 3), dtype=np.uint8)

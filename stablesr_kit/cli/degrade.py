@@ -8,6 +8,7 @@ import typer
 
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
+from stablesr_kit.cli.processes import share_of
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.imaging.files import Picture, write_picture
 
@@ -42,7 +43,8 @@ def degrade(
 ) -> None:
     """Degrade pictures as training does.
 
-    Sides are cut at the right and below to multiples of the scale. Exit status: 0 all degraded; 1 some failed, each
+    Sides are cut at the right and below to multiples of the scale. Pictures are spread over the processes of
+    `accelerate launch -m stablesr_kit.cli degrade ...`. Exit status: 0 all degraded; 1 some failed, each
     with one line, and the others are written; 2 wrong usage.
     """
     from stablesr_kit.imaging.degradations import find_preset
@@ -57,7 +59,7 @@ def degrade(
         if jobs:
             with failing_in_one_line():
                 make_folder(jobs[0].target.parent)
-            run(jobs, lambda job: degrade_file(job, preset, seed, scale), report)
+            run(share_of(jobs), lambda job: degrade_file(job, preset, seed, scale), report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
         raise typer.Exit(130) from None
