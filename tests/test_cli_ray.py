@@ -24,6 +24,13 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert "pip install 'stablesr-kit[ray]'" in result.stderr
 
 
+@pytest.mark.parametrize("options", [("--workers", "2"), ("--workers", "0", "--engine", "ray")])
+def test_workers_are_for_ray_and_at_least_one(options: tuple[str, ...], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["restore", str(tmp_path), "-o", str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --workers")
+
+
 def test_two_workers_make_the_files_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="pip install 'stablesr-kit[ray]'")
     tiny_pipeline(with_text=False).save_pretrained(tmp_path / "model")

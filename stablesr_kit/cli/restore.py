@@ -94,6 +94,8 @@ def restore(
     tile_px = parse_tile(tile, tile_overlap)
     allowed = parse_max_memory(max_memory)
     check_numbers(scale, w, steps, guidance_scale)
+    if workers is not None and (workers < 1 or engine != "ray"):
+        usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
     check_face_w(face_w, "--face-w")
     face_model = choose_face_model(codeformer, "--codeformer", beside=model) if face == "codeformer" else None
     report = Report("restored")

@@ -98,7 +98,10 @@ class Blend:
         total = torch.zeros(*self._size(), dtype=torch.float64)
         for tile in self.tiles:
             tile.crop(total).add_(self._weights[tile.height, tile.width])
-        return (self._sum / total).float()
+        mean = torch.empty(self._sum.shape)
+        for one, summed in zip(mean.flatten(0, -3), self._sum.flatten(0, -3), strict=True):  # no second float64 canvas
+            one.copy_(summed / total)
+        return mean
 
     def _size(self) -> tuple[int, int]:
         return max(tile.bottom for tile in self.tiles), max(tile.right for tile in self.tiles)
