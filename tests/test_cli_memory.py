@@ -51,7 +51,7 @@ def test_a_stopped_picture_goes_on_with_its_plan_whatever_is_free_and_refuses_an
 
     whole = restore("whole.png")
     plan = error_lines(whole)
-    assert "autoencoder tiles of 512 px" in plan[0]
+    assert "autoencoder tiles of 256 px" in plan[0]
     with monkeypatch.context() as broken:
         broken.setattr(StableSRPipeline, "encode_image", _stopped)
         assert restore("out.png").exit_code == 1

@@ -1,12 +1,10 @@
 """The borders of the tiles do not show, by a statistic that finds them where they do."""
 
 import pytest
-import torch
 
-from benchmarks.seams import added_by_restoring, border_lines, gradient, seam_energy
-from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge
-from tests.parity_references import uniform_weights
-from tests.tiny import seeded, tiny_pipeline, unit_noise
+from benchmarks.seams import added_by_restoring, border_lines, gradient, seam_energy, with_hard_tiles
+from stablesr_kit.imaging.tiles import cover
+from tests.tiny import tiny_pipeline, unit_noise
 
 
 def test_the_border_lines_are_the_ends_of_tiles_and_the_middle_between_two() -> None:
@@ -14,16 +12,13 @@ def test_the_border_lines_are_the_ends_of_tiles_and_the_middle_between_two() -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_tiles_that_differ_are_found_without_a_blend_and_not_with_it(seed: int) -> None:
-    """Tiles off by up to a twentieth, as by their own group norms, under texture as any restored picture has it."""
-    textured = 0.02 * unit_noise(1, 3, 160, 240, seed=seed)
-    tiles = cover(160, 240, (64, 64), 32)
-    shifts = 0.1 * (torch.rand(len(tiles), generator=seeded(seed)) - 0.5)
-    patches = [tile.crop(textured) + shift for tile, shift in zip(tiles, shifts, strict=True)]
-    in_latents = cover(40, 60, (16, 16), 8)
-    hard = seam_energy(merge(tiles, patches, uniform_weights), in_latents, 4)
-    soft = seam_energy(merge(tiles, patches, gaussian_weights), in_latents, 4)
-    assert hard["p"] < 0.01 < soft["p"]
+def test_tiles_that_differ_by_two_levels_are_found_and_nothing_is_found_where_they_do_not_differ(seed: int) -> None:
+    textured = 0.02 * unit_noise(1, 3, 160, 240, seed=seed)  # five levels, as any restored picture has
+    tiles = cover(40, 60, (16, 16), 8)
+    hard = seam_energy(with_hard_tiles(textured, tiles, 2, 4), tiles, 4)
+    alike = seam_energy(textured, tiles, 4)
+    assert hard["p"] < 0.01 < alike["p"]
+    assert hard["ratio"] > 1.2 > alike["ratio"]
 
 
 @pytest.mark.parametrize("jitter", [False, True])

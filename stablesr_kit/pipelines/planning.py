@@ -9,7 +9,14 @@ from stablesr_kit.pipelines.aggregation import LatentTiling
 from stablesr_kit.pipelines.coding import ImageCoding
 from stablesr_kit.pipelines.costs import weight_bytes
 from stablesr_kit.pipelines.memory_plan import MemoryPlan, Planner, free_bytes, measured_rate
-from stablesr_kit.pipelines.planner import LARGEST_BATCH, VAE_TILES_PX, TileSize, choose_tiling, tilings
+from stablesr_kit.pipelines.planner import (
+    CPU_VAE_TILE_PX,
+    LARGEST_BATCH,
+    VAE_TILES_PX,
+    TileSize,
+    choose_tiling,
+    tilings,
+)
 from stablesr_kit.pipelines.tiled_autoencoder import WINDOW, AttentionMode, TilingMode, smallest_tile_px
 
 
@@ -58,7 +65,8 @@ class Planning(ImageCoding):
         else:
             smallest = smallest_tile_px(self.vae, vae_mode)
             vae_tiles_px = [None] if wanted is None else []
-            vae_tiles_px += [px for px in VAE_TILES_PX if px >= smallest]
+            largest = CPU_VAE_TILE_PX if device.type == "cpu" else VAE_TILES_PX[0]
+            vae_tiles_px += [px for px in VAE_TILES_PX if smallest <= px <= largest]
         return Planner(self.vae, self.unet, self.adapter, self.cfw if w != 0 else None, others).plan(
             height,
             width,
