@@ -70,6 +70,23 @@ def test_a_walk_that_is_stopped_anywhere_repeats_one_tile(
     assert not nothing
 
 
+@pytest.mark.parametrize("mode", ["exact", "approximate"])
+@torch.no_grad()
+def test_tiles_are_counted_before_they_are_computed_and_told_when_they_are_done(mode: Any, tmp_path: Path) -> None:
+    vae = tiny_vae(mid_block_add_attention=True)
+    image = View(unit_noise(1, 3, 44, 52).clamp(-1, 1))
+    autoencoder = TiledAutoencoder(vae, tiny_cfw(vae), tile_px=24 if mode == "exact" else 80, mode=mode)
+    for record in (None, tmp_path, tmp_path):  # the last finds all of them done
+        told: list[int] = []
+        autoencoder.on_tiles = told.append
+        moments, features = autoencoder.encode_with_features(image, LEVELS, record and record / "encode")
+        assert sum(told) == autoencoder.encoding_tiles(image, LEVELS) > 1
+        z = View(moments.to_tensor()[:, :4])
+        told.clear()
+        autoencoder.decode(z, features, 0.5, record and record / "decode")
+        assert sum(told) == autoencoder.decoding_tiles(z, features, 0.5) > 1
+
+
 def test_canvases_nobody_reads_any_more_are_deleted(tmp_path: Path) -> None:
     vae = tiny_vae()
     TiledAutoencoder(vae, tile_px=24).encode_with_features(unit_noise(1, 3, 48, 48), LEVELS, tmp_path / "record")

@@ -5,7 +5,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, View, assembled, bands
 from stablesr_kit.imaging.padding import Padded
@@ -104,10 +104,7 @@ class ImageCoding(DiffusionPipeline):
             else:
                 autoencoder = autoencoder or self.prepare_autoencoder(*images[0].shape[1:], VAE_TILES_PX[0])
                 coded = [
-                    in_memory(
-                        autoencoder,
-                        partial(autoencoder.encode_with_features, one, levels, _numbered(record, "encode", i)),
-                    )
+                    self._encoded_in_tiles(autoencoder, one, levels, _numbered(record, "encode", i))
                     for i, one in enumerate(images)
                 ]
                 moments = torch.cat([canvas.to_tensor() for canvas, _ in coded])
@@ -144,15 +141,12 @@ class ImageCoding(DiffusionPipeline):
                 autoencoder = autoencoder or self.prepare_autoencoder(height, width, VAE_TILES_PX[0])
                 copies = len(z) // len(features)
                 images = [
-                    in_memory(
+                    self._decoded_in_tiles(
                         autoencoder,
-                        partial(
-                            autoencoder.decode,
-                            one,
-                            cast(Any, features[i // copies]) or None,
-                            w,
-                            _numbered(record, "decode", i),
-                        ),
+                        View(one),
+                        cast(Any, features[i // copies]) or None,
+                        w,
+                        _numbered(record, "decode", i),
                     )
                     for i, one in enumerate(z.split(1))
                 ]
@@ -162,6 +156,41 @@ class ImageCoding(DiffusionPipeline):
                 "load the pipeline in bfloat16 or float32"
             )
         return images
+
+    def _encoded_in_tiles(
+        self, autoencoder: TiledAutoencoder, image: Readable, levels: tuple[int, ...], record: Path | None
+    ) -> tuple[Canvas, dict[int, Canvas]]:
+        def encode() -> tuple[Canvas, dict[int, Canvas]]:
+            with self._tile_bar("encoding", autoencoder, lambda: autoencoder.encoding_tiles(image, levels)):
+                return autoencoder.encode_with_features(image, levels, record)
+
+        return in_memory(autoencoder, encode)
+
+    def _decoded_in_tiles(
+        self,
+        autoencoder: TiledAutoencoder,
+        z: Readable,
+        features: dict[int, Readable] | None,
+        w: float,
+        record: Path | None,
+    ) -> Canvas:
+        def decode() -> Canvas:
+            with self._tile_bar("decoding", autoencoder, lambda: autoencoder.decoding_tiles(z, features, w)):
+                return autoencoder.decode(z, features, w, record)
+
+        return in_memory(autoencoder, decode)
+
+    @contextmanager
+    def _tile_bar(self, doing: str, autoencoder: TiledAutoencoder, count: Callable[[], int]) -> Iterator[None]:
+        """A bar over the autoencoder's tiles, configured as the pipeline's others; counted only if it is shown."""
+        config = getattr(self, "_progress_bar_config", {})
+        if config.get("disable"):
+            yield
+            return
+        description = f"{config['desc']}, {doing}" if config.get("desc") else doing
+        with tqdm(total=count(), **{"unit": "tile", **config, "desc": description}) as bar:
+            autoencoder.on_tiles = bar.update
+            yield
 
     def finish(
         self, restored: list[Readable], given: list[Readable], post_stages: Sequence[PostStage], output_type: str

@@ -117,6 +117,21 @@ class Workspace:
         return sweep.dtype
 
 
+@dataclass(kw_only=True)
+class CountingWorkspace(Workspace):
+    """Computes nothing and counts the tiles that a walk through the layers takes."""
+
+    tiles: int = 0
+
+    def _sweep(self, x: FeatureMap, _canvas: Canvas | None, side: int | None, _with_moments: bool) -> torch.dtype:
+        channels, height, width = x.shape
+        side = side or self.side(channels)
+        self.tiles += math.ceil(height / side) * math.ceil(width / side)
+        x.moments = Moments()
+        x.moments.add(torch.zeros(1, channels, 1, 1))
+        return torch.float32
+
+
 def layer(x: FeatureMap, function: TileFunction, channels: int, halo: int) -> FeatureMap:
     """A function of tiles that keeps their size and pads with zeros, where each value depends on `halo` neighbours.
 

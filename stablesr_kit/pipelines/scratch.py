@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -33,13 +33,15 @@ class Scratch:
 
     Args:
         folder: where the canvases are; None keeps them in memory.
+        on_tiles: called with the number of tiles that are done since it was called last.
     """
 
     may_overwrite = True
     """Whether a canvas may take new values while its old ones are still read."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, on_tiles: Callable[[int], object] = lambda _: None) -> None:
         self.folder = folder
+        self.on_tiles = on_tiles
 
     def canvas(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Canvas:
         """A canvas (C, H, W) for the next map."""
@@ -51,6 +53,7 @@ class Scratch:
 
     def save(self) -> None:
         """The last pass that began has one more tile, and the canvases hold it."""
+        self.on_tiles(1)
 
 
 class Record(Scratch):
@@ -63,6 +66,7 @@ class Record(Scratch):
     Args:
         folder: for this walk alone; what is there of another is deleted.
         made_with: all, beside what is coded, that decides what is computed, as plain values.
+        on_tiles: as for any scratch; those of an earlier process are told when their pass begins.
 
     Raises:
         JobError: the record is damaged.
@@ -71,8 +75,10 @@ class Record(Scratch):
 
     may_overwrite = False
 
-    def __init__(self, folder: Path, made_with: Mapping[str, Any]) -> None:
-        super().__init__(folder)
+    def __init__(
+        self, folder: Path, made_with: Mapping[str, Any], on_tiles: Callable[[int], object] = lambda _: None
+    ) -> None:
+        super().__init__(folder, on_tiles)
         self._path = folder / "record.pt"
         # What was written shortly before a machine went down may be lost although the record of it is not.
         self._made_with = {**made_with, "booted_s": psutil.boot_time()}
@@ -98,8 +104,11 @@ class Record(Scratch):
         """The next pass, as far as it is done."""
         if self._begun == len(self._sweeps):
             self._sweeps.append(Sweep())
+        sweep = self._sweeps[self._begun]
         self._begun += 1
-        return self._sweeps[self._begun - 1]
+        if sweep.done:
+            self.on_tiles(sweep.done)
+        return sweep
 
     def save(self) -> None:
         """Record that the last pass has one more tile, which the canvases hold."""
@@ -111,6 +120,7 @@ class Record(Scratch):
             os.replace(part, self._path)
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written ({error.strerror}); free space there") from error
+        super().save()
 
     @property
     def _folder(self) -> Path:

@@ -1,7 +1,7 @@
 """Encoding and decoding of pictures of any size tile by tile, equal to doing it at once, or nearly."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +17,7 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, regions
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.pipelines.autoencoder_maps import decoded, encoded
-from stablesr_kit.pipelines.feature_maps import Workspace
+from stablesr_kit.pipelines.feature_maps import CountingWorkspace, Workspace
 from stablesr_kit.pipelines.scratch import Record, Scratch
 
 TilingMode = Literal["exact", "approximate"]
@@ -91,6 +91,8 @@ class TiledAutoencoder:
         self.folder = folder
         self.canvas_dtype = canvas_dtype
         self.factor = factor
+        self.on_tiles: Callable[[int], object] = lambda _: None
+        """Called with the number of tiles that are done since it was called last; see `encoding_tiles`."""
 
     def encode(self, image: Readable | Tensor) -> Canvas:
         """Moments (2 C, h, w) of the raw code's posterior: mean, then log variance as the encoder gives it.
@@ -179,6 +181,31 @@ class TiledAutoencoder:
             scratch.save()
         return image
 
+    @torch.no_grad()
+    def encoding_tiles(self, image: Readable, levels: tuple[int, ...]) -> int:
+        """How many tiles `encode_with_features` computes."""
+        counting = self._counting()
+        if self.mode == "exact":
+            encoded(self.vae, image, levels, counting, self.window)
+            return counting.tiles
+        height, width = (side // self.factor for side in image.shape[1:])
+        encoded(self.vae, _sampled(image, height, width, self.factor), levels, counting, self.window)
+        return counting.tiles + len(self._tiles(height, width))
+
+    @torch.no_grad()
+    def decoding_tiles(self, z: Readable, features: Mapping[int, Readable] | None, w: float) -> int:
+        """How many tiles `decode` computes."""
+        fused = self._features_for(z, features, w)
+        cfw = self.cfw if fused else None
+        counting = self._counting()
+        if self.mode == "exact":
+            decoded(self.vae, cfw, z, fused, w, counting, self.window)
+            return counting.tiles
+        _, height, width = z.shape
+        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
+        decoded(self.vae, cfw, _sampled(z, height, width, 1), samples, w, counting, self.window)
+        return counting.tiles + len(self._tiles(height, width))
+
     def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
         """Latent regions without and with their halo; with it they are tile_px large."""
         side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
@@ -186,7 +213,7 @@ class TiledAutoencoder:
 
     def _scratch(self, record: Path | None, shapes: tuple[float, ...]) -> Scratch:
         if record is None:
-            return Scratch(self.folder)
+            return Scratch(self.folder, self.on_tiles)
         made_with = {
             "shapes": shapes,
             "tile_px": self.tile_px,
@@ -194,7 +221,11 @@ class TiledAutoencoder:
             "window": self.window,
             "canvas_dtype": self.canvas_dtype,
         }
-        return Record(record, made_with)
+        return Record(record, made_with, self.on_tiles)
+
+    def _counting(self) -> CountingWorkspace:
+        whole = self._workspace(Scratch(self.folder))
+        return CountingWorkspace(device=whole.device, tile_values=whole.tile_values, scratch=whole.scratch)
 
     def _workspace(self, scratch: Scratch) -> Workspace:
         """For a whole picture."""
