@@ -37,19 +37,23 @@ def pixels_of(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("options", [("--tile", "none"), ("--tile", 16)])
+@pytest.mark.parametrize(("options", "modes"), [(("--tile", "none"), ("RGBA", "RGB", "L")), (("--tile", 32), ("RGB",))])
 def test_a_large_picture_is_written_by_rows_with_the_same_pixels(
-    options: tuple[object, ...], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[object, ...],
+    modes: tuple[str, ...],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for mode in ("RGBA", "RGB", "L"):
+    for mode in modes:
         Image.fromarray(PIXELS).convert(mode).save(photos / f"{mode}.png", icc_profile=None if mode == "L" else SRGB)
     arguments = (photos, "--model", model, "--compare", *options, "-o")
     assert restore(*arguments, tmp_path / "whole").exit_code == 0
     monkeypatch.setattr(streamed_files, "MAX_PIXELS", 1000)
     assert restore(*arguments, tmp_path / "rows").exit_code == 0
-    for mode in ("RGBA", "RGB", "L"):
+    for mode in modes:
         whole, rows = (pixels_of(tmp_path / folder / f"{mode}.png") for folder in ("whole", "rows"))
         assert np.array_equal(whole, rows)
         assert open_stream(tmp_path / "rows" / f"{mode}.png").icc_profile == (None if mode == "L" else SRGB)

@@ -129,7 +129,7 @@ def test_a_call_goes_on_where_another_was_stopped_while_it_decoded(
         generator = torch.Generator().manual_seed(0)
         return assembled(
             pipeline(
-                image, generator=generator, tile_px=16, vae_tile_px=24, record=record, output_type="canvas"
+                image, generator=generator, tile_px=32, vae_tile_px=24, record=record, output_type="canvas"
             ).images[0]
         )
 

@@ -33,7 +33,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def restore(folder: Path, model: Path, output: str, *options: object) -> Result:
-    arguments = [folder / "in.png", "-o", folder / output, "--model", model, "--tile", 16, *options]
+    arguments = [folder / "in.png", "-o", folder / output, "--model", model, "--tile", 32, *options]
     result = CliRunner().invoke(app, ["restore", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
