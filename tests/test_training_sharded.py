@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_processes_that_share_parameters_take_the_steps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frozen encoder, a decoder, its average, and a discriminator that is trained and judges; accumulated, cut and resumed."""
+    """A frozen encoder, a decoder, its average, a discriminator that is trained and judges; accumulated and resumed."""
 
     def call(name: str, steps: int, samples: int, *flags: str) -> list[str]:
         common = ["--adam_epsilon", "1e-4", "--lr_scheduler", "constant", "--train_batch_size", str(samples)]
