@@ -154,7 +154,10 @@ def test_a_batch_of_pictures_is_tiled_together_and_each_has_its_own_noise() -> N
         )
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("could not create a primitive")],
+)
 def test_a_lack_of_memory_halves_batch_and_tile_and_goes_on(error: Exception, caplog: Any) -> None:
     pipeline = tiny_pipeline(with_text=False)
     x, lq, embeds = unit_noise(1, 4, 24, 32), unit_noise(1, 4, 24, 32, seed=1), unit_noise(1, 12, 16)

@@ -57,6 +57,10 @@ def restore(
         Literal["exact", "approximate"],
         typer.Option(help="How the tiles of a large picture are coded; approximate needs less memory and disk."),
     ] = "exact",
+    attention: Annotated[
+        Literal["global", "windowed"],
+        typer.Option(help="Of the tiled autoencoder; windowed where the plan says that global costs most."),
+    ] = "global",
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="What the device may hold, such as 6GB.", show_default="what is free"),
@@ -120,6 +124,7 @@ def restore(
         "tile_px": tile_px,
         "overlap_px": tile_overlap,
         "vae_mode": mode,
+        "vae_attention": attention,
     }
     try:
         if jobs:

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from stablesr_kit.pipelines.checking import OutputType
     from stablesr_kit.pipelines.team import Team
 
-PLANNED = ("w", "num_inference_steps", "guidance_scale", "tile_px", "overlap_px", "vae_mode", "max_memory")
+PLANNED = (
+    "w",
+    "num_inference_steps",
+    "guidance_scale",
+    "tile_px",
+    "overlap_px",
+    "vae_mode",
+    "vae_attention",
+    "max_memory",
+)
 LESS_MEMORY = "restore with a smaller --tile or --scale"
 
 

@@ -84,7 +84,7 @@ class Blend:
             tile, waited = self.tiles[self._added], self._waiting.pop(self._added)
             if self._sum is None:
                 self._sum = torch.zeros(*waited.shape[:-2], *self._size(), dtype=torch.float64)
-            tile.crop(self._sum).add_(waited.to("cpu", torch.float64) * self._weights[tile.height, tile.width])
+            tile.crop(self._sum).add_(waited.detach().to("cpu", torch.float64) * self._weights[tile.height, tile.width])
             self._added += 1
 
     def mean(self) -> Tensor:

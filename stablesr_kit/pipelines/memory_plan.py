@@ -76,7 +76,10 @@ class MemoryPlan:
         if self.is_reduced:
             line += "; memory forces smaller tiles of latents than usual, which changes the picture"
         if self.vae_tile_px is not None and self.attention_flops > self.flops / 2:
-            line += "; most of it is global attention in the autoencoder, vae_attention='windowed' avoids it"
+            line += (
+                "; most of it is global attention in the autoencoder, which vae_attention='windowed' "
+                "(--attention windowed) avoids"
+            )
         return line
 
     def save(self, path: Path) -> None:
