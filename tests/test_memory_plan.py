@@ -161,7 +161,9 @@ def test_sizes_are_decimal_or_binary_whatever_their_case() -> None:
 
 
 def test_a_plan_is_read_as_it_was_saved_and_damage_is_one_line(tmp_path: Path) -> None:
-    for plan in (PIPELINE.plan(256, 256, max_memory="40MB"), PIPELINE.plan(64, 64)):
+    costs = {"peak_bytes": 7, "flops": 1e12, "attention_flops": 0.5, "seconds": 3.25}
+    tiled = MemoryPlan(tiling=LatentTiling(tile=(16, 24), overlap=4), vae_tile_px=64, max_memory=9, **costs)
+    for plan in (tiled, MemoryPlan(tiling=None, vae_tile_px=None, **costs)):
         plan.save(tmp_path / "plan.json")
         assert MemoryPlan.load(tmp_path / "plan.json") == plan
     for damaged in ("{", "[]", "{}"):
