@@ -4,8 +4,9 @@
 
 `stablesr restore --resume` makes a result of size height x width from a random picture: once undisturbed, while it is
 noted when it saves what; and once with SIGKILLs at moments drawn evenly from the time the undisturbed run took after
-loading. Each process begins where the one before last saved, and is killed when it reaches the next of those moments.
-Prints one JSON object; exit status 1 if the files differ, or if the job ended before the last kill.
+loading. Each process goes on from what is saved, and is killed when it is as far as the undisturbed one was at the next
+of those moments, however fast the machine is by then. Prints one JSON object; exit status 1 if the files differ, or if
+the job ended before the last kill.
 """
 
 import argparse
@@ -15,26 +16,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
+from stablesr_kit.errors import JobError
+from stablesr_kit.pipelines.sampling_state import SamplingState
+
 LAST_MOMENT = 0.97  # of the undisturbed run: later the job may be faster than its kill
-POLL_S = 0.01
+POLL_S = 0.02
+
+
+class Progress(NamedTuple):
+    """What a job has saved: tiles encoded, steps taken, tiles decoded."""
+
+    encoded: int = 0
+    steps: int = 0
+    decoded: int = 0
 
 
 class Whole(NamedTuple):
     """The undisturbed run, in seconds since it began with the picture."""
 
     seconds: float
-    saved: list[float]
-    """When it saved how far it was."""
+    saved: list[tuple[float, Progress]]
+    """When it saved what."""
 
-    def last_saved(self, moment: float) -> float:
-        """When it saved last by this moment; 0 is the beginning."""
-        return max((saved for saved in self.saved if saved <= moment), default=0.0)
+    def at(self, moment: float) -> tuple[Progress, float]:
+        """What it had saved at a moment, and the seconds since."""
+        when, progress = max(((when, saved) for when, saved in self.saved if when <= moment), default=(0.0, Progress()))
+        return progress, moment - when
 
 
 class Job:
@@ -57,13 +73,16 @@ class Job:
     def stage(self) -> str:
         """What it is at."""
         if (self.state / "decode-0").exists():
-            return "decoding"
+            return "decoding or writing"
         return "sampling" if (self.state / "sampling.pt").exists() else "encoding or first step"
 
-    def saved(self) -> tuple[int | None, ...]:
-        """Changes whenever it saves how far it is."""
-        files = ("encode-0/record.pt", "sampling.pt", "decode-0/record.pt")
-        return tuple(changed(self.state / name) for name in files)
+    def progress(self) -> Progress:
+        """What it has saved by now."""
+        return Progress(
+            tiles_done(self.state / "encode-0" / "record.pt"),
+            steps_done(self.state / "sampling.pt"),
+            tiles_done(self.state / "decode-0" / "record.pt"),
+        )
 
 
 def main() -> None:
@@ -89,7 +108,7 @@ def main() -> None:
         whole = watched(undisturbed)
         at = sorted(moments.uniform(0, LAST_MOMENT * whole.seconds) for _ in range(arguments.kills))
         begun = time.perf_counter()
-        stages = [live(killed, moment, whole, before) for before, moment in zip([0.0, *at], at, strict=False)]
+        stages = [live(killed, *whole.at(moment)) for moment in at]
         if killed.begin().wait():
             raise SystemExit("the job that was killed could not be finished")
         kills = sum(stage is not None for stage in stages)
@@ -100,7 +119,7 @@ def main() -> None:
                     "model": arguments.model,
                     "size": [height, width],
                     "whole_s": round(whole.seconds, 1),
-                    "saved": len(whole.saved),
+                    "saved": len(whole.saved) - 1,
                     "kills": kills,
                     "killed_at_s": [round(moment, 1) for moment in at],
                     "killed_while": {stage: stages.count(stage) for stage in stages if stage is not None},
@@ -116,29 +135,57 @@ def watched(job: Job) -> Whole:
     """Run the job to its end."""
     process = job.begin()
     begun = time.perf_counter()
-    saved: list[float] = []
-    seen = job.saved()
+    saved = [(0.0, Progress())]
     while process.poll() is None:
-        now = job.saved()
-        if now != seen and job.state.exists():
-            saved.append(time.perf_counter() - begun)
-        seen = now
+        now = job.progress()
+        if now > saved[-1][1]:
+            saved.append((time.perf_counter() - begun, now))
         time.sleep(POLL_S)
     if process.returncode:
         raise SystemExit(f"the undisturbed job ended with status {process.returncode}")
     return Whole(time.perf_counter() - begun, saved)
 
 
-def live(job: Job, moment: float, whole: Whole, before: float) -> str | None:
-    """Let the job go on from what it saved by the moment `before` to `moment`, and kill it.
+def live(job: Job, progress: Progress, more_s: float) -> str | None:
+    """Let the job go on until it has saved this much, and then for some seconds or until it saves more; kill it.
 
     Returns the stage it was at; None if it had ended.
     """
     process = job.begin()
-    time.sleep(moment - whole.last_saved(before))
+    while process.poll() is None and job.progress() < progress:
+        time.sleep(POLL_S)
+    reached = time.perf_counter()
+    while process.poll() is None and time.perf_counter() - reached < more_s and job.progress() <= progress:
+        time.sleep(POLL_S)
     stage = job.stage()
     process.kill()
     return stage if process.wait() < 0 else None
+
+
+def tiles_done(record: Path) -> int:
+    """Tiles in a record of encoding or decoding; 0 if there is none."""
+    ctime = changed(record)
+    return 0 if ctime is None else _tiles_done(record, ctime)
+
+
+def steps_done(state: Path) -> int:
+    """Steps in a saved state of sampling; 0 if there is none."""
+    ctime = changed(state)
+    return 0 if ctime is None else _steps_done(state, ctime)
+
+
+@lru_cache(maxsize=2)
+def _tiles_done(record: Path, _ctime: int) -> int:
+    with suppress(FileNotFoundError):  # the job has just ended
+        return sum(done for done, _, _ in torch.load(record, weights_only=True)["passes"])
+    return 0
+
+
+@lru_cache(maxsize=1)
+def _steps_done(state: Path, _ctime: int) -> int:
+    with suppress(JobError):
+        return SamplingState.load(state).step
+    return 0
 
 
 def changed(path: Path) -> int | None:
