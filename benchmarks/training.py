@@ -6,7 +6,7 @@ mini: every stage with its config of configs/mini or configs/mini_faces, discrim
 stablesr and cfw with the official configs on networks of the size of Stable Diffusion 2.1, one sample a batch. Weights
 and photographs are random. Each measurement is a process of its own that runs the program; its seconds are from the
 first step to the last, or, for a single step, from the first call of a network; its peak is that of the GPU's
-allocator, or of the resident memory without one. Prints one JSON object.
+allocator, or of the resident memory without one. Prints one JSON object; results as they come are on stderr.
 """
 
 import argparse
@@ -135,9 +135,9 @@ def main() -> None:
                 call = call_of(known[stage], Path(folder), arguments.steps, use_checkpointing)
                 command = [sys.executable, "-m", "benchmarks.training", "--json", "--measure", *call]
                 finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                results.append(
-                    {"stage": stage, "gradient_checkpointing": use_checkpointing, **json.loads(finished.stdout)}
-                )
+                result = {"stage": stage, "gradient_checkpointing": use_checkpointing, **json.loads(finished.stdout)}
+                print(json.dumps(result), file=sys.stderr, flush=True)  # each as it comes, since all take a while
+                results.append(result)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     print(
         json.dumps({"size": arguments.size, "device": machine, "threads": torch.get_num_threads(), "results": results})
