@@ -65,7 +65,9 @@ class Planning(ImageCoding):
         else:
             smallest = smallest_tile_px(self.vae, vae_mode)
             vae_tiles_px = [None] if wanted is None else []
-            largest = CPU_VAE_TILE_PX if device.type == "cpu" else VAE_TILES_PX[0]
+            # The approximate mode's halos make tiles of 256 px compute 1.8 times the picture, of 512 px 1.3 times.
+            prefers_small = device.type == "cpu" and vae_mode == "exact"
+            largest = CPU_VAE_TILE_PX if prefers_small else VAE_TILES_PX[0]
             vae_tiles_px += [px for px in VAE_TILES_PX if smallest <= px <= largest]
         return Planner(self.vae, self.unet, self.adapter, self.cfw if w != 0 else None, others).plan(
             height,
