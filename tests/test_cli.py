@@ -14,19 +14,11 @@ from PIL import Image
 
 from stablesr_kit import StableSRPipeline
 from tests.cli_runs import error_lines, stablesr
-from tests.tiny import tiny_pipeline
 
 
 def names_in(folder: Path) -> list[str]:
     """What a user sees there: the journal is hidden."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".stablesr")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline(with_text=False).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

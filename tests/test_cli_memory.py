@@ -13,14 +13,7 @@ from stablesr_kit.pipelines import planning
 from stablesr_kit.pipelines.loading import parameter_count
 from stablesr_kit.pipelines.memory_plan import MemoryPlan
 from tests.cli_runs import error_lines, stablesr
-from tests.tiny import tiny_picture, tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline(with_text=False).save_pretrained(folder)
-    return folder
+from tests.tiny import tiny_picture
 
 
 @pytest.fixture

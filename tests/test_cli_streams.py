@@ -10,19 +10,11 @@ from typer.testing import CliRunner, Result
 
 from stablesr_kit.cli import app, streamed_files
 from stablesr_kit.imaging.streams import open_stream
-from tests.tiny import tiny_pipeline
 
 pyvips = pytest.importorskip("pyvips", reason="pip install 'stablesr-kit[huge]'")
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 13, 4), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline(with_text=False).save_pretrained(folder)
-    return folder
 
 
 def restore(*arguments: object) -> Result:

@@ -1,35 +1,14 @@
 """Jobs in trouble, through the command: a disk that fills up in the middle, a picture in other hands."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from stablesr_kit.cli import app
 from stablesr_kit.pipelines.journal import Journal
-from tests.tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline(with_text=False).save_pretrained(folder)
-    return folder
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+from tests.file_limits import files_end_at
 
 
 def restore(folder: Path, model: Path, output: str, *options: object) -> Result:
@@ -46,7 +25,7 @@ def test_a_disk_that_fills_up_is_one_line_wherever_it_does_and_the_job_goes_on(m
     assert restore(tmp_path, model, "whole.png").exit_code == 0
     reasons = set()
     for size in (2_000, 12_000, 40_000, 80_000, 120_000):  # from the first record to the largest map
-        with files_of_at_most(size):
+        with files_end_at(size):
             result = restore(tmp_path, model, "full.png", "--resume")
         if result.exit_code == 0:
             break
@@ -70,7 +49,7 @@ def test_a_picture_in_other_hands_and_one_of_other_settings_are_one_line(model: 
     assert result.stderr.splitlines()[-1] == (
         f"error: {tmp_path / 'out.png'}: another process is restoring this picture; wait for it or stop it"
     )
-    with files_of_at_most(2_000):
+    with files_end_at(2_000):
         assert restore(tmp_path, model, "out.png").exit_code == 1
     result = restore(tmp_path, model, "out.png", "--resume", "--w", 0.25)
     assert result.exit_code == 1

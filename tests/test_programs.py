@@ -6,19 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from tests.tiny import tiny_pipeline
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline(with_text=False).save_pretrained(folder)
-    return folder
 
 
 def run(*arguments: str) -> str:

@@ -1,10 +1,7 @@
 """A file that cannot be written ends a run with one line; nothing whole is lost and nothing half is left."""
 
 import logging
-import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,19 +15,9 @@ from stablesr_kit.training.records import StepRecords, read_records
 from stablesr_kit.training.small_autoencoder import build_small_autoencoder
 from stablesr_kit.training.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
 from stablesr_kit.training.writing import LogFile
+from tests.file_limits import files_end_at
 from tests.photo_files import save_photos
 from tests.training_runs import run_program, tiny
-
-
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """The system refuses to make any file of this process longer: a real error of the kind of a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_last_whole_one(

@@ -39,7 +39,7 @@ class Team:
     """The processes of `accelerate launch`, each with the same networks, at one picture.
 
     Every n-th tile is predicted by the same process, and the first gets all of them, exactly as they were computed: on
-    processes and devices of one kind the result is to the bit that of one process.
+    processes and devices of one kind (on CPUs: of as many threads) the result is to the bit that of one process.
 
     Args:
         state: of accelerate; any backend.

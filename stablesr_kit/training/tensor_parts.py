@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablesr_kit.training.checkpoints import UNFINISHED
 from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ ORIGIN = "origin.json"
 
 class TensorParts:
     """The parts of a file of tensors, kept in a folder beside it until all are there.
+
+    Raises OutputError where there is no room for them.
 
     file: what `join` writes. Parts that an interrupted call left are used if they have the same origin: these options,
     and the same files in the folder `model`; others are deleted.
@@ -65,5 +68,6 @@ class TensorParts:
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     beside = file.with_name(file.name + UNFINISHED)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    beside.rename(file)
+    with writing(file):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        beside.rename(file)
