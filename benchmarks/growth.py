@@ -121,9 +121,9 @@ def plot(curves: dict[str, list[Run]], start: Run, path: Path) -> None:
     time_axes.set(ylabel="seconds per megapixel")
     memory_axes.set(ylabel="peak resident memory, GiB")
     for axes in (time_axes, memory_axes):
-        axes.set(xlabel="megapixels of the result", ylim=(0, None))
+        axes.set(xlabel="megapixels of the result", ylim=(0, 1.1 * axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right")
     figure.savefig(path)
 
 
