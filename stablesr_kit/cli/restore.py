@@ -55,7 +55,7 @@ def restore(
     ] = None,
     mode: Annotated[
         Literal["exact", "approximate"],
-        typer.Option(help="How the tiles of a large picture are coded; approximate needs less memory and disk."),
+        typer.Option(help="How the tiles of a large picture are coded; approximate needs less disk."),
     ] = "exact",
     attention: Annotated[
         Literal["global", "windowed"],

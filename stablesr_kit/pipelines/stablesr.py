@@ -231,7 +231,7 @@ class StableSRPipeline(
             tile_jitter: moves the tiles at every step, so that no border stays in place.
             vae_tile_px: side of the tiles the autoencoder and CFW take, on which the result does not depend; None is
                 what fits, and small pictures whole.
-            vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, in less memory.
+            vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, with less on disk.
             vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
             canvas_folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
             record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call
