@@ -110,6 +110,23 @@ class View:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """What can be read as another height x width of its own; a subclass says what a region holds.
+
+    Attributes:
+        image: (C, h, w). height, width: of the result, in pixels.
+    """
+
+    image: Readable
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image.shape[0], self.height, self.width
+
+
+@dataclass(frozen=True)
 class Part:
     """A region of what can be read, as something to be read by itself."""
 

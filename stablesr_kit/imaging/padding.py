@@ -1,27 +1,16 @@
 """Reflection padding that works for any size."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from stablesr_kit.imaging.canvas import Readable, Region
+from stablesr_kit.imaging.canvas import Region, Resized
 
 
-@dataclass(frozen=True)
-class Padded:
+class Padded(Resized):
     """A picture continued to the right and below to height x width by mirror reflection, where it is read.
 
     Edges are not doubled; a picture smaller than its padding is reflected again and again, a single pixel is repeated.
     """
-
-    image: Readable
-    height: int
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.image.shape[0], self.height, self.width
 
     def read(self, region: Region) -> Tensor:
         _, height, width = self.image.shape

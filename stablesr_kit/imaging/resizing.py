@@ -1,12 +1,10 @@
 """Image batches and pictures at another size."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stablesr_kit.imaging.canvas import Readable, Region, View, assembled
+from stablesr_kit.imaging.canvas import Readable, Region, Resized, View, assembled
 
 SHARPNESS = -0.75  # of the cubic, as torch has it (Keys 1981, eq. 8, where it is a)
 
@@ -29,20 +27,11 @@ def resized(image: Readable, height: int, width: int) -> Readable:
     return Enlarged(image, height, width)
 
 
-@dataclass(frozen=True)
-class Enlarged:
+class Enlarged(Resized):
     """A picture in [-1, 1] enlarged bicubically to height x width, clamped, where it is read.
 
     Weights depend on absolute positions alone, so that every region has the bits it has in the whole.
     """
-
-    image: Readable
-    height: int
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.image.shape[0], self.height, self.width
 
     def read(self, region: Region) -> Tensor:
         _, height, width = self.image.shape
