@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from tqdm import trange
+from tqdm import tqdm
 
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.batches import make_loader
+from stablesr_kit.training.config import LoaderOptions, ProgramConfig
 from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.network_files import load_network
 from stablesr_kit.training.photo_crops import report_skipped
@@ -24,7 +25,7 @@ logger = logging.getLogger("cache_latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(PairOptions, ProgramConfig):
+class CacheConfig(LoaderOptions, PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_vae: str
@@ -48,12 +49,12 @@ def main(config: CacheConfig) -> None:
     pairs = open_pairs(config, config.seed, versions=config.versions)
     parts = TensorParts(Path(config.output_dir) / "latents.safetensors", config, Path(config.pretrained_vae))
 
-    for crop in trange(config.crops, mininterval=10):
-        if crop in parts:
-            continue
+    missing = [crop for crop in range(config.crops) if crop not in parts]
+    versions = [[crop * config.versions + i for i in range(config.versions)] for crop in missing]
+    loader = make_loader(pairs, versions, config.dataloader_num_workers)
+    for crop, (_, pair) in zip(missing, tqdm(loader, mininterval=10), strict=True):
         # the good crop once, then its degraded versions, as one batch
-        versions = [pairs[crop * config.versions + i] for i in range(config.versions)]
-        images = torch.stack([versions[0].hq, *(pair.lq for pair in versions)])
+        images = torch.cat([pair.hq[:1], pair.lq])
         with torch.autocast(device.type, torch.bfloat16):
             z = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean
         latents = to_latent(z.float(), vae).half().cpu()

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels
-from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.batches import make_loader
+from stablesr_kit.training.config import LoaderOptions, ProgramConfig
 from stablesr_kit.training.data_options import PairOptions
 from stablesr_kit.training.photo_crops import report_skipped
 from stablesr_kit.training.photo_pairs import open_pairs
@@ -21,7 +22,7 @@ from stablesr_kit.training.tensor_parts import TensorParts
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWDataConfig(PairOptions, ProgramConfig):
+class CFWDataConfig(LoaderOptions, PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_model: str
@@ -50,12 +51,11 @@ def main(config: CFWDataConfig) -> None:
     parts = TensorParts(Path(config.output_dir) / "samples.safetensors", config, Path(config.pretrained_model))
 
     starts = range(0, config.crops, config.batch_size)
-    for part, first in enumerate(tqdm(starts, mininterval=10)):
-        if part in parts:
-            continue
-        batch = [pairs[index] for index in range(first, first + config.batch_size)]
-        hq, lq = torch.stack([pair.hq for pair in batch]), torch.stack([pair.lq for pair in batch])
-        generator = torch.Generator().manual_seed(config.seed + first)
+    missing = [part for part in range(len(starts)) if part not in parts]
+    batches = [list(range(starts[part], starts[part] + config.batch_size)) for part in missing]
+    loader = make_loader(pairs, batches, config.dataloader_num_workers)
+    for part, (_, (lq, hq)) in zip(missing, tqdm(loader, mininterval=10), strict=True):
+        generator = torch.Generator().manual_seed(config.seed + starts[part])
         with torch.autocast(device.type, torch.bfloat16):
             latents = pipeline(
                 (lq + 1) / 2,

@@ -1,7 +1,7 @@
 """Batches of samples that are numbered from the start of the run: resuming is counting on, and noise can be drawn
 per sample, so that neither the number of processes nor the size of a batch changes what a sample meets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,11 @@ class SharedBatches(Sampler[list[int]]):
         return max(self.stop - self.first, 0)
 
 
-def make_loader(dataset: Dataset[Any], batches: SharedBatches, workers: int = 0) -> DataLoader[Any]:
-    """Loader of (indices, batch) pairs; item i of the dataset must be a function of its seed and of i alone."""
+def make_loader(dataset: Dataset[Any], batches: Iterable[list[int]], workers: int = 0) -> DataLoader[Any]:
+    """Loader of (indices, batch) pairs; item i of the dataset must be a function of its seed and of i alone.
+
+    batches: the indices of each batch. workers: processes that prepare batches; 0 prepares them in this one.
+    """
     return DataLoader(
         Numbered(dataset),
         batch_sampler=batches,

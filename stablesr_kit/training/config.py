@@ -46,7 +46,15 @@ class ProgramConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ProgramConfig):
+class LoaderOptions(Options):
+    """Options of programs that read their samples in batches."""
+
+    dataloader_num_workers: int = 0
+    """Processes that prepare batches beside each process of the program; 0 prepares them in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(LoaderOptions, ProgramConfig):
     """What every training run has in common: how long it lasts, how it steps, when it saves."""
 
     mixed_precision: str = "bf16"
@@ -57,8 +65,6 @@ class RunConfig(ProgramConfig):
     """Batches whose gradients make one optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
-    dataloader_num_workers: int = 0
-    """Processes that prepare batches beside each training process; 0 prepares them in it."""
     max_train_steps: int
     """Optimizer steps of the whole run; the learning rate's schedule ends there."""
     learning_rate: float = 1e-4
