@@ -30,6 +30,8 @@ class StartConfig(CodebookOptions, PhotoOptions, RunConfig):
 
     pretrained_model: str = "mini"
     """Pipeline whose autoencoder is taken: mini or a folder."""
+    image_size: int | None = None
+    """Side in px of the pictures the VQGAN is for, where crops are smaller; None: the resolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 6, 8)
     """Widths of the levels in units of the autoencoder's first; the first ones are those of the autoencoder."""
     codebook_size: int = 512
@@ -64,7 +66,7 @@ def main(config: StartConfig) -> None:
     vae = AutoencoderKL.from_pretrained(resolve_model(config.pretrained_model) / "vae", torch_dtype=torch.float32)
     vae = vae.to(run.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     vqgan = VQGAN(
-        image_size=config.resolution,
+        image_size=config.image_size or config.resolution,
         base_channels=vae.config.block_out_channels[0],
         channel_multipliers=config.channel_multipliers,
         layers_per_block=1,
@@ -109,12 +111,14 @@ def cache_features(
 ) -> tuple[CachedFeatures, Tensor, Tensor]:
     """Features of the first crops, and mean and deviation, (1, C, 1, 1), by which the wanted ones are normalised."""
     given, wanted = [], []
-    for i in tqdm(range(config.cached_crops), desc="features", disable=not run.is_main, mininterval=5):
-        image = images[i][None].to(run.accelerator.device, memory_format=torch.channels_last)
+    count, batch = config.cached_crops, config.train_batch_size
+    for first in tqdm(range(0, count, batch), desc="features", disable=not run.is_main, mininterval=5):
+        image = torch.stack([images[i] for i in range(first, min(first + batch, count))])
+        image = image.to(run.accelerator.device, memory_format=torch.channels_last)
         with run.accelerator.autocast():
             given.append(graft.outer_encode(image).bfloat16().cpu())
             wanted.append(target_features(vae, image).bfloat16().cpu())
-    std, mean = torch.std_mean(torch.cat(wanted[:8]).float(), dim=(0, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(wanted[0].float(), dim=(0, 2, 3), keepdim=True)
     normalised = torch.cat([((features.float() - mean) / std).bfloat16() for features in wanted])
     device = run.accelerator.device
     return CachedFeatures(torch.cat(given), normalised, config.seed), mean.to(device), std.to(device)
