@@ -1,11 +1,11 @@
 """The command line: parse, call, print. Heavy imports happen inside the commands, so that help is instant."""
 
 import logging
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from stablesr_kit import __version__
 from stablesr_kit.cli.convert import convert, inspect
 from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
@@ -27,7 +27,7 @@ for command in (restore, faces, convert, inspect, degrade, doctor):
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"stablesr-kit {metadata.version('stablesr-kit')}")
+        typer.echo(f"stablesr-kit {__version__}")
         raise typer.Exit
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from stablesr_kit import __version__
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.records import means_of, read_records
 
@@ -34,7 +34,7 @@ def model_card(
     paragraphs = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {folder.resolve().name}",
-        f"Trained by `{program}` of stablesr-kit {version('stablesr-kit')}. "
+        f"Trained by `{program}` of stablesr-kit {__version__}. "
         "The licences of the data and of what it started from hold for it.",
         _table(["folder", "class"], results.items()),
         f"Started from {_listed(origins) or 'nothing'}; trained on {_listed(data) or 'no data that an option names'}.",
