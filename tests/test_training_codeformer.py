@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stablesr_kit.errors import ImageError
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
+from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.codebooks import fit_codes, revive_codes
@@ -90,6 +91,19 @@ def test_the_stages_end_in_a_codeformer_that_restores_faces() -> None:
         images = [codeformer(face, w).image for w in (0.0, 1.0)]
     assert all(image.shape == face.shape and image.isfinite().all() for image in images)
     assert not torch.equal(*images)
+
+
+def test_a_trained_codeformer_becomes_a_pipeline_folder() -> None:
+    trained = "runs/tiny/codeformer_stage3/codeformer"
+    config = str(ROOT / "configs" / "mini_faces" / "pipeline.yaml")
+    run_program(
+        "assemble_face_pipeline", "--config", config, "--pretrained_codeformer", trained, "--output_dir", "assembled"
+    )
+    saved = weights("assembled/codeformer")
+    assert all(torch.equal(tensor.half(), saved[name]) for name, tensor in weights(trained).items())
+    assert "_name_or_path" not in json.loads(Path("assembled/codeformer/config.json").read_text())
+    face = Image.open("pictures/0.png")
+    assert CodeFormerPipeline.from_pretrained("assembled", torch_dtype=torch.float32)(face).images[0].size == face.size
 
 
 def test_quantiser_and_decoder_stay_those_of_stage_one() -> None:

@@ -3,18 +3,16 @@
 python training/assemble_pipeline.py --config configs/mini/pipeline.yaml
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.network_files import load_network
+from stablesr_kit.training.network_files import load_network, save_small_pipeline
 from stablesr_kit.training.program import launch
 from stablesr_kit.training.small_unet import build_small_scheduler
 
@@ -48,13 +46,7 @@ def main(config: AssembleConfig) -> None:
         cfw=cfw,
         default_steps=config.default_steps,
     )
-    pipeline.to(torch.float16).save_pretrained(config.output_dir)
-
-    # where the parts were trained is nobody's business
-    for file in Path(config.output_dir).glob("*/config.json"):
-        options = json.loads(file.read_text())
-        options.pop("_name_or_path", None)
-        file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+    save_small_pipeline(pipeline, Path(config.output_dir))
 
 
 if __name__ == "__main__":

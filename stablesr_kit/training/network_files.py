@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -83,6 +85,19 @@ def save_network(network: nn.Module, folder: Path) -> None:
         else:
             state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
             save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+
+
+def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in float16 to a folder that appears whole, without the paths its networks were trained at.
+
+    Raises OutputError; what was there before is then still there.
+    """
+    with replacing_folder(folder) as beside:
+        pipeline.to(torch.float16).save_pretrained(beside)
+        for file in beside.glob("*/config.json"):
+            options = json.loads(file.read_text())
+            options.pop("_name_or_path", None)
+            file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
 
 
 def load_network(kind: type[Network], folder: str, option: str) -> Network:

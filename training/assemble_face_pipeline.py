@@ -1,0 +1,31 @@
+"""Make a trained CodeFormer a pipeline that `CodeFormerPipeline.from_pretrained` loads.
+
+python training/assemble_face_pipeline.py --config configs/mini_faces/pipeline.yaml
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablesr_kit.models.codeformer import CodeFormer
+from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+from stablesr_kit.training.config import ProgramConfig
+from stablesr_kit.training.network_files import load_network, save_small_pipeline
+from stablesr_kit.training.program import launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleFacesConfig(ProgramConfig):
+    """Options of this program."""
+
+    pretrained_codeformer: str
+    """Folder of the CodeFormer."""
+
+
+def main(config: AssembleFacesConfig) -> None:
+    """Write the pipeline to output_dir, its weights in float16."""
+    codeformer = load_network(CodeFormer, config.pretrained_codeformer, "pretrained_codeformer")
+    save_small_pipeline(CodeFormerPipeline(codeformer), Path(config.output_dir))
+
+
+if __name__ == "__main__":
+    launch(main, AssembleFacesConfig)
