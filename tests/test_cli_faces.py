@@ -218,7 +218,7 @@ def test_a_grey_face_gets_colours(model: Path, photo: Path, tmp_path: Path) -> N
     [
         ({"photo.png": [{"landmarks": [[1, 2]]}]}, 1, "is no face; expected"),
         ({"photo.png": [{"landmarks": [[900 + x, y] for x, y in LANDMARKS]}]}, 1, "lies outside the picture"),
-        ({"photo.png": [{"landmarks": [[30, 30]] * 5}]}, 1, "fix no face"),
+        ({"photo.png": [{"landmarks": [[30, 30]] * 5}]}, 1, "a given face of 0 pixels"),
         ({"other.png": []}, 2, "other.png: no input of that name"),
     ],
 )

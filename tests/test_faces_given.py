@@ -36,6 +36,9 @@ def test_boxes_and_landmarks_are_read_by_photo(tmp_path: Path) -> None:
         '{"a.jpg": [{"landmarks": [["x", 2], [1, 2], [1, 2]]}]}',
         '{"a.jpg": [{}]}',
         '{"a.jpg": [7]}',
+        pytest.param("[" * 100_000, id="brackets without end"),
+        pytest.param('{"a.jpg": [{"box": [0, 0, 1' + "0" * 400 + ", 1]}]}", id="more than a float holds"),
+        pytest.param('{"a.jpg": [{"landmarks": [[9, 1], [1, 1], [5, 9]]}]}', id="left and right exchanged"),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
@@ -64,8 +67,17 @@ def test_a_face_outside_the_picture_is_refused_and_one_across_its_border_is_not(
     assert face.box == (50, 10, 90, 40)
 
 
+@pytest.mark.parametrize("given", [Box(-1e300, -1e300, 1e300, 1e300), Box(-200, 0, 200, 10), Box(5, 5, 5.5, 5.1)])
+def test_a_face_far_larger_than_its_picture_or_smaller_than_a_pixel_is_refused(given: Box) -> None:
+    with pytest.raises(ImageError, match=r"a given face of .* pixels .* expected") as raised:
+        place_given_faces(np.zeros((50, 60, 3), np.uint8), [given], MTCNNDetector())
+    assert len(str(raised.value)) < 300
+
+
 def test_detectors_without_their_file_say_which_one_they_need(tmp_path: Path) -> None:
     assert load_detector("mtcnn").name == "mtcnn"
+    with pytest.raises(ConfigError, match="mtcnn has its weights in the package"):
+        load_detector("mtcnn", tmp_path / "mine.pth")
     with pytest.raises(ConfigError, match=r"face_detection_yunet_2023mar\.onnx"):
         load_detector("yunet")
     with pytest.raises(StableSRKitError, match=r"no such file"):

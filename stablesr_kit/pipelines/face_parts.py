@@ -20,13 +20,18 @@ DetectorName = Literal["mtcnn", "retinaface", "yunet"]
 def load_detector(name: DetectorName, weights: Path | None = None, device: torch.device | str = "cpu") -> FaceDetector:
     """The detector of that name; nothing is ever downloaded.
 
-    weights: its file; None suffices for mtcnn, which is in the package, and for retinaface if facexlib has a copy.
+    weights: its file; None for mtcnn, which is in the package, and for retinaface if facexlib has a copy.
 
     Raises:
-        ConfigError: a file or an extra is missing; the message says which goes where.
+        ConfigError: a file or an extra is missing, or a file is given to mtcnn; the message says which goes where.
         CheckpointError: the file is of another network.
     """
     if name == "mtcnn":
+        if weights is not None:
+            raise ConfigError(
+                f"{weights} is given, but mtcnn has its weights in the package; leave the file out, or choose the "
+                "detector it is for"
+            )
         return MTCNNDetector(device=device)
     if name == "yunet":
         if weights is None:
