@@ -2,12 +2,17 @@
 
 import json
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from skimage import data
 from typer.testing import Result
 
@@ -244,6 +249,65 @@ def test_a_broken_photo_among_others_is_one_line_and_the_others_are_written(
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"error: {tmp_path / 'broken.png'}: ")
     assert [path.name for path in out.iterdir()] == ["photo.png"]
+
+
+def damaged(folder: Path, weights: dict[str, torch.Tensor] | None, **config: object) -> None:
+    """Changes the network in a pipeline's folder; weights: None removes them."""
+    config_file, weight_file = (folder / "codeformer" / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    write_json(config_file, json.loads(config_file.read_text()) | config)
+    weight_file.unlink()
+    if weights is not None:
+        save_file(weights, weight_file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", ["pickled", "cut", "a tensor less", "another width", "no width"])
+def test_a_damaged_face_model_is_one_line(model: Path, photo: Path, tmp_path: Path, damage: str) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out.png"
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "codeformer" / SAFETENSORS_WEIGHTS_NAME)
+    match damage:
+        case "pickled":
+            damaged(copy, None)
+            torch.save(weights, copy / "codeformer" / "diffusion_pytorch_model.bin")
+        case "cut":
+            (copy / "codeformer" / SAFETENSORS_WEIGHTS_NAME).write_bytes(b"cut")
+        case "a tensor less":
+            damaged(copy, {name: tensor for name, tensor in weights.items() if name != "positions"})
+        case "another width":
+            damaged(copy, weights, dim=32)
+        case "no width":
+            damaged(copy, weights, dim="wide")
+    result = faces(photo, "-o", out, "--model", copy, "--background", "none")
+    assert (result.exit_code, out.exists()) == (1, False)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {copy}: the model cannot be loaded (")
+
+
+def test_a_face_model_without_its_weights_is_one_line_in_a_process_of_its_own(
+    model: Path, photo: Path, tmp_path: Path
+) -> None:
+    """diffusers logs to the stderr that there was when it was imported."""
+    shutil.copytree(model, tmp_path / "copy")
+    damaged(tmp_path / "copy", None)
+    command = [sys.executable, "-m", "stablesr_kit.cli", "faces", photo, "-o", "out.png", "--model", "copy"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: copy: the model cannot be loaded (Error no file named diffusion_pytorch_model")
+
+
+def test_a_face_model_that_computes_no_numbers_is_one_line_for_each_photo(
+    model: Path, photo: Path, tmp_path: Path
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out.png"
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "codeformer" / SAFETENSORS_WEIGHTS_NAME)
+    damaged(copy, {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()})
+    for options in (("--mode", "aligned"), ("--background", "none", "--max-identity-distance", "inf")):
+        result = faces(photo, "-o", out, "--model", copy, *options)
+        assert (result.exit_code, out.exists()) == (1, False)
+        assert result.stderr.startswith(f"error: {photo}: the restored faces are not finite")
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,14 @@ def test_faces_of_a_photograph_are_refined_by_the_pipeline() -> None:
     assert 0 < changed.float().mean() < 0.5
 
 
+def test_a_network_that_computes_no_numbers_is_refused() -> None:
+    broken = randomize(CodeFormer(**pipeline().codeformer.config), 1).eval()
+    torch.nn.init.constant_(broken.vqgan.decoder.conv_out.weight, float("inf"))
+    for call in (CodeFormerPipeline(broken), FaceRefinement(CodeFormerPipeline(broken))):
+        with pytest.raises(FloatingPointError, match="not finite, computed in torch.float32; load it in bfloat16"):
+            call(photo(), photo()) if isinstance(call, FaceRefinement) else call(pixels(1))
+
+
 WHITE = np.full((SIZE, SIZE), 255, dtype=np.uint8)
 
 
@@ -153,6 +161,7 @@ WHITE = np.full((SIZE, SIZE), 255, dtype=np.uint8)
         (pixels(1), {"task": "inpaint", "mask": WHITE[:16]}, ImageError, "mask 0 is 16x32, its face 32x32"),
         (pixels(3), {"task": "inpaint", "mask": [WHITE] * 2}, ImageError, "2 masks are given for 3 faces"),
         (pixels(1), {"mask": WHITE}, ConfigError, "a mask is given to restore"),
+        (pixels(1, 2000, 3), {}, ImageError, "face 0 is 2000x3"),
         (pixels(1), {"task": "sharpen"}, ConfigError, "task='sharpen'"),
         (pixels(1), {"w": float("nan")}, ConfigError, "w=nan"),
         (pixels(1), {"w": -1}, ConfigError, "w=-1"),

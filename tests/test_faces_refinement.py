@@ -98,6 +98,15 @@ def test_an_embedder_measures_identity_in_place_of_structure() -> None:
     assert [(r.action, round(r.identity_distance, 6)) for r in stage.reports[0]] == [("refined", 0.0)]
 
 
+def test_a_face_whose_distance_is_no_number_is_left_alone() -> None:
+    def lost(faces: np.ndarray) -> np.ndarray:
+        return np.full((len(faces), 8), np.nan, np.float32)
+
+    stage = FaceRefinement(Smoothing(), embedder=lost)
+    assert torch.equal(stage(enlarged(), photo()), enlarged())
+    assert [report.action for report in stage.reports[0]] == ["left alone"]
+
+
 def test_a_grey_photo_stays_grey_and_never_overflows() -> None:
     grey = photo().mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous()
 
@@ -189,5 +198,7 @@ def test_what_cannot_work_is_refused() -> None:
         FaceRefinement(Smoothing(), w=2)
     with pytest.raises(ImageError, match="as many of each"):
         FaceRefinement(Smoothing())(enlarged(), torch.cat([photo(), photo()]))
+    with pytest.raises(ImageError, match="as many of each"):
+        FaceRefinement(Smoothing())(enlarged(), photo(), [None, None])
     with pytest.raises(ValueError, match="post_stages work on pictures"):
         tiny_pipeline(with_text=False)(torch.rand(1, 3, 4, 4), post_stages=[lambda a, _: a], output_type="latent")

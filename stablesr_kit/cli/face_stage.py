@@ -59,10 +59,9 @@ def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
 
     with loading(model):
         path = find_face_model(model)
-        load = CodeFormerPipeline.from_original if path.is_file() else CodeFormerPipeline.from_pretrained
-        pipeline: CodeFormerPipeline = load(path)
-    pipeline.to(device)
-    return pipeline
+        if path.is_file():
+            return CodeFormerPipeline.from_original(path).to(device)
+        return CodeFormerPipeline.from_pretrained(path, use_safetensors=True).to(device)
 
 
 def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"]) -> None:

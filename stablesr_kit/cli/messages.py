@@ -41,19 +41,20 @@ def loading(model: str) -> Iterator[None]:
         yield
     except StableSRKitError:
         raise
-    except (OSError, ValueError) as error:  # files are missing, cut short or foreign
+    # Files are missing, cut short or foreign, options of other types, tensors left out.
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
 
 
 def quieten_libraries() -> None:
-    """No advice from transformers and diffusers, and bars for loading and saving only on a terminal.
+    """No advice from transformers and diffusers, no errors that are raised as well, and bars only on a terminal.
 
     To be called before the first import of a pipeline: importing already warns of optional packages.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()

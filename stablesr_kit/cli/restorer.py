@@ -112,7 +112,7 @@ def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "
 
     with loading(model):
         pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    return pipeline.to(device)
+        return pipeline.to(device)
 
 
 def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":

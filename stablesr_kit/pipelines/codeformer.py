@@ -43,6 +43,10 @@ _RELEASED_TASKS: dict[tuple[int, tuple[int, ...]], FaceTask] = {
 }
 
 
+# Sides of a picture of one face, at most; enlarged until the smaller fits, a strip would outgrow any memory.
+_MOST_ELONGATED = 8
+
+
 class CodeFormerPipeline(DiffusionPipeline):
     """Restores aligned faces; for faces inside photographs see `FaceRefinement`.
 
@@ -114,11 +118,19 @@ class CodeFormerPipeline(DiffusionPipeline):
         """Restored faces (B, 3, S, S), float32, of image (B, 3, S, S), both in [-1, 1]; one forward, no resizing.
 
         Arguments as `CodeFormer.forward`.
+
+        Raises:
+            FloatingPointError: the network is damaged, or its precision too low.
         """
         device = self._execution_device
         w = w.to(device) if isinstance(w, Tensor) else w
         image = image.to(device, self.codeformer.dtype)
         output: Tensor = self.codeformer(image, w, adain=adain, code_lookup=code_lookup).image
+        if not output.isfinite().all():
+            raise FloatingPointError(
+                f"the restored faces are not finite, computed in {self.codeformer.dtype}; "
+                "load it in bfloat16 or float32, or get a whole copy of the face model"
+            )
         return output.float()
 
     @torch.no_grad()
@@ -154,8 +166,10 @@ class CodeFormerPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
 
         Raises:
-            ImageError: something else than pictures, a mask of another size, all white, or none where one is needed.
+            ImageError: something else than pictures of faces, a mask of another size, all white, or none where one is
+                needed.
             ConfigError: an option means nothing.
+            FloatingPointError: as `restore`.
         """
         task = task or self.config.task
         _check_task(task)
@@ -172,6 +186,7 @@ class CodeFormerPipeline(DiffusionPipeline):
             raise ConfigError(f"a mask is given to {task}, which changes whole faces; give task='inpaint'")
 
         images = _one_by_one(faces)
+        _check_proportions(images)
         masks = _masks(images, mask) if task == "inpaint" else None
         size = self.image_size
         results: list[Tensor] = []
@@ -215,6 +230,14 @@ def _one_by_one(pictures: Picture | list[Picture] | tuple[Picture, ...]) -> list
     if not given:
         raise ImageError("an empty list of faces is given, expected at least one")
     return [image for picture in given for image in to_image(picture).split(1)]
+
+
+def _check_proportions(faces: list[Tensor]) -> None:
+    """Raises ImageError."""
+    for number, face in enumerate(faces):
+        height, width = face.shape[2:]
+        if max(height, width) > _MOST_ELONGATED * min(height, width):
+            raise ImageError(f"face {number} is {height}x{width} (height x width), too narrow; crop it to the face")
 
 
 def _masks(faces: list[Tensor], mask: Picture | list[Picture] | None) -> list[Tensor]:

@@ -132,13 +132,19 @@ class FaceRefinement:
 
         images: (B, 3, H, W) in [-1, 1]. lq_images: (B, 3, h, w) in [-1, 1], of which they are enlargements.
         faces: of each picture, given by hand, all of which are restored; None finds and selects them.
+
+        Raises:
+            ImageError: as many of each are not given, or a face's landmarks fix none.
         """
-        if len(images) != len(lq_images):
-            raise ImageError(f"{len(images)} images and {len(lq_images)} LQ images are given; give as many of each")
+        faces = [None] * len(images) if faces is None else faces
+        if not len(images) == len(lq_images) == len(faces):
+            raise ImageError(
+                f"{len(images)} images, {len(lq_images)} LQ images and faces of {len(faces)} are given; "
+                "give as many of each"
+            )
         refined = images.detach().float().cpu().clone()
         self.reports = []
-        for i, lq in enumerate(lq_images):
-            given = faces[i] if faces is not None else None
+        for i, (lq, given) in enumerate(zip(lq_images, faces, strict=True)):
             # Numpy sees the tensor's own memory, in rows of pixels.
             picture = refined[i].permute(1, 2, 0).numpy()
             self.reports.append([report for report, _ in self.refine(picture, lq, given)])
@@ -188,7 +194,7 @@ class FaceRefinement:
         strengths: list[float | None] = [self.w] * len(aligned)
         if self.max_identity_distance is None:
             return restored, strengths, distances
-        drifted = np.flatnonzero(distances > self.max_identity_distance)
+        drifted = np.flatnonzero(~(distances <= self.max_identity_distance))  # also where it is no number
         if len(drifted) and self.w < 1:
             restored[drifted] = self._restore(aligned[drifted], 1.0, grey)
             distances[drifted] = identity_distance(aligned[drifted], restored[drifted], self.embedder)
