@@ -119,7 +119,8 @@ def test_a_photo_without_a_face_is_enlarged_and_the_line_says_0_faces(model: Pat
     out = tmp_path / "out.png"
     result = faces(plain, "-o", out, "--model", model, "--background", "none", "--upscale", 3)
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"{plain}: 0 faces with eyes more than 5 pixels apart (mtcnn)")
+    said = f"{plain}: 0 faces with eyes more than 5 pixels apart (mtcnn); no face is restored\n"
+    assert result.stdout == f"{said}1 done: {out}\n"
     assert np.array_equal(pixels_of(out), enlarged(plain, 3))
 
 
@@ -132,6 +133,10 @@ def test_the_background_is_enlarged_by_stablesr(model: Path, photo: Path, tmp_pa
     assert result.exit_code == 0, result.stderr
     assert pixels_of(tmp_path / "out.png").shape == (24, 32, 3)
     assert (pixels_of(tmp_path / "out.png") != enlarged(small)).any()
+    assert np.ptp(pixels_of(tmp_path / "out.png").astype(int), axis=-1).max() > 0
+    Image.open(small).convert("L").convert("RGB").save(small)
+    faces(small, "-o", tmp_path / "out.png", "--model", model, "--background", background)
+    assert np.ptp(pixels_of(tmp_path / "out.png"), axis=-1).max() == 0
 
 
 def test_a_face_of_20_pixels_is_found(model: Path, photo: Path, tmp_path: Path) -> None:
@@ -216,6 +221,37 @@ def test_a_grey_face_gets_colours(model: Path, photo: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.stderr
     assert f"{grey}: aligned face, coloured with w 0, identity distance " in result.stdout
     assert np.ptp(pixels_of(tmp_path / "out.png").astype(int), axis=-1).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([], "0 faces given; no face is restored"),
+        ([{"box": [2, 90, 32, 126]}], "face 1 of 1 at (2, 90) to (32, 126), given, taken as upright: "),
+        ([{"box": [31, 22, 73, 76]}], "face 1 of 1 at (31, 22) to (73, 76), given: "),
+    ],
+)
+def test_the_line_says_what_was_made_of_faces_given(
+    model: Path, photo: Path, tmp_path: Path, entries: list[object], said: str
+) -> None:
+    given = write_json(tmp_path / "given.json", {"photo.png": entries})
+    out = tmp_path / "out.png"
+    result = faces(photo, "-o", out, "--model", model, "--background", "none", "--given", given)
+    assert result.exit_code == 0, result.stderr
+    assert f"{photo}: {said}" in result.stdout
+
+
+@pytest.mark.parametrize("upscale", ["1000", "1e200"])
+def test_results_that_no_memory_holds_are_refused_in_one_line(
+    model: Path, photo: Path, tmp_path: Path, upscale: str
+) -> None:
+    out = tmp_path / "out.png"
+    for command in (("faces", "--background", "none", "--upscale"), ("restore", "--scale")):
+        named = ("--model", model) if command[0] == "faces" else ()
+        result = stablesr(command[0], photo, "-o", out, *named, *command[1:], upscale)
+        assert (result.exit_code, out.exists()) == (1, False)
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: {photo}: the result would have ")
 
 
 @pytest.mark.parametrize(

@@ -64,16 +64,20 @@ def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
         return CodeFormerPipeline.from_pretrained(path, use_safetensors=True).to(device)
 
 
-def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"]) -> None:
-    """A line for each face of a photo on stdout, above the progress bars; one line if there is none."""
+def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"], is_given: bool = False) -> None:
+    """A line for each face of a photo on stdout, above the progress bars; one line if there is none.
+
+    is_given: the faces were given by hand, none at all perhaps.
+    """
     name = one_line(source)
     if not reports:
-        eyes = f"with eyes more than {stage.min_eye_distance:g} pixels apart"
-        tqdm.write(f"{name}: 0 faces {eyes} ({stage.detector.name}); only the background is enhanced")
+        sought = f"with eyes more than {stage.min_eye_distance:g} pixels apart ({stage.detector.name})"
+        tqdm.write(f"{name}: 0 faces {'given' if is_given else sought}; no face is restored")
     for number, report in enumerate(reports, 1):
         x1, y1, x2, y2 = (round(edge) for edge in report.box)
         strength = "" if report.w is None else f" with w {report.w:g}"
-        found = "given" if report.detector == "given" else f"found by {report.detector}"
+        found = "given" if is_given else f"found by {report.detector}"
+        found += ", taken as upright" if report.landmarks_from == "template" else ""
         tqdm.write(
             f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "
             f"{report.action}{strength}, identity distance {report.identity_distance:.2f}"

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import psutil
 import typer
 from PIL import Image
 
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_aligned, tell_faces
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, naming, plan, read_job, run
+from stablesr_kit.cli.picture_files import Job, Report, check_result, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.restore import choose_device, choose_dtype
 from stablesr_kit.cli.restorer import load_pipeline
 from stablesr_kit.imaging.files import Picture, read_picture, write_picture
@@ -44,6 +45,9 @@ _WHOLE_ONLY = (
     "given",
     "save_crops",
 )
+
+# Of the result, at the peak: three floats as an image, as rows of pixels and as levels.
+_BYTES_PER_PIXEL = 48
 
 
 def faces(
@@ -181,6 +185,8 @@ def restore_photo(
     from stablesr_kit.spaces import image_to_pixels
 
     picture = read_job(job)
+    result_pixels = picture.rgb.width * picture.rgb.height * upscale * upscale
+    check_result(job, result_pixels, psutil.virtual_memory().total / _BYTES_PER_PIXEL, "give a smaller --upscale")
     crops = job.target.with_name(f"{job.target.stem}_faces")
     with naming(job, less="give a smaller --upscale or --background none"):
         lq = to_image(picture.rgb)
@@ -194,7 +200,7 @@ def restore_photo(
                 write_crops(crops, len(reports), face)
         pixels = image_to_pixels(torch.from_numpy(canvas).permute(2, 0, 1)[None])[0]
     write_picture(job.target, Image.fromarray(pixels), picture)
-    tell_faces(job.source, stage, reports)
+    tell_faces(job.source, stage, reports, is_given=given is not None)
 
 
 def restore_aligned(

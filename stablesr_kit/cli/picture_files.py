@@ -130,6 +130,15 @@ def read_job(job: Job) -> Picture:
     return picture
 
 
+def check_result(job: Job, pixels: float, most: float, advice: str) -> None:
+    """Raise ImageError if the result would have more pixels than can be made here; advice: what to do."""
+    if pixels > most:
+        raise ImageError(
+            f"{job.source}: the result would have {pixels / 1e6:,.0f} million pixels, more than the {most / 1e6:,.0f} "
+            f"million that can be made here; {advice}"
+        )
+
+
 @contextmanager
 def naming(job: Job, less: str) -> Iterator[None]:
     """Turns what models meet on some pictures into a StableSRKitError that begins with the file.

@@ -11,7 +11,7 @@ import psutil
 from tqdm import tqdm
 
 from stablesr_kit.cli.messages import one_line
-from stablesr_kit.cli.picture_files import Job, read_job
+from stablesr_kit.cli.picture_files import Job, check_result, read_job
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.files import MAX_PIXELS, Picture
 from stablesr_kit.imaging.streams import (
@@ -39,14 +39,14 @@ def open_job(job: Job, scale: float, is_huge_allowed: bool) -> Picture | Streame
     if header is None:
         return _checked(job, read_job(job), scale)
     pixels = header.height * header.width
-    _check_result(job, pixels * scale**2, MAX_STREAMED_PIXELS, "give a smaller --scale")
+    check_result(job, pixels * scale * scale, MAX_STREAMED_PIXELS, "give a smaller --scale")
     is_huge = pixels > MAX_PIXELS
     if is_huge and not is_huge_allowed:
         raise ImageError(
             f"{job.source}: {header.width}x{header.height} is {pixels / 1e6:.0f} million pixels, more than the limit "
             f"of {MAX_PIXELS / 1e6:g}; give --huge if you trust the file, or scale or crop it first"
         )
-    is_wanted = header.is_16_bit or pixels * scale**2 > MAX_PIXELS
+    is_wanted = header.is_16_bit or pixels * scale * scale > MAX_PIXELS
     if not is_huge and not (is_wanted and is_streamed_output(job.target) and has_streams()):
         picture = _checked(job, read_job(job), scale)
         if header.is_16_bit and is_streamed_output(job.target):
@@ -63,18 +63,10 @@ def open_job(job: Job, scale: float, is_huge_allowed: bool) -> Picture | Streame
 
 def _checked(job: Job, picture: Picture, scale: float) -> Picture:
     """The picture, unless its result, three bytes per pixel and a copy of them, exceeds the memory there is."""
-    pixels = picture.rgb.width * picture.rgb.height * scale**2
+    pixels = picture.rgb.width * picture.rgb.height * scale * scale
     most = psutil.virtual_memory().total / 6
-    _check_result(job, pixels, most, "give a smaller --scale, or PNG, JPEG or TIFF in and PNG or TIFF out")
+    check_result(job, pixels, most, "give a smaller --scale, or PNG, JPEG or TIFF in and PNG or TIFF out")
     return picture
-
-
-def _check_result(job: Job, pixels: float, most: float, advice: str) -> None:
-    if pixels > most:
-        raise ImageError(
-            f"{job.source}: the result would have {pixels / 1e6:,.0f} million pixels, more than the {most / 1e6:,.0f} "
-            f"million that can be made here; {advice}"
-        )
 
 
 def write_streamed(job: Job, restored: "Readable", source: StreamedPicture, scratch: Path) -> None:

@@ -35,7 +35,7 @@ class StableSRBackground:
         restored = self.pipeline(
             unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
         ).images
-        return unit_to_image(restored.cpu().float())
+        return kept_grey(unit_to_image(restored.cpu().float()), image)
 
 
 class SpandrelUpsampler:
@@ -71,4 +71,11 @@ class SpandrelUpsampler:
         """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
         unit = ((image + 1) / 2).to(self._device)
         enlarged = unit_to_image(torch.cat([self._model(one[None]) for one in unit]).clamp(0, 1).to(image))
+        enlarged = kept_grey(enlarged, image)
         return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
+
+
+def kept_grey(enlarged: Tensor, image: Tensor) -> Tensor:
+    """Images enlarged by a network (B, 3, H, W), grey again where the given image (B, 3, h, w) is grey to the bit."""
+    is_grey = (image == image[:, :1]).all(dim=(1, 2, 3)).to(enlarged.device)
+    return torch.where(is_grey[:, None, None, None], enlarged.mean(dim=1, keepdim=True), enlarged)
