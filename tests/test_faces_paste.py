@@ -53,6 +53,16 @@ def test_a_region_gets_what_the_same_place_of_a_smaller_picture_gets() -> None:
     assert (large[500:700, :300] == small).all()
 
 
+@pytest.mark.parametrize("size_px", [64, 512])
+@pytest.mark.parametrize("side_px", [150, 1900])
+def test_a_drawn_box_is_as_thin_for_faces_of_any_size(size_px: int, side_px: int) -> None:
+    picture = np.zeros((side_px + 40, side_px + 40, 3), np.float32)
+    enlarge = side_px / size_px
+    to_picture = np.array([[enlarge, 0, 20], [0, enlarge, 20]])
+    paste_face(picture, np.zeros((size_px, size_px, 3), np.float32), to_picture, box_colour=(200, 200, 200))
+    assert 2 < picture[: side_px // 2, side_px // 2, 0].sum() / 200 < 3.1 + enlarge
+
+
 def test_the_seam_is_softer_than_any_edge_of_the_face() -> None:
     picture = np.zeros((600, 600, 3), np.float32)
     paste_face(picture, np.full((512, 512, 3), 200, np.float32), np.array([[1.0, 0, 40], [0, 1.0, 40]]), shape="oval")

@@ -20,9 +20,6 @@ _PARSED_PX = 512
 class FaceParser(Protocol):
     """Labels the parts of aligned faces."""
 
-    name: str
-    """What a report calls it."""
-
     def parse(self, faces: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Classes (N, 512, 512) in the CelebAMask order of aligned faces (N, S, S, 3), RGB in 8-bit levels."""
 
@@ -36,8 +33,6 @@ class ParseNetParser:
         ConfigError: the extra is not installed.
         CheckpointError: the weights are of another network.
     """
-
-    name = "parsenet"
 
     def __init__(self, state_dict: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         try:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stablesr_kit.faces.geometry import Matrix, apply, covering
+from stablesr_kit.faces.geometry import TEMPLATE_SIZE_PX, Matrix, apply, covering
 
 MaskShape = Literal["oval", "square"]
 
@@ -56,7 +56,8 @@ def paste_face(
 
     blended = _over(background, pasted, mask)
     if box_colour is not None and area > 0:
-        width = int(1400 / np.sqrt(area))
+        # 1400 / sqrt(area) in a face of 512 pixels, which is 2.7 pixels of the picture
+        width = max(int(1400 / TEMPLATE_SIZE_PX * size_px / np.sqrt(area)), 1)
         border = np.ones((size_px, size_px), np.float32)
         border[width : size_px - width, width : size_px - width] = 0
         border = _warped(border, to_picture, region)
