@@ -8,11 +8,15 @@ from torch import Tensor
 
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.imaging.canvas import Region, regions
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.spaces import unit_to_image
 
 if TYPE_CHECKING:
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
+
+# Side of the tiles that a network of another project takes at once, which bounds its memory, and what it sees around.
+_TILE_PX, _HALO_PX = 512, 32
 
 
 class Background(Protocol):
@@ -41,8 +45,8 @@ class StableSRBackground:
 class SpandrelUpsampler:
     """A super-resolution network of any architecture that spandrel knows (ESRGAN, SwinIR, DAT, ...).
 
-    As a background it enlarges by the network's own factor and then resizes; called without a size it only enlarges,
-    which is what FaceRefinement's `upsampler` needs.
+    As a background it enlarges by the network's own factor, in tiles, and then resizes; called without a size it only
+    enlarges, which is what FaceRefinement's `upsampler` needs.
 
     Raises:
         ConfigError: the extra is not installed.
@@ -69,10 +73,20 @@ class SpandrelUpsampler:
     @torch.no_grad()
     def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
-        unit = ((image + 1) / 2).to(self._device)
-        enlarged = unit_to_image(torch.cat([self._model(one[None]) for one in unit]).clamp(0, 1).to(image))
-        enlarged = kept_grey(enlarged, image)
+        unit = (image + 1) / 2
+        enlarged = kept_grey(unit_to_image(torch.stack([self._enlarged(one) for one in unit])), image)
         return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
+
+    def _enlarged(self, unit: Tensor) -> Tensor:
+        """The picture (3, h, w) in [0, 1] enlarged by the network, tile by tile."""
+        height, width = unit.shape[1:]
+        enlarged = unit.new_empty(3, height * self._model.scale, width * self._model.scale)
+        for tile in regions(height, width, _TILE_PX):
+            outer = tile.grown(_HALO_PX, height, width)
+            tile_there, outer_there = (Region(*(edge * self._model.scale for edge in one)) for one in (tile, outer))
+            part = self._model(outer.crop(unit)[None].to(self._device))[0].clamp(0, 1)
+            tile_there.crop(enlarged).copy_(tile_there.cut_from(part, outer_there))
+        return enlarged
 
 
 def kept_grey(enlarged: Tensor, image: Tensor) -> Tensor:
