@@ -102,5 +102,21 @@ def test_parsenet_labels_faces_of_any_size_and_refuses_other_weights(tmp_path: P
     assert np.array_equal(labels, expected)
     assert load_parser(tmp_path / "parsing_parsenet.pth").parse(face[:, :64, :64]).shape == (1, 512, 512)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="no weights of ParseNet"):
+    with pytest.raises(CheckpointError, match="no weights of ParseNet") as raised:
         load_parser(tmp_path / "other.pth")
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.filterwarnings("error")
+def test_retinaface_takes_the_file_of_either_backbone_and_refuses_other_weights(tmp_path: Path) -> None:
+    retinaface = pytest.importorskip("facexlib.detection.retinaface", reason="needs the extra faces")
+    torch.manual_seed(0)
+    path = tmp_path / "detection_mobilenet0.25_Final.pth"
+    network = retinaface.RetinaFace(network_name="mobile0.25", device="cpu")
+    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()}, path)
+    detector = load_detector("retinaface", path)
+    assert detector.name == "retinaface_mobile0.25"
+    assert detector.detect(np.zeros((40, 60, 3), np.uint8)) == []
+    with pytest.raises(CheckpointError, match="no weights of retinaface_resnet50") as raised:
+        load_detector("retinaface", path.rename(tmp_path / "other.pth"))
+    assert len(str(raised.value)) < 300

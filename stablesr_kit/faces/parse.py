@@ -1,6 +1,7 @@
 """Where in an aligned face the skin, eyes and hair are, so that background, clothes and hats are left alone."""
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Protocol
 
 import cv2
@@ -46,7 +47,7 @@ class ParseNetParser:
         try:
             self._network.load_state_dict(state_dict)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = shorten(str(error).splitlines()[-1], 120)
             raise CheckpointError(f"these are no weights of ParseNet ({reason}); give parsing_parsenet.pth") from error
 
     @torch.no_grad()

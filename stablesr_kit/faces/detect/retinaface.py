@@ -1,7 +1,9 @@
 """RetinaFace (Deng et al. 2020) as facexlib has it: the detector that the published CodeFormer scripts use."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Literal
 
 import cv2
@@ -60,11 +62,13 @@ class RetinaFaceDetector:
             ) from error
         self.name = f"retinaface_{backbone}"
         self.options = options or RetinaFaceOptions()
-        self._network = RetinaFace(network_name=backbone, device=torch.device(device))
+        with warnings.catch_warnings():  # it calls torchvision by arguments of old versions
+            warnings.simplefilter("ignore")
+            self._network = RetinaFace(network_name=backbone, device=torch.device(device))
         try:
             self._network.load_state_dict({k.removeprefix("module."): v for k, v in state_dict.items()})
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = shorten(str(error).splitlines()[-1], 120)
             raise CheckpointError(
                 f"these are no weights of {self.name} ({reason}); give {WEIGHT_FILES[backbone]}"
             ) from error
