@@ -102,8 +102,9 @@ class MTCNNOptions:
     """Smallest side of a face that is looked for."""
     pyramid_factor: float = 0.709
     """Size of one scale relative to the one before."""
-    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.9)
-    """Least scores after the first, second and third network."""
+    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.85)
+    """Least scores after the first, second and third network; 0.9 for the third misses two of 592 portraits, 0.8 adds
+    objects more often than faces."""
     max_candidates: int = 20_000
     """Most windows, the surest ones, that go from the first network to the second."""
     batch_size: int = 512
