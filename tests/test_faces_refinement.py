@@ -121,6 +121,19 @@ def test_a_grey_photo_stays_grey_and_never_overflows() -> None:
     assert after.abs().max() <= 1.0001
 
 
+@pytest.mark.parametrize("cut_px", [0, 30])
+def test_a_tinted_photo_keeps_its_tint_in_a_face_at_its_border_too(cut_px: int) -> None:
+    tint = torch.tensor([0.2, 0.05, -0.1])[:, None, None]
+    tinted = 0.8 * photo()[..., cut_px:].mean(1, keepdim=True) + tint
+    before = resize_bicubic(tinted, 256, 2 * tinted.shape[3])
+    stage = FaceRefinement(Smoothing())
+    after = stage(before, tinted)
+    assert [report.action for report in stage.reports[0]] == ["refined"]
+    changes = after - before
+    assert changes.abs().max() > 0.1
+    assert (changes - changes.mean(1, keepdim=True)).abs().max() < 1 / 127.5
+
+
 def test_faces_are_restored_in_batches_and_500_of_them_in_a_large_picture() -> None:
     rng = np.random.default_rng(0)
     lq = torch.zeros(1, 3, 1000, 1500)
