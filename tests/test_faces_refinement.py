@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d
 from stablesr_kit import FaceRefinement
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.faces.face import Box, Face
-from stablesr_kit.faces.geometry import template
+from stablesr_kit.faces.geometry import OUTSIDE, template
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.spaces import pixels_to_image
 from tests.tiny import tiny_pipeline
@@ -167,6 +167,21 @@ def test_a_face_cut_by_the_border_is_refined_as_far_as_it_is_in_the_picture(side
     border, opposite = (changed[:, 0], changed[:, -1]) if side == "left" else (changed[0], changed[-1])
     assert border.any() and not opposite.any()
     assert after.isfinite().all() and after.abs().max() <= 1.0001
+
+
+def test_what_is_painted_beyond_the_border_makes_nobody_somebody_else() -> None:
+    class Painting(Smoothing):
+        def restore(self, image: Tensor, w: float) -> Tensor:
+            outside = ((image + 1) * 127.5 == torch.tensor(OUTSIDE)[:, None, None]).all(dim=1, keepdim=True)
+            assert outside.float().mean() > 0.3
+            stripes = (torch.arange(image.shape[2]) // 12 % 2 * 2.0 - 1)[:, None]
+            return torch.where(outside, stripes, super().restore(image, w))
+
+    cut = photo()[..., 40:]
+    stage = FaceRefinement(Painting(), w=0.2)
+    stage(resize_bicubic(cut, 256, 2 * cut.shape[3]), cut)
+    assert [report.action for report in stage.reports[0]] == ["refined"]
+    assert stage.reports[0][0].identity_distance < 0.1
 
 
 def test_drawn_boxes_are_green() -> None:

@@ -79,6 +79,12 @@ def crop(picture: NDArray[Any], matrix: Matrix, size_px: int) -> NDArray[Any]:
     return cv2.warpAffine(part, to_face, (size_px, size_px), borderMode=cv2.BORDER_CONSTANT, borderValue=OUTSIDE)
 
 
+def shown_in(aligned: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where (S, S) an aligned face (S, S, 3) in 8-bit levels shows the picture, and not what lies beyond."""
+    shown: NDArray[np.bool_] = (aligned != np.array(OUTSIDE, aligned.dtype)).any(axis=2)
+    return shown
+
+
 def to_enlarged(matrix: Matrix, scale: tuple[float, float], face_scale: float = 1.0) -> Matrix:
     """Map from the pixels of a restored face to those of the enlarged picture.
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stablesr_kit.faces.geometry import OUTSIDE
+from stablesr_kit.faces.geometry import shown_in
 
 # RGB, ITU-R BT.601 as rounded by the published script.
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
@@ -18,10 +18,11 @@ def is_grey(picture: NDArray[np.generic], threshold: float = 10.0) -> bool:
 def match_grey(face: NDArray[np.float32], aligned: NDArray[np.float32]) -> NDArray[np.float32]:
     """The luminance of a restored face (S, S, 3) with the mean and spread of the aligned input in each channel.
 
-    Both in 8-bit levels; the result is clipped to 0 ... 255. What lies beyond the picture has no tint and does not count.
+    Both in 8-bit levels; the result is clipped to 0 ... 255. What lies beyond the picture has no tint and is left
+    out.
     """
     grey = np.repeat((face @ LUMA)[..., None], 3, axis=2).astype(np.float64)
-    shown = (aligned != np.float32(OUTSIDE)).any(axis=2)
+    shown = shown_in(aligned)
     shown |= not shown.any()
     mean, spread = _statistics(aligned[shown])
     own_mean, own_spread = _statistics(grey[shown])

@@ -1,11 +1,12 @@
 """Whether a restored face is still the same person: how far it is from the face that went in."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from stablesr_kit.faces.geometry import shown_in
 from stablesr_kit.faces.grey import LUMA
 from stablesr_kit.faces.paste import oval
 
@@ -42,20 +43,23 @@ def structural_distance(aligned: NDArray[np.float32], restored: NDArray[np.float
     """One minus the structure term of SSIM (Wang et al. 2004), averaged over the face at low resolution; 0 to 2.
 
     At 32 x 32 pixels noise and blur of the input are gone, but eyes, nose and mouth are there: if they moved, opened or
-    closed, the windows around them no longer correlate. Brightness, contrast and colour do not count.
+    closed, the windows around them no longer correlate. Brightness, contrast and colour do not count, and neither does
+    what a network paints beyond the border of the picture.
     """
-    x, y = (_small_luminance(face) for face in (aligned, restored))
+    x, y = (_small(face @ LUMA) for face in (aligned, restored))
+    shown = _small(shown_in(aligned))
+    y = shown * y + (1 - shown) * x
     mean_x, mean_y = _local_mean(x), _local_mean(y)
     spread_x = np.sqrt((_local_mean(x * x) - mean_x**2).clip(0))
     spread_y = np.sqrt((_local_mean(y * y) - mean_y**2).clip(0))
     structure = (_local_mean(x * y) - mean_x * mean_y + _C / 2) / (spread_x * spread_y + _C / 2)
-    weight = oval(_COMPARED_PX)
-    return float(1 - (structure * weight).sum() / weight.sum())
+    weight = shown * oval(_COMPARED_PX)
+    return float(1 - (structure * weight).sum() / max(weight.sum(), 1e-12))
 
 
-def _small_luminance(face: NDArray[np.float32]) -> NDArray[np.float64]:
-    luminance = (face @ LUMA).astype(np.float64)
-    return np.asarray(cv2.resize(luminance, (_COMPARED_PX, _COMPARED_PX), interpolation=cv2.INTER_AREA))
+def _small(values: NDArray[Any]) -> NDArray[np.float64]:
+    size = (_COMPARED_PX, _COMPARED_PX)
+    return np.asarray(cv2.resize(values.astype(np.float64), size, interpolation=cv2.INTER_AREA))
 
 
 def _local_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
