@@ -164,6 +164,9 @@ class FaceRefinement:
         """Pastes the faces of one photo into a picture (H, W, 3) in [-1, 1], in place, and yields each with its report.
 
         lq: the photo (3, h, w) in [-1, 1], of which the picture is an enlargement. given: as in a call.
+
+        Raises:
+            ImageError: a face's landmarks fix none; the faces before it are in the picture then.
         """
         pixels = image_to_pixels(lq[None])[0]
         levels = ((lq.detach().float().cpu() + 1) * 127.5).permute(1, 2, 0).contiguous().numpy()
