@@ -90,6 +90,11 @@ def test_faces_of_other_sizes_keep_their_proportions() -> None:
     assert shapes == [(1, 32, 48, 3), (1, 32, 32, 3), (1, 64, 48, 3)]
 
 
+def test_without_fusion_there_is_no_fidelity() -> None:
+    assert pipeline().max_w == 1
+    assert CodeFormerPipeline(CodeFormer(**{**pipeline().codeformer.config, "fuse_sizes": ()})).max_w == 0
+
+
 def test_a_saved_pipeline_loads_with_its_task(tmp_path: Path) -> None:
     CodeFormerPipeline(pipeline().codeformer, task="colorize").save_pretrained(tmp_path / "saved")
     loaded = CodeFormerPipeline.from_pretrained(tmp_path / "saved")

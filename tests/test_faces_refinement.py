@@ -22,6 +22,7 @@ class Smoothing:
     """A restorer: as much smoother as w is smaller. Counts its forwards."""
 
     image_size = 128
+    max_w = 1.0
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -87,6 +88,17 @@ def test_somebody_else_is_held_back_to_full_fidelity_and_left_alone_if_that_does
     ((report,),) = stage.reports
     assert (report.action, report.w) == ("left alone", None)
     assert report.identity_distance > 0.3
+
+
+def test_a_network_that_fuses_nothing_leaves_somebody_else_alone_and_is_asked_for_no_fidelity() -> None:
+    class CodesAlone(SomebodyElse):
+        max_w = 0.0
+
+    stage = FaceRefinement(CodesAlone(insists=False), w=0)
+    assert torch.equal(stage(enlarged(), photo()), enlarged())
+    assert [report.action for report in stage.reports[0]] == ["left alone"]
+    with pytest.raises(ConfigError, match=r"w=0.5 is given for faces, expected a number from 0 \(quality\) to 0 "):
+        FaceRefinement(CodesAlone(insists=False))
 
 
 def test_an_embedder_measures_identity_in_place_of_structure() -> None:

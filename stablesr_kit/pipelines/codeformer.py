@@ -111,6 +111,11 @@ class CodeFormerPipeline(DiffusionPipeline):
         """Side of the faces the network takes, in pixels."""
         return int(self.codeformer.config.image_size)
 
+    @property
+    def max_w(self) -> float:
+        """The fidelity that is closest to the face given: 1, or 0 of a network without fusion (stage II)."""
+        return 1.0 if self.codeformer.fusions else 0.0
+
     @torch.no_grad()
     def restore(
         self, image: Tensor, w: float | Tensor, adain: bool = True, code_lookup: CodeLookup = "transformer"

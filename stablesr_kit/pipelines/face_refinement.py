@@ -33,6 +33,10 @@ class FaceRestorer(Protocol):
     def image_size(self) -> int:
         """Side of the faces it takes, in pixels."""
 
+    @property
+    def max_w(self) -> float:
+        """The w that is closest to the face given: 1, or 0 where the network knows no other."""
+
     def restore(self, image: Tensor, w: float) -> Tensor:
         """Restored faces (B, 3, S, S) of image (B, 3, S, S), both in [-1, 1]; w: 0 quality to 1 fidelity."""
 
@@ -74,7 +78,7 @@ class FaceRefinement:
     lies outside the faces' masks stays bitwise as it is. `reports` says what the last call did, photo by photo.
 
     Args:
-        restorer: CodeFormerPipeline, or any network with its `image_size` and `restore`.
+        restorer: CodeFormerPipeline, or any network with its `image_size`, `max_w` and `restore`.
         w: 0 quality to 1 fidelity.
         detector: None is MTCNN, which comes with the package.
         parser: keeps background, clothes and hats out of the mask; None leaves that to the mask's shape.
@@ -106,8 +110,11 @@ class FaceRefinement:
         draw_boxes: bool = False,
         batch_size: int = 4,
     ) -> None:
-        if not 0 <= w <= 1:
-            raise ConfigError(f"w={w} is given for faces, expected a number from 0 (quality) to 1 (fidelity)")
+        if not 0 <= w <= restorer.max_w:
+            raise ConfigError(
+                f"w={w:g} is given for faces, expected a number from 0 (quality) to {restorer.max_w:g} "
+                "(the most fidelity of this network)"
+            )
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is given, expected at least one face")
         self.restorer = restorer
@@ -198,11 +205,11 @@ class FaceRefinement:
         if self.max_identity_distance is None:
             return restored, strengths, distances
         drifted = np.flatnonzero(~(distances <= self.max_identity_distance))  # also where it is no number
-        if len(drifted) and self.w < 1:
-            restored[drifted] = self._restore(aligned[drifted], 1.0, grey)
+        if len(drifted) and self.w < self.restorer.max_w:
+            restored[drifted] = self._restore(aligned[drifted], self.restorer.max_w, grey)
             distances[drifted] = identity_distance(aligned[drifted], restored[drifted], self.embedder)
         for i in drifted:
-            strengths[i] = 1.0 if distances[i] <= self.max_identity_distance else None
+            strengths[i] = self.restorer.max_w if distances[i] <= self.max_identity_distance else None
         return restored, strengths, distances
 
     def _restore(self, aligned: NDArray[np.float32], w: float, grey: bool) -> NDArray[np.float32]:
