@@ -1,6 +1,6 @@
 """Show what w does to the faces of a photograph: a row for each, as found and restored at several fidelities.
 
-python pipelines/restore_faces.py photo.jpg -o sheet.png --model codeformer.pth [--w 0 --w 0.5 --w 1]
+python pipelines/restore_faces.py photo.jpg -o sheet.png [--model codeformer.pth] [--w 0 --w 0.5 --w 1]
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 def main(
     photo: Annotated[Path, typer.Argument(help="The photograph.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture to write.")],
-    model: Annotated[str, typer.Option(help="A pipeline folder, a hub repository, or an original checkpoint.")],
+    model: Annotated[
+        str, typer.Option(help="mini, a pipeline folder, a hub repository, or an original checkpoint.")
+    ] = "mini",
     w: Annotated[list[float] | None, typer.Option(help="Fidelities, from 0 (quality) to 1.")] = None,
 ) -> None:
     """Write the aligned faces and their restorations, and how far each is from the face that went in."""

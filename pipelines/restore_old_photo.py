@@ -1,6 +1,6 @@
 """Restore an old photograph with StableSR and refine its faces after it: input, without faces, with faces side by side.
 
-python pipelines/restore_old_photo.py old.jpg -o sheet.png --faces codeformer.pth [--model mini] [--scale 2]
+python pipelines/restore_old_photo.py old.jpg -o sheet.png [--faces codeformer.pth] [--model mini] [--scale 2]
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 def main(
     photo: Annotated[Path, typer.Argument(help="The photograph; a grey or tinted one stays so.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture to write.")],
-    faces: Annotated[str, typer.Option(help="A CodeFormer folder, a hub repository, or an original checkpoint.")],
+    faces: Annotated[
+        str, typer.Option(help="mini, a CodeFormer folder, a hub repository, or an original checkpoint.")
+    ] = "mini",
     model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a hub repository.")] = "mini",
     scale: Annotated[float, typer.Option(help="How many times larger the results are.")] = 2,
     w: Annotated[float, typer.Option("--w", help="Of StableSR: 0 realism to 1 fidelity.")] = 0.5,

@@ -18,7 +18,6 @@ from typer.testing import Result
 
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
-from stablesr_kit.pipelines.loading import EMBEDDED_FACES
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from tests.cli_runs import pixels_of, stablesr
 from tests.tiny import TINY_FACE_PX, tiny_codeformer, tiny_pipeline
@@ -367,21 +366,11 @@ def test_wrong_usage_is_one_line_and_status_2(
     assert said in result.stderr
 
 
-def test_the_face_model_of_the_package_is_taken_where_none_is_named_and_its_absence_is_one_line(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedded, out = tmp_path / "embedded", tmp_path / "out.png"
-    command = (photo, "-o", out, "--mode", "aligned")
-    monkeypatch.setitem(EMBEDDED_FACES, "mini", str(embedded))
-    for name in ((), ("--model", "mini")):
-        result = faces(*command, *name)
-        assert (result.exit_code, out.exists()) == (2, False)
-        (line,) = result.stderr.splitlines()
-        assert "no face model comes with the package; give codeformer.pth" in line
-    CodeFormerPipeline(tiny_codeformer().half()).save_pretrained(embedded)
-    assert CodeFormerPipeline.from_pretrained("mini").codeformer.dtype == torch.float32
-    for name in ((), ("--model", "mini")):
-        assert faces(*command, *name).exit_code == 0
+def test_the_face_model_of_the_package_is_taken_where_none_is_named(photo: Path, tmp_path: Path) -> None:
+    for i, named in enumerate(((), ("--model", "mini"))):
+        assert faces(photo, "-o", tmp_path / f"{i}.png", "--background", "none", *named).exit_code == 0
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    assert not np.array_equal(pixels_of(tmp_path / "0.png"), enlarged(photo))
 
 
 def test_restore_refines_the_faces_and_tells_about_each(model: Path, photo: Path, tmp_path: Path) -> None:

@@ -125,11 +125,6 @@ def test_a_folder_of_another_pipeline_is_named() -> None:
         CodeFormerPipeline.from_pretrained(resolve_model("mini"))
 
 
-def test_a_model_that_the_package_could_hold_but_does_not_is_named() -> None:
-    with pytest.raises(ModelNotFoundError, match="no model 'mini' of this kind comes with the package"):
-        resolve_model("mini", embedded={"mini": "no_such_folder"})
-
-
 def photo() -> Tensor:
     """An image (1, 3, 128, 128) with one face."""
     return avg_pool2d(pixels_to_image(np.ascontiguousarray(data.astronaut()[20:276, 120:376])), 2)

@@ -30,11 +30,11 @@ class Finding(NamedTuple):
 def doctor() -> None:
     """Show what this machine offers and what is broken.
 
-    Versions, devices, memory, disk, and whether the embedded model loads. Exit status: 0 all that is needed works, 1
+    Versions, devices, memory, disk, and whether the embedded models load. Exit status: 0 all that is needed works, 1
     something is broken.
     """
     problems = 0
-    for examine in (_python, _packages, _devices, _memory, _model, _faces):
+    for examine in (_python, _packages, _devices, _memory, _models):
         for finding in _findings(examine):
             problems += finding.is_problem
             mark = "PROBLEM " if finding.is_problem else ""
@@ -107,26 +107,16 @@ def _memory() -> Iterator[Finding]:
     yield Finding("disk", f"{disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} in {Path.cwd()}")
 
 
-def _model() -> Iterator[Finding]:
+def _models() -> Iterator[Finding]:
+    """What is in the package, loaded."""
     quieten_libraries()
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import CodeFormerPipeline, StableSRPipeline
 
-    began = time.perf_counter()
-    pipeline = StableSRPipeline.from_pretrained("mini")
-    yield Finding("model", f"mini: {_described(pipeline)}, loaded in {time.perf_counter() - began:.1f} s")
-
-
-def _faces() -> Iterator[Finding]:
-    from stablesr_kit.errors import ModelNotFoundError
-    from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
-
-    try:
-        pipeline = CodeFormerPipeline.from_pretrained("mini")
-    except ModelNotFoundError:
-        yield Finding("face model", "none in the package: give one to `stablesr faces --model`")
-    else:
-        yield Finding("face model", f"mini: {_described(pipeline)}")
+    for kind, pipeline_class in (("model", StableSRPipeline), ("face model", CodeFormerPipeline)):
+        began = time.perf_counter()
+        pipeline = pipeline_class.from_pretrained("mini")
+        yield Finding(kind, f"mini: {_described(pipeline)}, loaded in {time.perf_counter() - began:.1f} s")
 
 
 def _described(pipeline: "DiffusionPipeline") -> str:

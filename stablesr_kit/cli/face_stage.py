@@ -8,7 +8,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from stablesr_kit.cli.messages import loading, one_line, quieten_libraries, usage_error
-from stablesr_kit.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +20,10 @@ EMBEDDED = "mini"
 BESIDE = "faces"
 
 
-def choose_face_model(model: str | None, option: str, beside: str | None = None) -> str:
-    """The model that was given, or the one beside a StableSR model, or the one in the package; else ends the command.
-
-    option: how the command calls it, such as "--model". beside: the StableSR model.
-    """
+def choose_face_model(model: str | None, beside: str | None = None) -> str:
+    """The model that was given, or the one beside a StableSR model `beside`, or the one in the package."""
     if model is None and beside is not None and (Path(beside) / BESIDE).is_dir():
         return beside
-    if model in (None, EMBEDDED):
-        try:
-            find_face_model(EMBEDDED)
-        except ModelNotFoundError:
-            usage_error(
-                f"{option} is missing, and no face model comes with the package; give codeformer.pth of the published "
-                "release, or a folder that `stablesr convert --codeformer` made"
-            )
     return model or EMBEDDED
 
 

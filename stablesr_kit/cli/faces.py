@@ -63,7 +63,11 @@ def faces(
     ] = "whole",
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME|DIR|PTH", help="A pipeline folder, a hub repository, or an original checkpoint."),
+        typer.Option(
+            metavar="NAME|DIR|PTH",
+            help="A pipeline folder, a hub repository, or an original checkpoint.",
+            show_default="mini, in the package",
+        ),
     ] = None,
     w: Annotated[
         float | None, typer.Option("--w", help="0 quality to 1 fidelity.", show_default="0.5; inpaint 1; colorize 0")
@@ -127,7 +131,9 @@ def faces(
     if not max_identity_distance >= 0:
         usage_error(f"--max-identity-distance {max_identity_distance} must be at least 0; 0.3 is usual")
     check_face_w(w, "--w")
-    model = choose_face_model(model, "--model")
+    if mode in ("inpaint", "colorize") and model is None:
+        usage_error(f"--mode {mode} needs --model, a CodeFormer trained for it; the one in the package only restores")
+    model = choose_face_model(model)
     report = Report("done")
     jobs = plan(inputs, output, None, report)
     if jobs:

@@ -75,7 +75,11 @@ def restore(
     face_w: Annotated[float, typer.Option(help="Of the faces: 0 quality to 1 fidelity.")] = 0.7,
     codeformer: Annotated[
         str | None,
-        typer.Option(metavar="NAME|DIR|PTH", help="A pipeline folder, a hub repository, or an original checkpoint."),
+        typer.Option(
+            metavar="NAME|DIR|PTH",
+            help="What refines them: a pipeline folder, a hub repository, or an original checkpoint.",
+            show_default="that of --model, or mini",
+        ),
     ] = None,
     huge: Annotated[
         bool, typer.Option("--huge", help="Also take pictures of more than 100 million pixels; only files you trust.")
@@ -101,7 +105,7 @@ def restore(
     if workers is not None and (workers < 1 or engine != "ray"):
         usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
     check_face_w(face_w, "--face-w")
-    face_model = choose_face_model(codeformer, "--codeformer", beside=model) if face == "codeformer" else None
+    face_model = choose_face_model(codeformer, beside=model) if face == "codeformer" else None
     report = Report("restored")
     jobs = plan(inputs, output, "_compare" if compare else None, report)
     team = team_of_all() if len(jobs) == 1 else None

@@ -34,12 +34,7 @@ def resolve_model(
         ModelNotFoundError: nothing of this name is embedded, on disk or on the hub.
     """
     if name_or_path in embedded:
-        folder = Path(str(resources.files("stablesr_kit"))) / "assets" / embedded[str(name_or_path)]
-        if not folder.is_dir():
-            raise ModelNotFoundError(
-                f"no model {name_or_path!r} of this kind comes with the package; give a folder or a hub repository"
-            )
-        return folder
+        return Path(str(resources.files("stablesr_kit"))) / "assets" / embedded[str(name_or_path)]
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
