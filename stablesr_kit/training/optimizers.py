@@ -1,6 +1,7 @@
 """The optimizer that the options of a run name."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from stablesr_kit.training.config import RunConfig
 
 def build_optimizer(
     config: RunConfig,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     betas: tuple[float, float] | None = None,
     weight_decay: float | None = None,

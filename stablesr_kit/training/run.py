@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
+    GradientAccumulationPlugin,
     ProjectConfiguration,
+    patch_environment,
     send_to_device,
     set_seed,
 )
@@ -47,6 +48,7 @@ from stablesr_kit.training.trackers import find_trackers, show_pictures, start_t
 from stablesr_kit.training.trained_network import TrainedNetwork, make_shareable
 from stablesr_kit.training.validation import Example, Measure, Restore, Validation, ValidationOptions
 from stablesr_kit.training.writing import LogFile, writing
+from stablesr_kit.training.zero import ZeroOptimizer, clip_shares, resting_groups, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +76,18 @@ class TrainingRun:
     def __init__(self, config: RunConfig, *, some_rest: bool = False) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=find_trackers(config.report_to) or None,
-            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
-        )
+        self.some_rest = some_rest
+        self.zero_stage = zero_stage(config.mixed_precision)
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # which is used without accelerate, see zero.py
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
+                mixed_precision=config.mixed_precision,
+                # as a plugin, or a value in the environment, which accelerate's configs set, would count instead
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+                log_with=find_trackers(config.report_to) or None,
+                project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
+            )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.accelerator.is_fsdp2:
             raise ConfigError(
                 f"FSDP is asked for, and accelerate gives {self.accelerator.distributed_type.value} here; "
@@ -145,20 +151,20 @@ class TrainingRun:
         learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
         the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
         """
-        if self.networks and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ConfigError(
-                "DeepSpeed trains a single network, this run has several; "
-                "use configs/accelerate/fsdp.yaml or eight_gpus.yaml"
-            )
         config = self.config
         peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
         schedule = learning_rate_schedule(config, peak) if learning_rate is None else lambda _: float(learning_rate)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(config, trained, betas=betas, weight_decay=weight_decay)
+        groups = resting_groups(network) if self.zero_stage is not None and self.some_rest else trained
+        optimizer = build_optimizer(config, groups, betas=betas, weight_decay=weight_decay)
         if self.accelerator.is_fsdp2:
             make_shareable(network, self.accelerator)
         saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
-        prepared, optimizer = self.accelerator.prepare(network, optimizer)
+        if self.zero_stage is None:
+            prepared, optimizer = self.accelerator.prepare(network, optimizer)
+        else:
+            prepared = self.accelerator.prepare_model(network, evaluation_mode=True)  # autocast, but no DDP
+            optimizer = ZeroOptimizer(prepared, optimizer, self.zero_stage, self.accelerator)
         self.networks.append(
             TrainedNetwork(
                 parts=saved,
@@ -230,6 +236,8 @@ class TrainingRun:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, the mean over the batch."""
         self.accelerator.backward(loss)
+        for optimizer in self._zero_optimizers():
+            optimizer.take_in()
 
     def update(self, **losses: Tensor) -> None:
         """End a batch: once enough of them are accumulated, step every network, record the losses, validate and save
@@ -345,14 +353,22 @@ class TrainingRun:
             network.load(Path(folder), self.step)
         models.clear()
 
+    def _zero_optimizers(self) -> list[ZeroOptimizer]:
+        return [network.optimizer for network in self.networks if isinstance(network.optimizer, ZeroOptimizer)]
+
     def _clip_gradients(self) -> float:
         """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
         clipped = [network for network in self.networks if network.is_clipped]
+        if self.zero_stage is not None:
+            for optimizer in self._zero_optimizers():
+                optimizer.finish()
+            shared = [network.optimizer for network in clipped if isinstance(network.optimizer, ZeroOptimizer)]
+            return clip_shares(shared, self.config.max_grad_norm, self.accelerator)
         parameters = [parameter for network in clipped for parameter in network.parameters()]
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if isinstance(norm, DTensor):  # so far every process knows its own share
             norm = norm.full_tensor()
-        return 0.0 if norm is None else float(norm)  # DeepSpeed clips in its own step
+        return float(norm)
 
     def _mean_losses(self) -> dict[str, float]:
         """Mean of each loss over the accumulated batches and the processes."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stablesr_kit.training.network_files import SavedPart, load_parts, save_network
+from stablesr_kit.training.zero import ZeroOptimizer
 
 
 def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
@@ -47,7 +48,7 @@ class TrainedNetwork:
     """What of it checkpoints hold."""
     prepared: nn.Module
     """The network as the loop must call it, so that its gradients are those of all processes."""
-    optimizer: Optimizer
+    optimizer: Optimizer | ZeroOptimizer
     learning_rate: Callable[[int], float]
     """Learning rate of each step."""
     is_clipped: bool
@@ -71,6 +72,8 @@ class TrainedNetwork:
         if self.ema is not None:
             with self._averages_in():
                 self._save_parts(folder, "_ema", accelerator)
+        if isinstance(self.optimizer, ZeroOptimizer):  # others are saved by accelerate
+            self.optimizer.save(folder, self.parts[0].name)
 
     def load(self, folder: Path, step: int) -> None:
         """Take up what `save` has written after a step. Raises CheckpointError where it does not fit."""
@@ -79,6 +82,8 @@ class TrainedNetwork:
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters()]
             self.ema.optimization_step = step
         load_parts(self.prepared, self.parts, folder)
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.load(folder, self.parts[0].name)
 
     def _save_parts(self, folder: Path, suffix: str, accelerator: Accelerator) -> None:
         for part in self.parts:
