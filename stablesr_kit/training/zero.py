@@ -73,7 +73,8 @@ class ZeroOptimizer:
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # loops share out the samples and weigh the losses themselves
-                "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
+                "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "compute_grad_norm": False},
+                "gradient_clipping": 0.0,  # to 1 otherwise, and network by network
                 "zero_allow_untested_optimizer": True,  # 8-bit AdamW
                 "steps_per_print": None,
             },
