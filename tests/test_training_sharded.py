@@ -1,6 +1,7 @@
 """Training where processes share out parameters, gradients and optimizer states (FSDP) equals training in one."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,10 +76,21 @@ def test_fsdp_that_accelerate_would_silently_leave_out_is_refused(
         TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1))
 
 
-def test_deepspeed_with_several_networks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("environment", "precision", "message"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "no", "zero_stage: 3 must be 1 or 2"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "no", "DeepSpeed is asked to offload to cpu"),
+        ({}, "fp16", "DeepSpeed trains with mixed_precision=no or bf16, given fp16"),
+        ({}, "no", "needs deepspeed; install it with pip install 'stablesr-kit\\[deepspeed\\]'"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], precision: str, message: str
+) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1))
-    run.train(torch.nn.Linear(2, 2), {"first": ""})
-    monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(ConfigError, match="DeepSpeed trains a single network, this run has several"):
-        run.train(torch.nn.Linear(2, 2), {"second": ""})
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name, value in ({"ACCELERATE_USE_DEEPSPEED": "true"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1, mixed_precision=precision))

@@ -29,7 +29,13 @@ from tests.training_watch import watched
 ROOT = Path(__file__).parents[1]
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["stablesr_kit.pipelines.stablesr", "stablesr_kit.training.run"])
+FORKS.set_forkserver_preload(
+    [
+        "stablesr_kit.pipelines.stablesr",
+        "stablesr_kit.training.run",
+        "deepspeed",
+    ]  # accelerate imports it if it is there
+)
 
 ENDLESS_S = 300
 """More than any run of a test takes on a busy machine."""
@@ -226,24 +232,26 @@ def assert_overfits(call: list[str], quantity: str, factor: float, *trained: str
     assert len(watch.moved()) > 0.9 * len(expected)  # a few gradients are exactly zero, as before a norm
 
 
-def assert_kills_change_nothing(call: list[str], result: str, processes: int = 1, kills: int = 3) -> None:
+def assert_kills_change_nothing(
+    call: list[str], result: str, processes: int = 1, kills: int = 3, begin: Callable[[], None] | None = None
+) -> None:
     """A run that is killed at random steps ends as one that is not: bitwise, or within 1e-6 in several processes.
 
     That holds for weights, their averages, the optimizers' states and the recorded losses. call: for 18 steps, with a
-    checkpoint every other step; result: the folder in output_dir that it writes at its end.
+    checkpoint every other step; result: the folder in output_dir that it writes at its end; begin: as for ForkedRun.
     """
     name = f"{Path(call[2]).stem}-{processes}"
     whole, killed = Path("unbroken", name), Path("killed", name)
     steps = ["--max_train_steps", "18", "--checkpointing_steps", "2", "--output_dir"]
-    ForkedRun([[*call, *steps, str(whole)]], processes).finish()
+    ForkedRun([[*call, *steps, str(whole)]], processes, begin).finish()
     draws = random.Random(name)
     behind = 0
     for _ in range(kills):
-        run = ForkedRun([[*call, *steps, str(killed)]], processes)
+        run = ForkedRun([[*call, *steps, str(killed)]], processes, begin)
         run.kill_at_step(killed / "losses.jsonl", behind + draws.randint(2, 4))
         behind = len(losses(killed))
         assert not (killed / result).exists()
-    ForkedRun([[*call, *steps, str(killed)]], processes).finish()
+    ForkedRun([[*call, *steps, str(killed)]], processes, begin).finish()
 
     if processes == 1:
         assert (killed / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()

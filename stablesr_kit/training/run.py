@@ -161,15 +161,15 @@ class TrainingRun:
             make_shareable(network, self.accelerator)
         saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
         if self.zero_stage is None:
-            prepared, optimizer = self.accelerator.prepare(network, optimizer)
+            prepared, stepped = self.accelerator.prepare(network, optimizer)
         else:
             prepared = self.accelerator.prepare_model(network, evaluation_mode=True)  # autocast, but no DDP
-            optimizer = ZeroOptimizer(prepared, optimizer, self.zero_stage, self.accelerator)
+            stepped = ZeroOptimizer(prepared, optimizer, self.zero_stage, self.accelerator)
         self.networks.append(
             TrainedNetwork(
                 parts=saved,
                 prepared=prepared,
-                optimizer=optimizer,
+                optimizer=stepped,
                 learning_rate=schedule,
                 is_clipped=is_clipped,
                 ema=None,

@@ -4,7 +4,7 @@ Accelerate's own use of DeepSpeed is not used: it steps one network within `back
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,6 @@ def zero_stage(mixed_precision: str) -> int | None:
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "distributed_type: DEEPSPEED needs deepspeed; install it with pip install 'stablesr-kit[deepspeed]'"
-        ) from None
     plugin = DeepSpeedPlugin()
     if plugin.zero_stage not in (1, 2):
         raise ConfigError(f"zero_stage: {plugin.zero_stage} must be 1 or 2; use configs/accelerate/fsdp.yaml beyond")
@@ -42,6 +36,12 @@ def zero_stage(mixed_precision: str) -> int | None:
             raise ConfigError(f"DeepSpeed is asked to offload to {device}; use none for both offload devices")
     if mixed_precision == "fp16":
         raise ConfigError("DeepSpeed trains with mixed_precision=no or bf16, given fp16; use bf16")
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "distributed_type: DEEPSPEED needs deepspeed; install it with pip install 'stablesr-kit[deepspeed]'"
+        ) from None
     return int(plugin.zero_stage)
 
 
@@ -93,9 +93,7 @@ class ZeroOptimizer:
 
     def take_in(self) -> None:
         """Take up the gradients of a backward pass; at stage 2 only this process's share of them stays."""
-        active = {
-            i for i, group in enumerate(self._groups) if any(parameter.grad is not None for parameter in group)
-        }
+        active = {i for i, group in enumerate(self._groups) if any(parameter.grad is not None for parameter in group)}
         if active:
             self._active |= active
             self._engine.allreduce_gradients()
