@@ -1,5 +1,6 @@
 """Training where DeepSpeed shares out optimizer states and gradients equals training in one process."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SHARED = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # as other files do; the run's own must count
     "DS_ACCELERATOR": "cpu",
 }
 """What `accelerate launch --config_file configs/accelerate/deepspeed.yaml` tells the processes."""
@@ -64,19 +65,27 @@ def run_two(calls: list[list[str]], stage: int = 2, begin: Callable[[], None] = 
         ForkedRun(calls, 2, begin).finish()
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Iterator[Path]:
-    """The working folder, with what programs for photographs need."""
-    with working_folder(tmp_path, "TRAIN_DATA") as folder:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What programs for photographs need."""
+    with working_folder(tmp_path_factory.mktemp("photos"), "TRAIN_DATA") as folder:
         one = ["--max_train_steps", "1"]
         run_programs([tiny("train_autoencoder", "autoencoder", *one), tiny("train_decoder", "decoder", *one)])
         run_programs([tiny("cache_latents", "latents"), tiny("train_prior", "prior", *one)])
+        return folder / "runs"
+
+
+@pytest.fixture
+def photos(runs: Path, tmp_path: Path) -> Iterator[Path]:
+    """A working folder with it."""
+    with working_folder(tmp_path, "TRAIN_DATA") as folder:
+        shutil.copytree(runs, folder / "runs")
         yield folder
 
 
 @pytest.fixture
 def faces(tmp_path: Path) -> Iterator[Path]:
-    """The working folder, with what programs for faces need."""
+    """A working folder with what programs for faces need."""
     with working_folder(tmp_path, "TRAIN_FACES", height=32, width=32, distance_px=8) as folder:
         run_programs([tiny("start_vqgan", "start_vqgan"), tiny("train_vqgan", "vqgan")])
         run_programs([tiny("train_codeformer", "codeformer_stage2")])
