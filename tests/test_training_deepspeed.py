@@ -148,9 +148,12 @@ def test_weights_stay_in_float32_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("photos")
-def test_a_loss_that_is_not_finite_leaves_the_state_before_it() -> None:
+def test_a_loss_that_is_not_finite_leaves_the_state_before_it(capsys: pytest.CaptureFixture[str]) -> None:
     call = tiny("train_decoder", "decoder", "--output_dir", "out", *ROUNDING)
     run_two([[*call, "--max_train_steps", "2"]])
+    with pytest.raises(SystemExit, match="1"):
+        run_programs([[*call, "--max_train_steps", "4"]])
+    assert "checkpoint-2 was written by DeepSpeed; resume it with" in capsys.readouterr().err
     wrong = [*call, "--max_train_steps", "4", "--learning_rate", "1e30", "--max_grad_norm", "1e30"]
     with pytest.raises(AssertionError, match="that is not finite; the state before it is in out/diverged-4"):
         run_two([wrong])

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from stablesr_kit.errors import ConfigError, DivergenceError, OutputError
+from stablesr_kit.errors import CheckpointError, ConfigError, DivergenceError, OutputError
 from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
 from stablesr_kit.training.checkpoints import (
     UNFINISHED,
@@ -48,7 +48,7 @@ from stablesr_kit.training.trackers import find_trackers, show_pictures, start_t
 from stablesr_kit.training.trained_network import TrainedNetwork, make_shareable
 from stablesr_kit.training.validation import Example, Measure, Restore, Validation, ValidationOptions
 from stablesr_kit.training.writing import LogFile, writing
-from stablesr_kit.training.zero import ZeroOptimizer, clip_shares, resting_groups, zero_stage
+from stablesr_kit.training.zero import SHARED_STATES, ZeroOptimizer, clip_shares, resting_groups, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +324,11 @@ class TrainingRun:
         folder = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
         if folder is None:
             return
+        if self.zero_stage is None and any(folder.glob(SHARED_STATES)):
+            raise CheckpointError(
+                f"{folder} was written by DeepSpeed; resume it with configs/accelerate/deepspeed.yaml and as many "
+                "processes, or give another output_dir"
+            )
         self.step, self.seconds = step_of(folder), seconds_of(folder)
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew

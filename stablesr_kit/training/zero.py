@@ -20,6 +20,9 @@ from stablesr_kit.errors import CheckpointError, ConfigError
 LARGEST_BUCKET = 50_000_000
 """Gradients that are averaged at once: DeepSpeed keeps room for them, 200 MB, whether a network has as many or not."""
 
+SHARED_STATES = "optimizer_*_of_*.bin"
+"""Files of a checkpoint that hold the states, one for each network and process."""
+
 
 def zero_stage(mixed_precision: str) -> int | None:
     """The stage that accelerate's config asks DeepSpeed for; None without DeepSpeed.
