@@ -69,7 +69,7 @@ def main() -> None:
         for name, (w, lookup) in methods.items():
             start = time.perf_counter()
             with torch.inference_mode():
-                output = codeformer(face.lq, w, code_lookup=lookup)
+                output = codeformer(face.lq, w, adain=True, code_lookup=lookup)
             seconds = time.perf_counter() - start
             restored = image_to_pixels(output.image)[0]
             rows[name].append(measure(restored, face, pristine) | {"seconds": seconds})

@@ -67,6 +67,7 @@ OPTIONS = (
     ("train_vqgan", "VQGANConfig", "mini_faces/vqgan"),
     ("train_codeformer", "CodeFormerConfig", "mini_faces/codeformer_stage2"),
     ("train_codeformer", "CodeFormerConfig", "mini_faces/codeformer_stage3"),
+    ("train_codeformer", "CodeFormerConfig", "mini_faces/codeformer_calm"),
 )
 """Programs, their options, and configs that are too large to run here."""
 
@@ -276,6 +277,12 @@ def test_stage_three_fuses_as_published() -> None:
     expected = {0: 1.0, 39_999: 1.0, 40_000: 1.3, 79_999: 1.3, 80_000: 0.0, 119_999: 0.0, 120_000: 0.0}
     assert {step: config.fidelity(step) for step in expected} == expected
     assert [step for step in range(120_000, 120_050) if config.fidelity(step)] == [120_014, 120_029, 120_044]
+
+
+def test_a_spread_below_w_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_program(*stage("codeformer_stage3", "--w_spread", "1.5", "--output_dir", "none"))
+    assert "w_spread=1.5 must lie between 0 and w=1.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("program", "options", "name"), OPTIONS)

@@ -57,6 +57,8 @@ class CodeFormerConfig(
     """Weight from late_w_start on; None: the same."""
     late_w_start: int = 0
     """First step at late_w."""
+    w_spread: float = 0.0
+    """Each face is decoded with a weight drawn between w - w_spread and w, so that all of these are trained for."""
     small_degradations: Mapping[str, float] = field(default_factory=dict)
     """Degradations of the faces that are decoded; those of `degradations` are for predicting codes only. Empty: the
     same face serves both."""
@@ -70,6 +72,11 @@ class CodeFormerConfig(
     """Weight of the distance between the input's latent and the codes of the good face."""
     token_weight: float = 0.5
     """Weight of the cross-entropy of the predicted codes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.w_spread <= self.w:
+            raise ConfigError(f"w_spread={self.w_spread} must lie between 0 and w={self.w}")
 
     def fidelity(self, step: int) -> float:
         """The weight of the fused features at a step; 0 where codes are predicted only."""
@@ -110,7 +117,7 @@ def main(config: CodeFormerConfig) -> None:
 
     run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
 
-    for _, (large, small, hq, targets) in run.batches(faces):
+    for draws, (large, small, hq, targets) in run.batches(faces):
         w = config.fidelity(run.step)
         lq = (small if w > 0 else large).to(memory_format=torch.channels_last)
         hq = hq.to(memory_format=torch.channels_last)
@@ -120,7 +127,8 @@ def main(config: CodeFormerConfig) -> None:
             if stored is None:
                 targets = vqgan.quantizer.nearest(vqgan.encoder(hq)[0])
             codes = vqgan.quantizer.lookup(targets)
-        output = restore(lq, w, code_only=w == 0)
+        weights = w - config.w_spread * draws.uniform().to(lq) if w > 0 else w
+        output = restore(lq, weights, code_only=w == 0)
         feature = commitment_loss(output.lq_feat.float(), codes.float())
         token = code_token_loss(output.logits, targets.flatten(1))
         loss = config.feature_weight * feature + config.token_weight * token

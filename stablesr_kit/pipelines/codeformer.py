@@ -57,7 +57,7 @@ class CodeFormerPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "codeformer"
 
-    def __init__(self, codeformer: CodeFormer, task: FaceTask = "restore") -> None:
+    def __init__(self, codeformer: CodeFormer, task: str = "restore") -> None:
         super().__init__()
         _check_task(task)
         self.register_modules(codeformer=codeformer)
