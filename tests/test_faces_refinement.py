@@ -23,6 +23,7 @@ class Smoothing:
 
     image_size = 128
     max_w = 1.0
+    max_enlargement = 10.0
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -50,8 +51,12 @@ def photo() -> Tensor:
     return avg_pool2d(pixels_to_image(pixels), 2)
 
 
+def doubled(image: Tensor) -> Tensor:
+    return resize_bicubic(image, 2 * image.shape[-2], 2 * image.shape[-1])
+
+
 def enlarged() -> Tensor:
-    return resize_bicubic(photo(), 256, 256)
+    return doubled(photo())
 
 
 def test_the_face_is_refined_and_the_rest_is_bitwise_the_background() -> None:
@@ -69,6 +74,21 @@ def test_the_face_is_refined_and_the_rest_is_bitwise_the_background() -> None:
     assert x1 - margin < columns.min() < columns.max() < x2 + margin
     assert changed[80:120, 100:140].any()
     assert torch.equal(before, enlarged())
+
+
+def test_a_face_that_would_be_enlarged_too_much_is_left_alone_unless_an_upsampler_does_it() -> None:
+    before = enlarged()
+    stage = FaceRefinement(Smoothing(), w=0.2, max_enlargement=0.5)
+    assert torch.equal(stage(before, photo()), before)
+    ((report,),) = stage.reports
+    assert (report.action, report.w) == ("too large", None)
+    for other in (
+        FaceRefinement(Smoothing(), w=0.2, max_enlargement=2.0),
+        FaceRefinement(
+            Smoothing(), w=0.2, max_enlargement=0.5, upsampler=lambda image: resize_bicubic(image, 256, 256)
+        ),
+    ):
+        assert not torch.equal(other(before, photo()), before)
 
 
 def test_a_picture_without_a_face_comes_back_as_the_background_and_the_report_is_empty() -> None:
@@ -203,9 +223,6 @@ def test_drawn_boxes_are_green() -> None:
 
 
 def test_an_upsampler_enlarges_the_restored_face_without_moving_it() -> None:
-    def doubled(image: Tensor) -> Tensor:
-        return resize_bicubic(image, 2 * image.shape[-2], 2 * image.shape[-1])
-
     plain = FaceRefinement(Smoothing(), w=1.0)(enlarged(), photo())
     sharp = FaceRefinement(Smoothing(), w=1.0, upsampler=doubled)(enlarged(), photo())
     assert not torch.equal(plain, sharp)

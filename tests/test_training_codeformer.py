@@ -97,14 +97,17 @@ def test_the_stages_end_in_a_codeformer_that_restores_faces() -> None:
 def test_a_trained_codeformer_becomes_a_pipeline_folder() -> None:
     trained = "runs/tiny/codeformer_stage3/codeformer"
     config = str(ROOT / "configs" / "mini_faces" / "pipeline.yaml")
-    run_program(
-        "assemble_face_pipeline", "--config", config, "--pretrained_codeformer", trained, "--output_dir", "assembled"
-    )
-    saved = weights("assembled/codeformer")
-    assert all(torch.equal(tensor.half(), saved[name]) for name, tensor in weights(trained).items())
+    flags = ["--config", config, "--pretrained_codeformer", trained, "--output_dir", "assembled"]
+    run_program("assemble_face_pipeline", *flags, "--fusion_scale", "0.5", "--max_enlargement", "1.5")
+    before, after = weights(trained), weights("assembled/codeformer")
+    for name, tensor in before.items():
+        is_last = name.startswith("fusions") and ".merge." not in name and ".2." in name
+        assert torch.equal((0.5 * tensor if is_last else tensor).half(), after[name])
     assert "_name_or_path" not in json.loads(Path("assembled/codeformer/config.json").read_text())
+    pipeline = CodeFormerPipeline.from_pretrained("assembled", torch_dtype=torch.float32)
+    assert pipeline.max_enlargement == 1.5
     face = Image.open("pictures/0.png")
-    assert CodeFormerPipeline.from_pretrained("assembled", torch_dtype=torch.float32)(face).images[0].size == face.size
+    assert pipeline(face).images[0].size == face.size
 
 
 def test_quantiser_and_decoder_stay_those_of_stage_one() -> None:

@@ -21,6 +21,8 @@ class AssembleFacesConfig(ProgramConfig):
 
     pretrained_codeformer: str
     """Folder of the CodeFormer."""
+    max_enlargement: float | None = None
+    """How many times larger than its own a face in a photograph may become; None: however large."""
     fusion_scale: float = 1.0
     """Factor of what is fused at every w; below 1 where faces come closest to those given at a smaller w than 1."""
 
@@ -33,7 +35,7 @@ def main(config: AssembleFacesConfig) -> None:
             for last in (fusion.scale[-1], fusion.shift[-1]):
                 last.weight.mul_(config.fusion_scale)
                 last.bias.mul_(config.fusion_scale)
-    save_small_pipeline(CodeFormerPipeline(codeformer), Path(config.output_dir))
+    save_small_pipeline(CodeFormerPipeline(codeformer, max_enlargement=config.max_enlargement), Path(config.output_dir))
 
 
 if __name__ == "__main__":

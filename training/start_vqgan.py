@@ -118,7 +118,8 @@ def cache_features(
         with run.accelerator.autocast():
             given.append(graft.outer_encode(image).bfloat16().cpu())
             wanted.append(target_features(vae, image).bfloat16().cpu())
-    std, mean = torch.std_mean(wanted[0].float(), dim=(0, 2, 3), keepdim=True)
+    # of so many crops, whatever the batch
+    std, mean = torch.std_mean(torch.cat(wanted)[:8].float(), dim=(0, 2, 3), keepdim=True)
     normalised = torch.cat([((features.float() - mean) / std).bfloat16() for features in wanted])
     device = run.accelerator.device
     return CachedFeatures(torch.cat(given), normalised, config.seed), mean.to(device), std.to(device)

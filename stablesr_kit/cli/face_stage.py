@@ -63,12 +63,13 @@ def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceRep
         tqdm.write(f"{name}: 0 faces {'given' if is_given else sought}; no face is restored")
     for number, report in enumerate(reports, 1):
         x1, y1, x2, y2 = (round(edge) for edge in report.box)
+        action = f"{report.action}, left alone" if report.action == "too large" else report.action
         strength = "" if report.w is None else f" with w {report.w:g}"
         found = "given" if is_given else f"found by {report.detector}"
         found += ", taken as upright" if report.landmarks_from == "template" else ""
         tqdm.write(
             f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "
-            f"{report.action}{strength}, identity distance {report.identity_distance:.2f}"
+            f"{action}{strength}, identity distance {report.identity_distance:.2f}"
         )
 
 

@@ -37,6 +37,7 @@ _WHOLE_ONLY = (
     "only_largest",
     "min_eye_distance",
     "max_identity_distance",
+    "max_enlargement",
     "upscale",
     "background",
     "face_upsampler",
@@ -88,6 +89,14 @@ def faces(
     max_identity_distance: Annotated[
         float, typer.Option(help="A restored face farther than this from the given one is held back; inf: none is.")
     ] = 0.3,
+    max_enlargement: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Faces more than X times as large in the result as the model makes them are left alone.",
+            show_default="the model's: 1.5 of mini, none of others",
+        ),
+    ] = None,
     upscale: Annotated[float, typer.Option(help="How many times larger the photo becomes.")] = 2,
     background: Annotated[
         str,
@@ -128,6 +137,8 @@ def faces(
         usage_error(f"--upscale {upscale} must be a positive number; 2 is usual")
     if not min_eye_distance >= 0:
         usage_error(f"--min-eye-distance {min_eye_distance} must be at least 0 pixels; 5 is usual")
+    if max_enlargement is not None and not max_enlargement > 0:
+        usage_error(f"--max-enlargement {max_enlargement} must be a positive number")
     if not max_identity_distance >= 0:
         usage_error(f"--max-identity-distance {max_identity_distance} must be at least 0; 0.3 is usual")
     check_face_w(w, "--w")
@@ -155,6 +166,7 @@ def faces(
                     only="center" if only_center else "largest" if only_largest else None,
                     min_eye_distance=min_eye_distance,
                     max_identity_distance=max_identity_distance,
+                    max_enlargement=max_enlargement,
                     upsampler=SpandrelUpsampler(face_upsampler, torch_device) if face_upsampler else None,
                     draw_boxes=draw_box,
                 )

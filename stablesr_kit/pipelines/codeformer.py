@@ -1,5 +1,6 @@
 """CodeFormerPipeline: restores, completes and colours aligned faces (Zhou et al. 2022)."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -53,15 +54,17 @@ class CodeFormerPipeline(DiffusionPipeline):
     Args:
         codeformer: the network.
         task: what it was trained for: "restore", "inpaint" or "colorize".
+        max_enlargement: how many times larger than `image_size` a face in a photograph may become in the result for
+            `FaceRefinement` to restore it: what is as detailed already would lose by it. None: however large.
     """
 
     model_cpu_offload_seq = "codeformer"
 
-    def __init__(self, codeformer: CodeFormer, task: str = "restore") -> None:
+    def __init__(self, codeformer: CodeFormer, task: str = "restore", max_enlargement: float | None = None) -> None:
         super().__init__()
         _check_task(task)
         self.register_modules(codeformer=codeformer)
-        self.register_to_config(task=task)
+        self.register_to_config(task=task, max_enlargement=max_enlargement)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
@@ -115,6 +118,12 @@ class CodeFormerPipeline(DiffusionPipeline):
     def max_w(self) -> float:
         """The fidelity that is closest to the face given: 1, or 0 of a network without fusion (stage II)."""
         return 1.0 if self.codeformer.fusions else 0.0
+
+    @property
+    def max_enlargement(self) -> float:
+        """As given; infinite where there is no limit."""
+        limit = self.config.max_enlargement
+        return math.inf if limit is None else float(limit)
 
     @torch.no_grad()
     def restore(

@@ -1,5 +1,6 @@
 """Faces of a photograph refined in place: a post-stage of StableSRPipeline, or of any other enlargement."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -20,7 +21,7 @@ from stablesr_kit.faces.paste import MaskShape, paste_face
 from stablesr_kit.faces.selection import Only, select_faces
 from stablesr_kit.spaces import image_to_pixels
 
-Action = Literal["refined", "held back", "left alone"]
+Action = Literal["refined", "held back", "left alone", "too large"]
 
 # Colour of drawn boxes, in image units: green.
 _BOX_COLOUR = (-1.0, 1.0, -1.0)
@@ -36,6 +37,10 @@ class FaceRestorer(Protocol):
     @property
     def max_w(self) -> float:
         """The w that is closest to the face given: 1, or 0 where the network knows no other."""
+
+    @property
+    def max_enlargement(self) -> float:
+        """How many times larger than `image_size` the faces of a result may be to gain from it."""
 
     def restore(self, image: Tensor, w: float) -> Tensor:
         """Restored faces (B, 3, S, S) of image (B, 3, S, S), both in [-1, 1]; w: 0 quality to 1 fidelity."""
@@ -68,7 +73,7 @@ class FaceReport:
     """How far the restored face is from the one that went in; 0 is the same. Of the last attempt."""
     action: Action
     """"refined" as asked; "held back": refined with w = 1, because at the w asked for it had become somebody else;
-    "left alone": somebody else even so."""
+    "left alone": somebody else even so; "too large": left alone, since it would have been enlarged too much."""
 
 
 class FaceRefinement:
@@ -78,7 +83,8 @@ class FaceRefinement:
     lies outside the faces' masks stays bitwise as it is. `reports` says what the last call did, photo by photo.
 
     Args:
-        restorer: CodeFormerPipeline, or any network with its `image_size`, `max_w` and `restore`.
+        restorer: CodeFormerPipeline, or any network with its `image_size`, `max_w`, `max_enlargement`
+            and `restore`.
         w: 0 quality to 1 fidelity.
         detector: None is MTCNN, which comes with the package.
         parser: keeps background, clothes and hats out of the mask; None leaves that to the mask's shape.
@@ -88,7 +94,9 @@ class FaceRefinement:
             suits the structural distance: 99 of 100 faithful restorations of faces as small as 16 pixels stay below
             0.26, 99 of 100 pairs of different people above 0.31.
         embedder: measures the distance by face recognition instead of structure.
-        upsampler: enlarges the restored faces.
+        upsampler: enlarges the restored faces, however large they are in the result.
+        max_enlargement: leaves alone the faces that would be enlarged more without an upsampler; None is the
+            restorer's own.
         mask: "oval" leaves hair and background alone; "square" is the published mask.
         draw_boxes: outlines the squares that were restored.
         batch_size: faces per forward, of which each takes half a gigabyte at 512 px in float32.
@@ -106,6 +114,7 @@ class FaceRefinement:
         max_identity_distance: float | None = 0.3,
         embedder: FaceEmbedder | None = None,
         upsampler: FaceUpsampler | None = None,
+        max_enlargement: float | None = None,
         mask: MaskShape = "oval",
         draw_boxes: bool = False,
         batch_size: int = 4,
@@ -126,6 +135,8 @@ class FaceRefinement:
         self.max_identity_distance = max_identity_distance
         self.embedder = embedder
         self.upsampler = upsampler
+        limit = restorer.max_enlargement if max_enlargement is None else max_enlargement
+        self.max_enlargement = limit if upsampler is None else math.inf
         self.mask = mask
         self.draw_boxes = draw_boxes
         self.batch_size = batch_size
@@ -180,9 +191,13 @@ class FaceRefinement:
         faces = self.find(pixels) if given is None else given
         scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
         for face in self.restore_crops(levels, faces):
+            enlargement = np.sqrt(scale[0] * scale[1] / np.linalg.det(face.matrix[:, :2]))
+            is_too_large = bool(enlargement > self.max_enlargement)
+            if is_too_large:
+                face = face._replace(w=None)
             if face.w is not None:
                 self._paste(picture, face, scale)
-            yield self._report(face, is_given=given is not None), face
+            yield self._report(face, given is not None, is_too_large), face
 
     def restore_crops(self, picture: NDArray[np.float32], faces: Sequence[Face]) -> Iterator["RestoredFace"]:
         """Each face of a picture (H, W, 3) in 8-bit levels, aligned and restored."""
@@ -234,8 +249,9 @@ class FaceRefinement:
             box_colour=_BOX_COLOUR if self.draw_boxes else None,
         )
 
-    def _report(self, restored: "RestoredFace", is_given: bool) -> FaceReport:
+    def _report(self, restored: "RestoredFace", is_given: bool, is_too_large: bool) -> FaceReport:
         face, w = restored.face, restored.w
+        action: Action = "left alone" if w is None else "refined" if w == self.w else "held back"
         return FaceReport(
             box=face.box,
             score=face.score,
@@ -244,7 +260,7 @@ class FaceRefinement:
             landmarks_from=face.landmarks_from,
             w=w,
             identity_distance=float(restored.identity_distance),
-            action="left alone" if w is None else "refined" if w == self.w else "held back",
+            action="too large" if is_too_large else action,
         )
 
 
@@ -257,5 +273,5 @@ class RestoredFace(NamedTuple):
     aligned: NDArray[np.float32]
     restored: NDArray[np.float32]
     w: float | None
-    """None: it is not pasted, since it became somebody else."""
+    """None: it is not pasted, since it became somebody else or is too large."""
     identity_distance: float
