@@ -95,8 +95,8 @@ class FaceRefinement:
             0.26, 99 of 100 pairs of different people above 0.31.
         embedder: measures the distance by face recognition instead of structure.
         upsampler: enlarges the restored faces, however large they are in the result.
-        max_enlargement: leaves alone the faces that would be enlarged more without an upsampler; None is the
-            restorer's own.
+        max_enlargement: leaves alone the faces that would be enlarged more, unless there is an upsampler or they are
+            given by hand; None is the restorer's own.
         mask: "oval" leaves hair and background alone; "square" is the published mask.
         draw_boxes: outlines the squares that were restored.
         batch_size: faces per forward, of which each takes half a gigabyte at 512 px in float32.
@@ -192,7 +192,7 @@ class FaceRefinement:
         scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
         for face in self.restore_crops(levels, faces):
             enlargement = np.sqrt(scale[0] * scale[1] / np.linalg.det(face.matrix[:, :2]))
-            is_too_large = bool(enlargement > self.max_enlargement)
+            is_too_large = given is None and bool(enlargement > self.max_enlargement)
             if is_too_large:
                 face = face._replace(w=None)
             if face.w is not None:
