@@ -6,6 +6,8 @@ The names below are imported on first use: importing torch and diffusers takes s
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stablesr_kit.version import __version__
+
 if TYPE_CHECKING:
     from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler
     from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CodeFormerPipeline",
@@ -26,6 +26,7 @@ __all__ = [
     "SpacedDDPMScheduler",
     "StableSRAdapter",
     "StableSRPipeline",
+    "__version__",
 ]
 
 _HOMES = {

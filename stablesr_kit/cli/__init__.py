@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from stablesr_kit import __version__
 from stablesr_kit.cli.convert import convert, inspect
 from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.faces import faces
 from stablesr_kit.cli.restore import restore
+from stablesr_kit.version import __version__
 
 app = typer.Typer(
     name="stablesr",

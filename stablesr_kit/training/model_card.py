@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from stablesr_kit import __version__
 from stablesr_kit.training.config import RunConfig
 from stablesr_kit.training.records import means_of, read_records
+from stablesr_kit.version import __version__
 
 DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples")
 """Options that name what was trained on."""
