@@ -232,6 +232,11 @@ def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(config: str
     assert_kills_change_nothing(stage(config), STAGES[config][1])
 
 
+@pytest.mark.parametrize("config", STAGES)
+def test_two_processes_killed_twice_end_as_if_they_had_not_been(config: str) -> None:
+    assert_kills_change_nothing(stage(config, "--adam_epsilon", "1e-4"), STAGES[config][1], processes=2, kills=2)
+
+
 def test_the_sweep_over_w_measures_and_plots() -> None:
     tiny = ["--model", "runs/tiny/codeformer_stage3/codeformer", "--vqgan", "runs/tiny/vqgan/vqgan", "--w", "0", "1"]
     shown = ["--plot", "sweep.svg", "--sheet", "sheet.png", "--json"]

@@ -186,8 +186,10 @@ def test_a_run_killed_three_times_ends_bitwise_as_if_it_had_not_been(program: st
     assert_kills_change_nothing(tiny(program, config), result)
 
 
-def test_two_processes_killed_twice_end_as_if_they_had_not_been() -> None:
-    assert_kills_change_nothing(tiny("train_decoder", "decoder"), "vae", processes=2, kills=2)
+@pytest.mark.parametrize("program", LOOPS)
+def test_two_processes_killed_twice_end_as_if_they_had_not_been(program: str) -> None:
+    config, result = LOOPS[program]
+    assert_kills_change_nothing(tiny(program, config, "--adam_epsilon", "1e-4"), result, processes=2, kills=2)
 
 
 @pytest.mark.parametrize(
