@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.timing import compare
 from stablesr_kit.checkpoints.codeformer import load_official_faces
-from tests.official_weights import fill, full_size_shapes
+from tests.helpers.official_weights import fill, full_size_shapes
 
 Restore = Callable[[Tensor, float], Tensor]
 """Restored faces (B, 3, 512, 512) of faces in [-1, 1] with this w."""

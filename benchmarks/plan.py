@@ -18,8 +18,8 @@ from benchmarks.full_size import SD21_UNET, SD21_VAE
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.pipelines.memory_plan import GIB, MemoryPlan, Planner
-from stablesr_kit.pipelines.planner import LARGEST_BATCH, VAE_TILES_PX, tilings
+from stablesr_kit.tiling.memory_plan import GIB, MemoryPlan, Planner
+from stablesr_kit.tiling.planner import LARGEST_BATCH, VAE_TILES_PX, tilings
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from stablesr_kit.diffusion.canvas_noise import CanvasNoise
 from stablesr_kit.imaging.canvas import Region, View, assembled
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.imaging.tiles import merge
-from stablesr_kit.pipelines.aggregation import Aggregation
-from stablesr_kit.pipelines.planner import choose_tiling, tile_multiple
+from stablesr_kit.tiling.latents import Aggregation
+from stablesr_kit.tiling.planner import choose_tiling, tile_multiple
 
 SEED = 0
 DRAWS = 999

@@ -27,7 +27,7 @@ from benchmarks.memory import in_fresh_process, peak_rss_mb, rss_mb
 from benchmarks.timing import seconds
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.imaging.canvas import Canvas
-from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder, TilingMode
+from stablesr_kit.tiling.autoencoder import TiledAutoencoder, TilingMode
 
 Method = Literal["exact", "approximate", "diffusers"]
 VaeName = Literal["mini", "with_attention"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_pipeline
+from tests.helpers.tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from stablesr_kit import StableSRPipeline
-    from stablesr_kit.pipelines.memory_plan import MemoryPlan
+    from stablesr_kit.tiling.memory_plan import MemoryPlan
 
 
 def parse_max_memory(text: str | None) -> int | None:
@@ -34,7 +34,7 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     import torch
 
     from stablesr_kit.pipelines.loading import parameter_count
-    from stablesr_kit.pipelines.memory_plan import GIB, RESERVE, free_bytes
+    from stablesr_kit.tiling.memory_plan import GIB, RESERVE, free_bytes
 
     budget = free_bytes(device) if max_memory is None else max_memory
     needed = parameter_count(model) * dtype.itemsize
@@ -61,7 +61,7 @@ def plan_for(
     Raises:
         JobError: the stopped run was allowed another amount of memory.
     """
-    from stablesr_kit.pipelines.memory_plan import MemoryPlan
+    from stablesr_kit.tiling.memory_plan import MemoryPlan
 
     if saved.exists():
         plan = MemoryPlan.load(saved)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from stablesr_kit.pipelines.team import Team
+    from stablesr_kit.tiling.team import Team
 
 Item = TypeVar("Item")
 
@@ -39,7 +39,7 @@ def team_of_all() -> "Team | None":
     if state is None:
         return None
 
-    from stablesr_kit.pipelines.team import Team
+    from stablesr_kit.tiling.team import Team
 
     return Team(state)
 

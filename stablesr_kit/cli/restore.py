@@ -8,19 +8,19 @@ import typer
 
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
+from stablesr_kit.cli.journal import Journal, sha256
 from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, run
 from stablesr_kit.cli.processes import local_index, share_of, team_of_all
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
 from stablesr_kit.errors import JobError
-from stablesr_kit.pipelines.journal import Journal, sha256
 
 if TYPE_CHECKING:
     import torch
 
     from stablesr_kit import StableSRPipeline
-    from stablesr_kit.pipelines.team import Team
+    from stablesr_kit.tiling.team import Team
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from stablesr_kit.cli.face_stage import load_face_model, tell_faces
+from stablesr_kit.cli.journal import Journal, Settings
 from stablesr_kit.cli.memory_limits import plan_for
 from stablesr_kit.cli.messages import loading, quieten_libraries
 from stablesr_kit.cli.picture_files import Job, naming
 from stablesr_kit.cli.streamed_files import open_job, write_streamed
 from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
 from stablesr_kit.imaging.streams import StreamedPicture
-from stablesr_kit.pipelines.journal import Journal, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stablesr_kit import FaceRefinement, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
     from stablesr_kit.pipelines.checking import OutputType
-    from stablesr_kit.pipelines.team import Team
+    from stablesr_kit.tiling.team import Team
 
 PLANNED = (
     "w",

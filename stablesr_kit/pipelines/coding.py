@@ -20,11 +20,11 @@ from stablesr_kit.imaging.canvas import Canvas, Readable, View, assembled, bands
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
-from stablesr_kit.pipelines.memory import is_out_of_memory
 from stablesr_kit.pipelines.pictures import to_pil
-from stablesr_kit.pipelines.planner import VAE_TILES_PX
-from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TiledAutoencoder, TilingMode, smallest_tile_px
 from stablesr_kit.spaces import from_latent, to_latent
+from stablesr_kit.tiling.autoencoder import AttentionMode, TiledAutoencoder, TilingMode, smallest_tile_px
+from stablesr_kit.tiling.memory import is_out_of_memory
+from stablesr_kit.tiling.planner import VAE_TILES_PX
 
 logger = logging.getLogger(__name__)
 

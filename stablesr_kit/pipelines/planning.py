@@ -5,11 +5,12 @@ from typing import Any
 from accelerate.utils import convert_file_size_to_int
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.pipelines.aggregation import LatentTiling
 from stablesr_kit.pipelines.coding import ImageCoding
-from stablesr_kit.pipelines.costs import weight_bytes
-from stablesr_kit.pipelines.memory_plan import MemoryPlan, Planner, free_bytes, measured_rate
-from stablesr_kit.pipelines.planner import (
+from stablesr_kit.tiling.autoencoder import WINDOW, AttentionMode, TilingMode, smallest_tile_px
+from stablesr_kit.tiling.costs import weight_bytes
+from stablesr_kit.tiling.latents import LatentTiling
+from stablesr_kit.tiling.memory_plan import MemoryPlan, Planner, free_bytes, measured_rate
+from stablesr_kit.tiling.planner import (
     CPU_VAE_TILE_PX,
     LARGEST_BATCH,
     VAE_TILES_PX,
@@ -17,7 +18,6 @@ from stablesr_kit.pipelines.planner import (
     choose_tiling,
     tilings,
 )
-from stablesr_kit.pipelines.tiled_autoencoder import WINDOW, AttentionMode, TilingMode, smallest_tile_px
 
 
 class Planning(ImageCoding):

@@ -4,8 +4,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
-from stablesr_kit.pipelines.tiled_autoencoder import TiledAutoencoder
+from stablesr_kit.tiling.autoencoder import TiledAutoencoder
+from stablesr_kit.tiling.latents import Aggregation, LatentTiling
 
 
 class RunningCall(DiffusionPipeline):

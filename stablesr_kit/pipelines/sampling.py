@@ -11,11 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stablesr_kit.diffusion.guidance import classifier_free_guidance
-from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling, prediction_shapes
 from stablesr_kit.pipelines.checking import Start
 from stablesr_kit.pipelines.coding import Generators
-from stablesr_kit.pipelines.memory import is_out_of_memory
-from stablesr_kit.pipelines.team import OthersFailed, Team
+from stablesr_kit.tiling.latents import Aggregation, LatentTiling, prediction_shapes
+from stablesr_kit.tiling.memory import is_out_of_memory
+from stablesr_kit.tiling.team import OthersFailed, Team
 
 
 def recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.files import replacing
-from stablesr_kit.pipelines.aggregation import LatentTiling
 from stablesr_kit.pipelines.coding import Generators
-from stablesr_kit.pipelines.scratch import saved_bytes
+from stablesr_kit.tiling.latents import LatentTiling
+from stablesr_kit.tiling.scratch import saved_bytes
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 

@@ -28,20 +28,20 @@ from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.pipelines.aggregation import Aggregation, LatentTiling
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
 from stablesr_kit.pipelines.coding import Generators, PostStage, repeated
 from stablesr_kit.pipelines.loading import resolve_model
-from stablesr_kit.pipelines.memory_plan import MemoryPlan
 from stablesr_kit.pipelines.pictures import Picture, as_readables
-from stablesr_kit.pipelines.planner import TileSize, tile_multiple
 from stablesr_kit.pipelines.planning import Planning
 from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, embeds_of_batch
 from stablesr_kit.pipelines.running_call import RunningCall
 from stablesr_kit.pipelines.sampling import Sampling, recount
 from stablesr_kit.pipelines.sampling_state import SamplingState
-from stablesr_kit.pipelines.team import Team
-from stablesr_kit.pipelines.tiled_autoencoder import AttentionMode, TilingMode
+from stablesr_kit.tiling.autoencoder import AttentionMode, TilingMode
+from stablesr_kit.tiling.latents import Aggregation, LatentTiling
+from stablesr_kit.tiling.memory_plan import MemoryPlan
+from stablesr_kit.tiling.planner import TileSize, tile_multiple
+from stablesr_kit.tiling.team import Team
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,336 @@
+"""Encoding and decoding of pictures of any size tile by tile, equal to doing it at once, or nearly."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, regions
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.tiling.feature_maps import CountingWorkspace, Workspace
+from stablesr_kit.tiling.scratch import Record, Scratch
+from stablesr_kit.tiling.walk import decoded, encoded
+
+TilingMode = Literal["exact", "approximate"]
+AttentionMode = Literal["global", "windowed"]
+Statistics = dict[nn.GroupNorm, tuple[Tensor, Tensor]]
+
+APPROXIMATE_HALO = 8  # latent positions; the true receptive field is about twice that, its far taps are weak
+WINDOW = 64  # latent positions
+SAMPLED_PATCHES = 8  # per side of the picture
+SAMPLED_PATCH = 32  # latent positions
+
+
+class TiledAutoencoder:
+    """A stock AutoencoderKL, with CFW if wanted, run over tiles. The networks are used as they are and not changed.
+
+    mode "exact" goes layer by layer: every layer sees its true neighbours, every group norm the statistics of the whole
+    picture, and attention all of it, so that the result is that of the networks themselves; in float32 the difference
+    stays below 1e-4. The device holds tiles only; feature maps lie on canvases.
+
+    mode "approximate" takes each tile through all layers at once. The statistics of the group norms come from 8 x 8
+    patches spread over the picture, tiles overlap by 8 latent positions on each side, which are cut off, and attention
+    sees its tile. No feature map is ever whole, but those CFW needs.
+
+    Args:
+        vae: the autoencoder.
+        cfw: the fusion layers for it; None allows w = 0 only.
+        tile_px: side of a tile in the picture; deeper layers of the exact mode use tiles of as many values.
+        mode: "exact" or "approximate".
+        attention: "global", or "windowed" for pictures whose size makes global attention, which is quadratic, too slow;
+            for the exact mode.
+        window: side, in latent positions, of the square that windowed attention sees.
+        folder: where the canvases are; None keeps them in memory.
+        canvas_dtype: dtype of the feature maps' canvases; half precision halves them and costs exactness.
+
+    Raises:
+        ConfigError: an option means nothing, or the autoencoder has blocks that the stock ones do not.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        cfw: ControllableFeatureWrapping | None = None,
+        *,
+        tile_px: int = 256,
+        mode: TilingMode = "exact",
+        attention: AttentionMode = "global",
+        window: int = WINDOW,
+        folder: Path | None = None,
+        canvas_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        _check_blocks(vae)
+        factor = _factor(vae)
+        if mode not in get_args(TilingMode):
+            raise ConfigError(f"mode={mode!r} is given, expected one of {get_args(TilingMode)}")
+        if attention not in get_args(AttentionMode):
+            raise ConfigError(f"attention={attention!r} is given, expected one of {get_args(AttentionMode)}")
+        if tile_px < factor:
+            raise ConfigError(f"tile_px={tile_px} is smaller than one latent position; give at least {factor}")
+        if mode == "approximate" and tile_px <= 2 * APPROXIMATE_HALO * factor:
+            raise ConfigError(
+                f"tile_px={tile_px} leaves nothing between the halos of the approximate mode; "
+                f"give at least {smallest_tile_px(vae, mode)}"
+            )
+        if window < 4:
+            raise ConfigError(f"window={window} is given, expected at least 4 latent positions")
+        self.vae = vae
+        self.cfw = cfw
+        self.tile_px = tile_px
+        self.mode = mode
+        self.window = window if attention == "windowed" else None
+        self.folder = folder
+        self.canvas_dtype = canvas_dtype
+        self.factor = factor
+        self.on_tiles: Callable[[int], object] = lambda _: None
+        """Called with the number of tiles that are done since it was called last; see `encoding_tiles`."""
+
+    def encode(self, image: Readable | Tensor) -> Canvas:
+        """Moments (2 C, h, w) of the raw code's posterior: mean, then log variance as the encoder gives it.
+
+        image: (3, H, W) in [-1, 1]: a canvas, anything that reads like one, or a tensor (1, 3, H, W). Sides that are no
+        multiples of the autoencoder's factor lose the rest, as in the autoencoder itself.
+        """
+        return self.encode_with_features(image, ())[0]
+
+    @torch.no_grad()
+    def encode_with_features(
+        self, image: Readable | Tensor, levels: tuple[int, ...], record: Path | None = None
+    ) -> tuple[Canvas, dict[int, Canvas]]:
+        """Moments as `encode` gives them, and canvases of the encoder's features (C, H / 2**level, W / 2**level).
+
+        record: a folder for the canvases and for what is done, so that a process that was killed while it encoded this
+            image is continued, to the bit; None keeps nothing.
+        """
+        image = View(image) if isinstance(image, Tensor) else image
+        self._check_image(image, levels)
+        scratch = self._scratch(record, (*image.shape, *levels))
+        if self.mode == "exact":
+            return encoded(self.vae, image, levels, self._workspace(scratch), self.window)
+
+        _, image_height, image_width = image.shape
+        height, width = image_height // self.factor, image_width // self.factor
+        sample = _sampled(image, height, width, self.factor)
+        sampling = self._workspace(scratch)
+        encoded(self.vae, sample, levels, sampling, self.window)
+        channels = self.vae.config.block_out_channels
+        moments = scratch.canvas((2 * self.vae.config.latent_channels, height, width), self.canvas_dtype)
+        features = {
+            i: scratch.canvas((channels[i], image_height >> i, image_width >> i), self.canvas_dtype) for i in levels
+        }
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            tile = Part(image, _scaled(outer, self.factor, moments, image))
+            codes, maps = encoded(self.vae, tile, levels, self._tile_workspace(sampling.statistics), None)
+            moments.write(inner, inner.cut_from(codes.to_tensor(), outer))
+            for level, canvas in features.items():
+                scale = self.factor >> level
+                inner_part, outer_part = (_scaled(part, scale, moments, canvas) for part in (inner, outer))
+                canvas.write(inner_part, inner_part.cut_from(maps[level].to_tensor(), outer_part))
+            sweep.done += 1
+            scratch.save()
+        return moments, features
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: Readable | Tensor,
+        features: Mapping[int, Readable] | None = None,
+        w: float = 0.0,
+        record: Path | None = None,
+    ) -> Canvas:
+        """Image (3, H, W), about [-1, 1], of the raw code z (C, h, w), with the LQ picture's features wrapped in.
+
+        z: a canvas, anything that reads like one, or a tensor (1, C, h, w).
+        features: of `encode_with_features` at the levels of CFW; they are not changed. None if w is 0.
+        w: 0 is the plain decode, 1 what CFW was trained for.
+        record: as `encode_with_features`.
+        """
+        z = View(z) if isinstance(z, Tensor) else z
+        fused = self._features_for(z, features, w)
+        cfw = self.cfw if fused else None
+        scratch = self._scratch(record, (*z.shape, w))
+        if self.mode == "exact":
+            return decoded(self.vae, cfw, z, fused, w, self._workspace(scratch), self.window)
+
+        _, height, width = z.shape
+        sample = _sampled(z, height, width, 1)
+        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
+        sampling = self._workspace(scratch)
+        decoded(self.vae, cfw, sample, samples, w, sampling, self.window)
+        image = scratch.canvas(
+            (self.vae.config.out_channels, height * self.factor, width * self.factor), self.canvas_dtype
+        )
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            parts = {i: Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
+            workspace = self._tile_workspace(sampling.statistics)
+            tile = decoded(self.vae, cfw, Part(z, outer), parts, w, workspace, None).to_tensor()
+            inner_px, outer_px = (_scaled(part, self.factor, z, image) for part in (inner, outer))
+            image.write(inner_px, inner_px.cut_from(tile, outer_px))
+            sweep.done += 1
+            scratch.save()
+        return image
+
+    @torch.no_grad()
+    def encoding_tiles(self, image: Readable, levels: tuple[int, ...]) -> int:
+        """How many tiles `encode_with_features` computes."""
+        counting = self._counting()
+        if self.mode == "exact":
+            encoded(self.vae, image, levels, counting, self.window)
+            return counting.tiles
+        height, width = (side // self.factor for side in image.shape[1:])
+        encoded(self.vae, _sampled(image, height, width, self.factor), levels, counting, self.window)
+        return counting.tiles + len(self._tiles(height, width))
+
+    @torch.no_grad()
+    def decoding_tiles(self, z: Readable, features: Mapping[int, Readable] | None, w: float) -> int:
+        """How many tiles `decode` computes."""
+        fused = self._features_for(z, features, w)
+        cfw = self.cfw if fused else None
+        counting = self._counting()
+        if self.mode == "exact":
+            decoded(self.vae, cfw, z, fused, w, counting, self.window)
+            return counting.tiles
+        _, height, width = z.shape
+        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
+        decoded(self.vae, cfw, _sampled(z, height, width, 1), samples, w, counting, self.window)
+        return counting.tiles + len(self._tiles(height, width))
+
+    def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
+        """Latent regions without and with their halo; with it they are tile_px large."""
+        side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
+        return [(part, part.grown(APPROXIMATE_HALO, height, width)) for part in regions(height, width, side)]
+
+    def _scratch(self, record: Path | None, shapes: tuple[float, ...]) -> Scratch:
+        if record is None:
+            return Scratch(self.folder, self.on_tiles)
+        made_with = {
+            "shapes": shapes,
+            "tile_px": self.tile_px,
+            "mode": self.mode,
+            "window": self.window,
+            "canvas_dtype": self.canvas_dtype,
+        }
+        return Record(record, made_with, self.on_tiles)
+
+    def _counting(self) -> CountingWorkspace:
+        whole = self._workspace(Scratch(self.folder))
+        return CountingWorkspace(device=whole.device, tile_values=whole.tile_values, scratch=whole.scratch)
+
+    def _workspace(self, scratch: Scratch) -> Workspace:
+        """For a whole picture."""
+        return Workspace(
+            device=self._device,
+            tile_values=self.tile_px**2 * self.vae.config.block_out_channels[0],
+            canvas_dtype=self.canvas_dtype,
+            scratch=scratch,
+        )
+
+    def _tile_workspace(self, statistics: Statistics) -> Workspace:
+        """For a tile of the approximate mode, which is one piece in memory."""
+        return Workspace(
+            device=self._device, tile_values=sys.maxsize, canvas_dtype=self.vae.dtype, statistics=statistics
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def _check_image(self, image: Readable, levels: tuple[int, ...]) -> None:
+        channels, height, width = image.shape
+        if channels != self.vae.config.in_channels or min(height, width) < self.factor:
+            raise ValueError(
+                f"an image of {channels} x {height} x {width} is given, expected {self.vae.config.in_channels} "
+                f"channels and sides of at least {self.factor} px"
+            )
+        available = range(len(self.vae.config.block_out_channels))
+        if not set(levels) <= set(available):
+            raise ValueError(f"features of levels {levels} are asked for, expected some of {list(available)}")
+
+    def _features_for(self, z: Readable, features: Mapping[int, Readable] | None, w: float) -> dict[int, Readable]:
+        """The features that CFW fuses, by level; none if w is 0."""
+        channels, height, width = z.shape
+        if channels != self.vae.config.latent_channels:
+            raise ValueError(f"z has {channels} channels, expected {self.vae.config.latent_channels}")
+        if w == 0:
+            return {}
+        if self.cfw is None or features is None:
+            raise ValueError(f"w={w} needs cfw and the features of encode_with_features; give both, or w=0")
+        for level, wide in zip(self.cfw.config.levels, self.cfw.config.channels, strict=True):
+            scale = self.factor // 2**level
+            expected = (wide, height * scale, width * scale)
+            if level not in features or features[level].shape != expected:
+                given = features[level].shape if level in features else "nothing"
+                raise ValueError(f"features of level {level} are {given}, expected {expected} for z of {z.shape}")
+        return {level: features[level] for level in self.cfw.config.levels}
+
+
+def smallest_tile_px(vae: AutoencoderKL, mode: TilingMode) -> int:
+    """Side of the smallest tiles worth taking: smaller ones are nearly all halo."""
+    return max(64, 4 * APPROXIMATE_HALO * _factor(vae) if mode == "approximate" else _factor(vae))
+
+
+def _factor(vae: AutoencoderKL) -> int:
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
+def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:
+    """The region of a latent-sized canvas on one that is `scale` times larger and may have some positions more."""
+    _, height, width = latent.shape
+    return Region(
+        region.top * scale,
+        region.left * scale,
+        scaled.shape[1] if region.bottom == height else region.bottom * scale,
+        scaled.shape[2] if region.right == width else region.right * scale,
+    )
+
+
+def _sampled(whole: Readable, height: int, width: int, scale: int) -> Canvas:
+    """Patches from all over a canvas of height x width latent positions, put side by side; all of it if it is small."""
+    rows = [
+        torch.cat(
+            [whole.read(Region(top, left, bottom, right)) for left, right in _patches(width, scale, whole.shape[2])],
+            dim=3,
+        )
+        for top, bottom in _patches(height, scale, whole.shape[1])
+    ]
+    return Canvas.from_tensor(torch.cat(rows, dim=2))
+
+
+def _patches(length: int, scale: int, end: int) -> list[tuple[int, int]]:
+    """Ends of evenly spaced patches along a side of `end` values, which are `length` latent positions and a rest."""
+    if length <= SAMPLED_PATCHES * SAMPLED_PATCH:
+        return [(0, end)]
+    last = length - SAMPLED_PATCH
+    starts = [i * last // (SAMPLED_PATCHES - 1) * scale for i in range(SAMPLED_PATCHES)]
+    return [(start, start + SAMPLED_PATCH * scale) for start in starts]
+
+
+def _check_blocks(vae: AutoencoderKL) -> None:
+    """Refuse what the walk through the layers does not know."""
+    blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block, *vae.decoder.up_blocks, vae.decoder.mid_block]
+    for block in blocks:
+        parts = [
+            *block.resnets,
+            *(getattr(block, "downsamplers", None) or ()),
+            *(getattr(block, "upsamplers", None) or ()),
+        ]
+        known = isinstance(block, DownEncoderBlock2D | UNetMidBlock2D | UpDecoderBlock2D) and all(
+            isinstance(part, ResnetBlock2D | Downsample2D | Upsample2D) for part in parts
+        )
+        if not known:
+            raise ConfigError(
+                f"the autoencoder has a {type(block).__name__}, which cannot be tiled exactly; "
+                "expected the blocks DownEncoderBlock2D, UNetMidBlock2D and UpDecoderBlock2D of AutoencoderKL"
+            )

@@ -1,0 +1,169 @@
+"""Feature maps of a whole picture, computed region by region: the device holds tiles, canvases the rest."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
+from stablesr_kit.tiling.moments import Moments
+from stablesr_kit.tiling.scratch import Scratch
+
+TileFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class FeatureMap:
+    """Features (C, H, W) that are computed where they are read, until a workspace stores them.
+
+    Attributes:
+        read: values (1, C, h, w) of a region, on the device.
+        overwrites: a map whose canvas may take this one's values: it is read for nothing else, and only where it is
+            being overwritten.
+        is_cheap: it costs less to compute again than to keep.
+        is_kept: its canvas belongs to the caller.
+    """
+
+    shape: tuple[int, int, int]
+    read: Callable[[Region], Tensor]
+    overwrites: "FeatureMap | None" = None
+    is_cheap: bool = False
+    is_kept: bool = False
+    moments: Moments | None = None
+    canvas: Canvas | None = None
+
+
+@dataclass(kw_only=True)
+class Workspace:
+    """Where maps are kept and how large a tile is.
+
+    Attributes:
+        device: where tiles are computed.
+        tile_values: values of a tile; a map with more channels has smaller tiles.
+        canvas_dtype: dtype of the canvases.
+        scratch: where the canvases are, and what is done already.
+        statistics: mean and variance (C,) of each group norm's input; filled as norms are met, or given and trusted.
+    """
+
+    device: torch.device
+    tile_values: int
+    canvas_dtype: torch.dtype = torch.float32
+    scratch: Scratch = field(default_factory=Scratch)
+    statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def source(self, readable: Readable, dtype: torch.dtype) -> FeatureMap:
+        """The map of a canvas or of anything that reads like one."""
+        return FeatureMap(readable.shape, lambda region: readable.read(region).to(self.device, dtype), is_cheap=True)
+
+    def side(self, channels: int) -> int:
+        """Of a tile of a map with this many channels."""
+        return max(math.isqrt(self.tile_values // channels), 1)
+
+    def store(self, x: FeatureMap, *, side: int | None = None, with_moments: bool = True) -> Canvas:
+        """Compute the map once and keep it; what it was computed from is let go.
+
+        side: of the regions it is computed in; None is that of the tiles.
+        """
+        if x.canvas is not None:
+            return x.canvas
+        old, x.overwrites = x.overwrites, None
+        canvas = None if old is None or old.is_kept or not self.scratch.may_overwrite else old.canvas
+        if canvas is None:
+            canvas = self.scratch.canvas(x.shape, self.canvas_dtype)
+        dtype = self._sweep(x, canvas, side, with_moments)
+        x.canvas = canvas
+        x.read = lambda region: canvas.read(region).to(self.device, dtype)
+        return canvas
+
+    def normalization(self, x: FeatureMap, norm: nn.GroupNorm, activation: TileFunction | None = None) -> TileFunction:
+        """The norm of the whole map as a function of its tiles; the map is stored, or only measured if it is cheap."""
+        if norm not in self.statistics:
+            if x.moments is None and x.is_cheap:
+                self._sweep(x, None, None, True)
+            else:
+                self.store(x)
+            assert x.moments is not None
+            self.statistics[norm] = x.moments.of_groups(norm.num_groups)
+        elif not x.is_cheap:
+            self.store(x, with_moments=False)
+        mean, variance = (value.to(self.device, torch.float32) for value in self.statistics[norm])
+
+        def normalized(tile: Tensor) -> Tensor:
+            tile = F.batch_norm(tile, mean, variance, norm.weight.float(), norm.bias.float(), eps=norm.eps)
+            return tile if activation is None else activation(tile)
+
+        return normalized
+
+    def _sweep(self, x: FeatureMap, canvas: Canvas | None, side: int | None, with_moments: bool) -> torch.dtype:
+        """Compute the map tile by tile into a canvas and into its moments; its dtype."""
+        channels, height, width = x.shape
+        sweep = self.scratch.begin()
+        for region in islice(regions(height, width, side or self.side(channels)), sweep.done, None):
+            tile = x.read(region)
+            if with_moments:
+                sweep.moments.add(tile)
+            if canvas is not None:
+                canvas.write(region, tile)
+            sweep.dtype = tile.dtype
+            sweep.done += 1
+            self.scratch.save()
+        x.moments = sweep.moments if with_moments else None
+        return sweep.dtype
+
+
+@dataclass(kw_only=True)
+class CountingWorkspace(Workspace):
+    """Computes nothing and counts the tiles that a walk through the layers takes."""
+
+    tiles: int = 0
+
+    def _sweep(self, x: FeatureMap, _canvas: Canvas | None, side: int | None, _with_moments: bool) -> torch.dtype:
+        channels, height, width = x.shape
+        side = side or self.side(channels)
+        self.tiles += math.ceil(height / side) * math.ceil(width / side)
+        x.moments = Moments()
+        x.moments.add(torch.zeros(1, channels, 1, 1))
+        return torch.float32
+
+
+def layer(x: FeatureMap, function: TileFunction, channels: int, halo: int) -> FeatureMap:
+    """A function of tiles that keeps their size and pads with zeros, where each value depends on `halo` neighbours.
+
+    Its own padding is right where the map ends, and the halo takes it elsewhere.
+    """
+    _, height, width = x.shape
+
+    def read(region: Region) -> Tensor:
+        outer = region.grown(halo, height, width)
+        return region.cut_from(function(x.read(outer)), outer)
+
+    return FeatureMap((channels, height, width), read)
+
+
+def downsampled(x: FeatureMap, downsampler: Downsample2D) -> FeatureMap:
+    """Half the size by a convolution of stride 2; it pads the right and the lower end only."""
+    _, height, width = x.shape
+
+    def read(region: Region) -> Tensor:
+        top, left, bottom, right = (2 * edge for edge in region)
+        return downsampler(x.read(Region(top, left, min(bottom + 1, height), min(right + 1, width))))
+
+    return FeatureMap((downsampler.out_channels, height // 2, width // 2), read)
+
+
+def upsampled(x: FeatureMap, upsampler: Upsample2D) -> FeatureMap:
+    """Twice the size by nearest neighbours and a convolution, of which only the result is ever whole."""
+    _, height, width = x.shape
+
+    def read(region: Region) -> Tensor:
+        top, left, bottom, right = region
+        source = Region(top // 2, left // 2, -(-bottom // 2), -(-right // 2)).grown(1, height, width)
+        return region.cut_from(upsampler(x.read(source)), Region(*(2 * edge for edge in source)))
+
+    return FeatureMap((upsampler.out_channels, 2 * height, 2 * width), read)

@@ -1,0 +1,104 @@
+"""Several processes at one picture: the first restores it, the others predict tiles for it."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather
+from torch import Tensor
+
+from stablesr_kit.imaging.canvas import Region
+from stablesr_kit.tiling.memory import is_out_of_memory
+
+DONE, LACKS_MEMORY, FAILED = range(3)
+
+
+class OthersFailed(RuntimeError):
+    """The trouble is another process's, which reports it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRequest:
+    """What one step asks of all: predictions of the regions, in batches, of canvases (B, C, h, w) on the CPU.
+
+    arguments: the others of `Sampling.predict`, timestep among them.
+    """
+
+    latents: Tensor
+    lq_latents: Tensor
+    prompt_embeds: Tensor
+    arguments: dict[str, Any]
+    regions: Sequence[Region]
+    batch_size: int
+
+
+class Team:
+    """The processes of `accelerate launch`, each with the same networks, at one picture.
+
+    Every n-th tile is predicted by the same process, and the first gets all of them, exactly as they were computed: on
+    processes and devices of one kind (on CPUs: of as many threads) the result is to the bit that of one process.
+
+    Args:
+        state: of accelerate; any backend.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self.state = state
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this is the process that restores."""
+        return self.state.is_main_process
+
+    def tell(self, message: object) -> None:
+        """Send a message from the first process to all others, each of which must `listen`; None lets them go."""
+        broadcast_object_list([message])
+
+    def listen(self) -> Any:
+        """The next message of the first process."""
+        return broadcast_object_list([None])[0]
+
+    def share(self, tiles: int) -> range:
+        """Indices of the tiles that this process predicts."""
+        return range(self.state.process_index, tiles, self.state.num_processes)
+
+    def exchange(self, shapes: Sequence[Sequence[int]], own: Iterable[tuple[int, Tensor]]) -> list[Tensor]:
+        """Predictions of all tiles, float32 on the CPU, on every process.
+
+        shapes: of all predictions. own: (index, prediction) of this process's share, computed here.
+
+        Raises:
+            MemoryError: a process lacks memory (or what the device of this one raises then).
+            OthersFailed: another process failed (or the error of this one).
+        """
+        error: Exception | None = None
+        flat = [torch.zeros(0)]
+        try:
+            flat += [prediction.to("cpu", torch.float32).flatten() for _, prediction in own]
+        except Exception as caught:  # the others wait for this process and must learn of whatever happened
+            error = caught
+        status = DONE if error is None else LACKS_MEMORY if is_out_of_memory(error) else FAILED
+        worst = int(gather(torch.tensor([status], device=self.state.device)).max())
+        if error is not None and worst == status:
+            raise error
+        if worst == FAILED:
+            raise OthersFailed("another process failed at its tiles; see what it says")
+        if worst == LACKS_MEMORY:
+            raise MemoryError("another process lacks memory")
+
+        count = self.state.num_processes
+        sizes = [math.prod(shape) for shape in shapes]
+        longest = max(sum(sizes[rank::count]) for rank in range(count))
+        padded = torch.zeros(longest)
+        values = torch.cat(flat)
+        padded[: len(values)] = values
+        everyone = gather(padded.to(self.state.device)).cpu().view(count, longest)
+        predictions: list[Tensor] = [torch.empty(0)] * len(shapes)
+        for rank in range(count):
+            parts = everyone[rank][: sum(sizes[rank::count])].split(sizes[rank::count])
+            for index, part in zip(range(rank, len(shapes), count), parts, strict=True):
+                predictions[index] = part.view(*shapes[index])
+        return predictions

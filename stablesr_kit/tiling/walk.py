@@ -1,0 +1,139 @@
+"""The layers of a stock AutoencoderKL and of CFW as feature maps of a whole picture."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from stablesr_kit.imaging.canvas import Canvas, Readable, Region
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, FusionLayer
+from stablesr_kit.tiling.canvas_attention import attended
+from stablesr_kit.tiling.feature_maps import FeatureMap, Workspace, downsampled, layer, upsampled
+
+
+def encoded(
+    vae: AutoencoderKL, image: Readable, levels: tuple[int, ...], workspace: Workspace, window: int | None
+) -> tuple[Canvas, dict[int, Canvas]]:
+    """Moments (2 C, h, w) of an image (3, H, W), and the encoder's features at `levels`."""
+    _bring_to_device(vae)
+    encoder = vae.encoder
+    features = {}
+    x = layer(workspace.source(image, vae.dtype), encoder.conv_in, encoder.conv_in.out_channels, halo=1)
+    x.is_cheap = True
+    for level, block in enumerate(encoder.down_blocks):
+        for resnet in block.resnets:
+            x = _residual_block(x, resnet, workspace)
+        if level in levels:
+            features[level] = workspace.store(x)
+            x.is_kept = True
+        for downsampler in block.downsamplers or ():
+            x = downsampled(x, downsampler)
+    x = _mid_block(x, encoder.mid_block, workspace, window)
+    moments = _output(x, encoder, vae.quant_conv, workspace)
+    return workspace.store(moments, side=workspace.side(x.shape[0]), with_moments=False), features
+
+
+def decoded(
+    vae: AutoencoderKL,
+    cfw: ControllableFeatureWrapping | None,
+    z: Readable,
+    features: Mapping[int, Readable],
+    w: float,
+    workspace: Workspace,
+    window: int | None,
+) -> Canvas:
+    """Image (3, H, W) of the raw code z (C, h, w); without cfw, features and w do not matter."""
+    _bring_to_device(vae)
+    decoder = vae.decoder
+
+    def read_in(tile: Tensor) -> Tensor:
+        return decoder.conv_in(tile if vae.post_quant_conv is None else vae.post_quant_conv(tile))
+
+    x = layer(workspace.source(z, vae.dtype), read_in, decoder.conv_in.out_channels, halo=1)
+    x.is_cheap = True
+    x = _mid_block(x, decoder.mid_block, workspace, window)
+    for level, block in zip(reversed(range(len(decoder.up_blocks))), decoder.up_blocks, strict=True):
+        for resnet in block.resnets:
+            x = _residual_block(x, resnet, workspace)
+        if cfw is not None and level in cfw.config.levels:
+            x = _wrapped(x, features[level], cfw, level, w, workspace)
+        for upsampler in block.upsamplers or ():
+            x = upsampled(x, upsampler)
+    image = _output(x, decoder, None, workspace)
+    return workspace.store(image, side=workspace.side(x.shape[0]), with_moments=False)
+
+
+def _mid_block(x: FeatureMap, block: UNetMidBlock2D, workspace: Workspace, window: int | None) -> FeatureMap:
+    x = _residual_block(x, block.resnets[0], workspace)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        if attention is not None:
+            x = attended(x, attention, workspace, window)
+        x = _residual_block(x, resnet, workspace)
+    return x
+
+
+def _wrapped(
+    x: FeatureMap,
+    encoder_features: Readable,
+    cfw: ControllableFeatureWrapping,
+    level: int,
+    w: float,
+    workspace: Workspace,
+) -> FeatureMap:
+    """Decoder features + w * correction."""
+    _bring_to_device(cfw)
+    workspace.store(x, with_moments=False)
+    theirs = workspace.source(encoder_features, cfw.dtype)
+    fusion: FusionLayer = dict(zip(cfw.config.levels, cfw.fusion_layers.values(), strict=True))[level]
+    h = FeatureMap(
+        (2 * x.shape[0], *x.shape[1:]),
+        lambda region: torch.cat([theirs.read(region), x.read(region).to(cfw.dtype)], dim=1),
+        is_cheap=True,
+    )
+    h = _residual_block(h, fusion.merge, workspace)
+    for rrdb in fusion.rrdbs:
+        workspace.store(h, with_moments=False)
+        h = layer(h, rrdb, h.shape[0], halo=sum(isinstance(part, nn.Conv2d) for part in rrdb.modules()))
+    correction = _residual_block(h, fusion.refine, workspace)
+
+    def read(region: Region) -> Tensor:
+        ours = x.read(region)
+        return (ours.to(cfw.dtype) + w * correction.read(region)).to(ours.dtype)
+
+    return FeatureMap(x.shape, read, overwrites=x)
+
+
+def _residual_block(x: FeatureMap, block: ResnetBlock2D, workspace: Workspace) -> FeatureMap:
+    """x + conv(norm(conv(norm(x)))): the map between the two norms is stored, the result is left to its reader."""
+    norm1 = workspace.normalization(x, block.norm1, block.nonlinearity)
+    h = layer(x, lambda tile: block.conv1(norm1(tile)), block.out_channels, halo=1)
+    norm2 = workspace.normalization(h, block.norm2, block.nonlinearity)
+    residual = layer(h, lambda tile: block.conv2(norm2(tile)), block.out_channels, halo=1)
+
+    def read(region: Region) -> Tensor:
+        shortcut = x.read(region)
+        if block.conv_shortcut is not None:
+            shortcut = block.conv_shortcut(shortcut)
+        return (shortcut + residual.read(region)) / block.output_scale_factor
+
+    return FeatureMap(residual.shape, read, overwrites=x if block.conv_shortcut is None else None)
+
+
+def _output(x: FeatureMap, coder: Encoder | Decoder, quant_conv: nn.Conv2d | None, workspace: Workspace) -> FeatureMap:
+    norm = workspace.normalization(x, coder.conv_norm_out, coder.conv_act)
+
+    def write_out(tile: Tensor) -> Tensor:
+        tile = coder.conv_out(norm(tile))
+        return tile if quant_conv is None else quant_conv(tile)
+
+    return layer(x, write_out, coder.conv_out.out_channels, halo=1)
+
+
+@apply_forward_hook
+def _bring_to_device(_network: nn.Module) -> None:
+    """Let the hook of an offloaded network bring it to its device, as a call of it would."""
