@@ -1,9 +1,12 @@
-# setup | restore [IMAGE=path] [OUT=path] [ARGS="..."] | mini TRAIN_DATA=folder | test | lint
-# Each target does all the set-up it needs: a .venv pinned by constraints.txt, built once (about 3 GB with CUDA's libraries).
+# restore [IMAGE=path] [OUT=path] [ARGS="..."] | test | lint | docs | mini TRAIN_DATA=folder | setup
+# Each target does the set-up it needs, once: a .venv pinned by constraints.txt. `restore` installs what restoring takes,
+# the others what developing takes.
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+RESTORING := .venv/.restoring
+DEVELOPING := .venv/.developing
+INSTALL = $(PYTHON) -m venv .venv && $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
 IMAGE ?=
 OUT ?= results
@@ -13,14 +16,17 @@ DEMO := results/demo/astronaut.png
 export IMAGE OUT
 MINI_CONFIGS ?= configs/mini
 
-.PHONY: setup restore mini test lint
+.PHONY: setup restore mini test lint docs
 
-setup: $(STAMP)
+setup: $(DEVELOPING)
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+$(RESTORING): pyproject.toml constraints.txt
+	$(INSTALL) -e ".[demo]"
 	@touch $@
+
+$(DEVELOPING): pyproject.toml constraints.txt
+	$(INSTALL) -e ".[dev]"
+	@touch $(RESTORING) $@
 
 ifeq ($(strip $(IMAGE)),)
 restore: $(DEMO)
@@ -28,24 +34,29 @@ restore: $(DEMO)
 	@echo "made small for it: 512x512 -> 128x128 by area averaging, then restored to 512x512."
 	@$(BIN)/stablesr restore "$(DEMO)" -o "$$OUT" --compare $(ARGS)
 else
-restore: $(STAMP)
+restore: $(RESTORING)
 	@$(BIN)/stablesr restore "$$IMAGE" -o "$$OUT" $(ARGS)
 endif
 
-$(DEMO): $(STAMP)
+$(DEMO): $(RESTORING)
 	@mkdir -p $(@D)
 	@$(BIN)/python -c "from PIL import Image; from skimage import data; \
 		Image.fromarray(data.astronaut()).resize((128, 128), Image.Resampling.BOX).save('$@')"
 
 # Train the embedded model from the photographs in TRAIN_DATA; the same command goes on where it was interrupted.
-mini: $(STAMP)
+mini: $(DEVELOPING)
 	@$(BIN)/python training/run_stages.py --config $(MINI_CONFIGS)/stages.yaml $(ARGS)
 
-test: $(STAMP)
+test: $(DEVELOPING)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(DEVELOPING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site of the documentation, in docs/_build/html; a warning is an error.
+docs: $(DEVELOPING)
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
