@@ -27,7 +27,7 @@ from stablesr_kit.imaging.files import read_picture
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
-from stablesr_kit.training.photo_sources import list_photos
+from stablesr_kit.training.data.sources import list_photos
 
 
 class Face(NamedTuple):

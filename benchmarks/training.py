@@ -37,7 +37,7 @@ from benchmarks.full_size import random_weights, unet_and_adapter, vae_and_cfw
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.pipelines.loading import resolve_model
-from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.run.run import TrainingRun
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,8 @@ import torch
 
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
-from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.network_files import load_network, save_small_pipeline
-from stablesr_kit.training.program import launch
+from stablesr_kit.training.run.config import ProgramConfig, launch
+from stablesr_kit.training.run.networks import load_network, save_small_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

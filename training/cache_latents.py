@@ -12,14 +12,13 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.training.batches import make_loader
-from stablesr_kit.training.config import LoaderOptions, ProgramConfig
-from stablesr_kit.training.data_options import PairOptions
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_crops import report_skipped
-from stablesr_kit.training.photo_pairs import open_pairs
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.tensor_parts import TensorParts
+from stablesr_kit.training.data.batches import make_loader
+from stablesr_kit.training.data.computed import TensorParts
+from stablesr_kit.training.data.crops import report_skipped
+from stablesr_kit.training.data.options import PairOptions
+from stablesr_kit.training.data.pairs import open_pairs
+from stablesr_kit.training.run.config import LoaderOptions, ProgramConfig, launch
+from stablesr_kit.training.run.networks import load_network
 
 logger = logging.getLogger("cache_latents")
 

@@ -11,14 +11,14 @@ import torch
 from tqdm import tqdm
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
+from stablesr_kit.seeds import torch_stream
 from stablesr_kit.spaces import image_to_pixels
-from stablesr_kit.training.batches import make_loader
-from stablesr_kit.training.config import LoaderOptions, ProgramConfig
-from stablesr_kit.training.data_options import PairOptions
-from stablesr_kit.training.photo_crops import report_skipped
-from stablesr_kit.training.photo_pairs import open_pairs
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.tensor_parts import TensorParts
+from stablesr_kit.training.data.batches import make_loader
+from stablesr_kit.training.data.computed import TensorParts
+from stablesr_kit.training.data.crops import report_skipped
+from stablesr_kit.training.data.options import PairOptions
+from stablesr_kit.training.data.pairs import open_pairs
+from stablesr_kit.training.run.config import LoaderOptions, ProgramConfig, launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def main(config: CFWDataConfig) -> None:
     batches = [list(range(starts[part], starts[part] + config.batch_size)) for part in missing]
     loader = make_loader(pairs, batches, config.dataloader_num_workers)
     for part, (_, (lq, hq)) in zip(missing, tqdm(loader, mininterval=10), strict=True):
-        generator = torch.Generator().manual_seed(config.seed + starts[part])
+        generator = torch_stream(config.seed, starts[part])
         with torch.autocast(device.type, torch.bfloat16):
             latents = pipeline(
                 (lq + 1) / 2,

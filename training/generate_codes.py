@@ -20,11 +20,10 @@ from stablesr_kit.imaging.degradations.resizing import resize
 from stablesr_kit.imaging.files import read_picture
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import pixels_to_image
-from stablesr_kit.training.config import ProgramConfig
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_sources import list_photos
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.stored_codes import codes_key
+from stablesr_kit.training.data.faces import codes_key
+from stablesr_kit.training.data.sources import list_photos
+from stablesr_kit.training.run.config import ProgramConfig, launch
+from stablesr_kit.training.run.networks import load_network
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablesr_kit.errors import ConfigError, StableSRKitError
-from stablesr_kit.training.config import ProgramConfig, given_options
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.stages import Record, Stage, make_plan, put_away, read_journal, write_journal
+from stablesr_kit.training.run.config import ProgramConfig, given_options, launch
+from stablesr_kit.training.run.stages import BegunStage, Stage, find_continuation, put_away, read_journal, write_journal
 
 logger = logging.getLogger("run_stages")
 
@@ -42,26 +41,26 @@ def main(config: StagesConfig) -> None:
     stages = [read(stage) for stage in config.stages]
     journal = Path(config.output_dir) / "stages.json"
     journal.parent.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(stages, read_journal(journal))
-    for folder in plan.outdated:
+    continuation = find_continuation(stages, read_journal(journal))
+    for folder in continuation.outdated:
         if folder.exists():
             logger.info("%s was trained with other options, and is now %s", folder, put_away(folder))
-    records = plan.kept
+    records = continuation.kept
     write_journal(journal, records)
     for i, stage in enumerate(stages):
         name = f"stage {i + 1} of {len(stages)}, {config.stages[i]}"
         if i < len(records) and (seconds := records[i].seconds) is not None:
             logger.info("%s: skipped, it was finished with the same options (%.0f s)", name, seconds)
             continue
-        reason = f": begins anew, since {plan.reasons[i]}" if i in plan.reasons else ""
+        reason = f": begins anew, since {continuation.reasons[i]}" if i in continuation.reasons else ""
         logger.info("%s%s", name, reason)
-        records[i:] = [Record(stage=stage, seconds=None)]
+        records[i:] = [BegunStage(stage=stage, seconds=None)]
         write_journal(journal, records)
         start = time.monotonic()
         status = subprocess.run(command(config.stages[i], config)).returncode
         if status != 0:
             raise StableSRKitError(f"{name}: ended with status {status}; the same command goes on from there")
-        records[i] = Record(stage=stage, seconds=round(time.monotonic() - start, 1))
+        records[i] = BegunStage(stage=stage, seconds=round(time.monotonic() - start, 1))
         write_journal(journal, records)
 
 

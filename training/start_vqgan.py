@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.pipelines.loading import resolve_model
-from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.grafting import GraftedVQGAN, target_features
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.seeds import stream
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.data.options import PhotoOptions
+from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_codebook
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
         self.seed = seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        which = int(torch.randint(len(self.given), (1,), generator=torch.Generator().manual_seed(self.seed + index)))
+        which = int(stream(self.seed, index).integers(len(self.given)))
         return self.given[which].float(), self.wanted[which].float()
 
 

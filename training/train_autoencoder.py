@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.losses import reconstruction_loss
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.small_autoencoder import build_small_autoencoder, fold_latent_statistics
-from stablesr_kit.training.validation import PhotoValidationOptions, photo_examples, reconstructed
-from stablesr_kit.training.whole_forward import Reconstruction, latent_shape
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.data.options import PhotoOptions
+from stablesr_kit.training.losses.pictures import reconstruction_loss
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import PhotoValidationOptions, photo_examples, reconstructed
+from stablesr_kit.training.small.autoencoder import build_small_autoencoder, fold_latent_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,23 @@ class AutoencoderConfig(PhotoValidationOptions, PhotoOptions, RunConfig):
     """Channels of the latent of an untrained autoencoder."""
     kl_weight: float = 1e-3
     """Weight of the posterior's divergence from a unit normal, a mean over latent elements."""
+
+
+class Reconstruction(nn.Module):
+    """An autoencoder, there and back through a sampled latent."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction (B, 3, H, W), and the posterior's divergence from a unit normal, a mean over latent elements.
+
+        image: (B, 3, H, W) in [-1, 1]; noise: standard normal, (B, C, h, w).
+        """
+        posterior = self.vae.encode(image).latent_dist
+        reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return reconstruction, posterior.kl().mean() / posterior.mean[0].numel()
 
 
 def main(config: AutoencoderConfig) -> None:
@@ -74,6 +89,13 @@ def main(config: AutoencoderConfig) -> None:
     if run.is_main:
         fold_latent_statistics(vae, *latent_statistics(vae, images, count=256))
     run.finish({"vae": vae})
+
+
+def latent_shape(vae: AutoencoderKL, image: Tensor) -> tuple[int, int, int, int]:
+    """(B, C, h, w) of the latent of an image batch (B, 3, H, W)."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    batch, _, height, width = image.shape
+    return batch, vae.config.latent_channels, height // factor, width // factor
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.quality import Quality
@@ -17,17 +17,14 @@ from stablesr_kit.models.feature_wrapping import (
     encode_with_features,
 )
 from stablesr_kit.spaces import from_latent
-from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.pairs import RestoredCrops
-from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.small_autoencoder import start_fusion_silent
-from stablesr_kit.training.validation import Example, ValidationOptions, sample_examples
-from stablesr_kit.training.whole_forward import FusedDecoding
+from stablesr_kit.training.data.computed import RestoredCrops
+from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
+from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import Example, ValidationOptions, sample_examples
+from stablesr_kit.training.small.autoencoder import start_fusion_silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,19 @@ class CFWConfig(AdversarialOptions, InterpolationOptions, PictureLossOptions, Va
         super().__post_init__()
         if self.trained_share < 1 and self.pretrained_cfw is None:
             raise ConfigError(f"trained_share={self.trained_share} needs pretrained_cfw, which has the other share")
+
+
+class FusedDecoding(nn.Module):
+    """A frozen autoencoder's decoder with fusion layers that are trained."""
+
+    def __init__(self, vae: AutoencoderKL, cfw: ControllableFeatureWrapping) -> None:
+        super().__init__()
+        self.vae = vae
+        self.cfw = cfw
+
+    def forward(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
+        """Image (B, 3, H, W) of the raw code z with features wrapped in; arguments as `decode_with_features`."""
+        return decode_with_features(self.vae, self.cfw, z, features, w)
 
 
 def main(config: CFWConfig) -> None:

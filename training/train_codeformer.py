@@ -17,18 +17,16 @@ from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 from stablesr_kit.spaces import image_to_pixels, unit_to_image
-from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import DegradedPhotoOptions
-from stablesr_kit.training.face_pairs import TwiceDegradedFaces
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_crops import PhotoCrops, report_skipped
-from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.stored_codes import StoredCodes
-from stablesr_kit.training.validation import Example, RestorationValidationOptions, restoration_examples
-from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
+from stablesr_kit.training.data.crops import PhotoCrops, report_skipped
+from stablesr_kit.training.data.faces import StoredCodes, TwiceDegradedFaces
+from stablesr_kit.training.data.options import DegradedPhotoOptions
+from stablesr_kit.training.losses.adversarial import VQGANAdversary, VQGANAdversaryOptions
+from stablesr_kit.training.losses.codebooks import code_token_loss, commitment_loss
+from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class CodeFormerConfig(
     """First step at late_w."""
     w_spread: float = 0.0
     """Each face is decoded with a weight drawn between w - w_spread and w, so that all of these are trained for."""
-    small_degradations: Mapping[str, float] = field(default_factory=dict)
+    mild_degradations: Mapping[str, float] = field(default_factory=dict)
     """Degradations of the faces that are decoded; those of `degradations` are for predicting codes only. Empty: the
     same face serves both."""
     codes_only_start: int | None = None
@@ -94,7 +92,7 @@ def main(config: CodeFormerConfig) -> None:
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed, run.share)
     stored = StoredCodes(config.codes, crops) if config.codes is not None else None
-    faces = TwiceDegradedFaces(crops, config.small_degradations, stored)
+    faces = TwiceDegradedFaces(crops, config.mild_degradations, stored)
 
     vqgan.to(run.accelerator.device)
     if stored is not None:
@@ -117,9 +115,9 @@ def main(config: CodeFormerConfig) -> None:
 
     run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
 
-    for draws, (large, small, hq, targets) in run.batches(faces):
+    for draws, (strong, mild, hq, targets) in run.batches(faces):
         w = config.fidelity(run.step)
-        lq = (small if w > 0 else large).to(memory_format=torch.channels_last)
+        lq = (mild if w > 0 else strong).to(memory_format=torch.channels_last)
         hq = hq.to(memory_format=torch.channels_last)
 
         # the codes of the good face, from the damaged one

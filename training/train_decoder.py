@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor, nn
 
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.training.adversarial import AdversarialOptions, Adversary
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
-from stablesr_kit.training.losses import reconstruction_loss
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.validation import PhotoValidationOptions, photo_examples, reconstructed
-from stablesr_kit.training.whole_forward import Decoding
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.data.options import PhotoOptions
+from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
+from stablesr_kit.training.losses.pictures import reconstruction_loss
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import PhotoValidationOptions, photo_examples, reconstructed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,18 @@ class DecoderConfig(AdversarialOptions, InterpolationOptions, PhotoValidationOpt
     """Weight of the generator's loss against the discriminator."""
     feature_matching_weight: float = 0.5
     """Weight of the difference between the discriminator's features of both pictures."""
+
+
+class Decoding(nn.Module):
+    """An autoencoder whose decoder is trained."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Image (B, 3, H, W) of the raw code z (B, C, h, w)."""
+        return self.vae.decode(z).sample
 
 
 def main(config: DecoderConfig) -> None:

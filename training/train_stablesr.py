@@ -22,18 +22,17 @@ from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.pair_queue import PairQueueOptions, QueuedDegradation
-from stablesr_kit.training.pairs import CachedLatents
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.photo_order import Share
-from stablesr_kit.training.photo_pairs import DegradedCrops, PairedCrops, open_pairs
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.small_unet import build_small_adapter
-from stablesr_kit.training.validation import Example, RestorationValidationOptions, restoration_examples
+from stablesr_kit.training.data.batches import Share
+from stablesr_kit.training.data.computed import CachedLatents
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.data.pair_queue import PairQueueOptions, QueuedDegradation
+from stablesr_kit.training.data.pairs import DegradedCrops, PairedCrops, open_pairs
+from stablesr_kit.training.losses.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
+from stablesr_kit.training.small.unet import build_small_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

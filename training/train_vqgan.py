@@ -11,16 +11,15 @@ from torch import Tensor
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
-from stablesr_kit.training.codebooks import CodebookOptions, refresh_codebook
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.network_files import load_network
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.picture_loss import PictureLoss, PictureLossOptions
-from stablesr_kit.training.program import launch
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.validation import Example, PhotoValidationOptions, photo_examples
-from stablesr_kit.training.vqgan_adversary import VQGANAdversary, VQGANAdversaryOptions
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
+from stablesr_kit.training.data.options import PhotoOptions
+from stablesr_kit.training.losses.adversarial import VQGANAdversary, VQGANAdversaryOptions
+from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_codebook
+from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
+from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.networks import load_network
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.run.validation import Example, PhotoValidationOptions, photo_examples
 
 
 @dataclass(frozen=True, kw_only=True)

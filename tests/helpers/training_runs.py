@@ -1,6 +1,6 @@
 """Training programs at a tiny size: in this process, in forked ones that can be killed, and by `accelerate launch`.
 
-`accelerate launch tests/training_runs.py FILE` runs the programs of FILE, a JSON list of argument lists.
+`accelerate launch tests/helpers/training_runs.py FILE` runs the programs of FILE, a JSON list of argument lists.
 """
 
 import json
@@ -32,7 +32,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "stablesr_kit.pipelines.stablesr",
-        "stablesr_kit.training.run",
+        "stablesr_kit.training.run.run",
         "deepspeed",
     ]  # accelerate imports it if it is there
 )
@@ -179,7 +179,7 @@ def launch_two_processes(calls: list[list[str]]) -> None:
     config = str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     finished = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "training_runs.py"), "calls.json"],
+        [*launcher, str(ROOT / "tests" / "helpers" / "training_runs.py"), "calls.json"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

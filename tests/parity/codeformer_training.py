@@ -13,9 +13,9 @@ from torch import Tensor
 from stablesr_kit.checkpoints.codeformer import load_official_faces
 from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
 from stablesr_kit.models.vqgan import GumbelQuantizer
-from stablesr_kit.training.config import MULTISTEP, WARMUP_PLATEAU_COSINE, RunConfig
-from stablesr_kit.training.losses import HINGE
-from stablesr_kit.training.schedules import learning_rate_schedule
+from stablesr_kit.training.losses.pictures import HINGE
+from stablesr_kit.training.run.config import MULTISTEP, WARMUP_PLATEAU_COSINE, RunConfig
+from stablesr_kit.training.run.optimizers import learning_rate_schedule
 from tests.parity.codeformer_degradation import KERNEL_TOLERANCE, check_degradations
 from tests.parity.references import Quantity, difference
 

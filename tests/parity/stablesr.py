@@ -22,7 +22,7 @@ from stablesr_kit.models.feature_wrapping import decode_with_features, encode_wi
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
 from stablesr_kit.tiling.latents import Aggregation, LatentTiling
-from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
+from stablesr_kit.training.losses.denoising import denoising_loss, hide_in_noise
 from tests.parity.references import Quantity, difference, metadata
 from tests.parity.stablesr_colorfix import check_colorfix
 from tests.parity.stablesr_degradation import check_degradation

@@ -12,21 +12,23 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.training.data_options import PairOptions, PhotoOptions
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, cut, describe_faults, report_skipped
-from stablesr_kit.training.photo_order import Draws, EpochOrder, Share, stream
+from stablesr_kit.seeds import stream
+from stablesr_kit.training.data.batches import Share
+from stablesr_kit.training.data.crops import (
+    EpochOrder,
+    PhotoCrops,
+    Purpose,
+    RandomCrops,
+    cut,
+    describe_faults,
+    report_skipped,
+)
+from stablesr_kit.training.data.options import PairOptions, PhotoOptions
 from tests.helpers.photo_files import numbers_in, photo, save_photos
 
 
 def options_of(folder: Path, **options: Any) -> PhotoOptions:
     return PhotoOptions(**{"train_data_dir": (str(folder),), "resolution": 16} | options)
-
-
-def test_streams_of_different_purpose_or_key_differ_and_zeros_count() -> None:
-    keys = [(0, Draws.CROP), (0, Draws.CROP, 0), (0, Draws.CROP, 0, 0), (0, Draws.MEMBERS), (1, Draws.CROP)]
-    first = [stream(*key).integers(2**62) for key in keys]
-    assert len(set(first)) == len(first)
-    assert stream(3, Draws.CROP, 7).integers(2**62) == stream(3, Draws.CROP, np.int64(7)).integers(2**62)
 
 
 def test_every_photo_comes_once_per_epoch_in_an_order_of_its_own() -> None:
@@ -166,7 +168,7 @@ def test_pairs_are_cut_mirrored_and_turned_alike(tmp_path: Path) -> None:
     hq = np.asarray(photo(1, 64, 96))
     lq = hq[::4, ::4]
     for index in range(40):
-        crop = cut(type(PhotoCrops(options, 0).draw(0))(hq, lq), options, stream(0, Draws.CROP, index))
+        crop = cut(type(PhotoCrops(options, 0).draw(0))(hq, lq), options, stream(0, index, purpose=Purpose.CROP))
         assert crop.lq is not None and crop.lq.shape == (4, 4, 3)
         # a pixel of lq is one of the four corners of its block of hq, after mirroring and turning
         blocks = crop.hq.reshape(4, 4, 4, 4, 3)

@@ -19,13 +19,13 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.training import shards
-from stablesr_kit.training.data_options import PairOptions, PhotoOptions
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops, describe_faults
-from stablesr_kit.training.photo_order import Share
-from stablesr_kit.training.photo_pairs import PairedCrops, open_pairs
-from stablesr_kit.training.photo_sources import DatasetPhotos, FolderPhotos, decode
-from stablesr_kit.training.shards import ShardPhotos
+from stablesr_kit.training.data import shards
+from stablesr_kit.training.data.batches import Share
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, describe_faults
+from stablesr_kit.training.data.options import PairOptions, PhotoOptions
+from stablesr_kit.training.data.pairs import PairedCrops, open_pairs
+from stablesr_kit.training.data.shards import ShardPhotos
+from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, decode
 from tests.helpers.photo_files import numbers_in, photo, save_photos
 
 

@@ -9,12 +9,12 @@ import torch
 
 from stablesr_kit.errors import OutputError
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.training.checkpoints import whole_checkpoints
-from stablesr_kit.training.network_files import save_network
-from stablesr_kit.training.records import StepRecords, read_records
-from stablesr_kit.training.small_autoencoder import build_small_autoencoder
-from stablesr_kit.training.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
-from stablesr_kit.training.writing import LogFile
+from stablesr_kit.training.run.networks import save_network
+from stablesr_kit.training.run.records import StepRecords, read_records
+from stablesr_kit.training.run.state import whole_checkpoints
+from stablesr_kit.training.run.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
+from stablesr_kit.training.run.writing import LogFile
+from stablesr_kit.training.small.autoencoder import build_small_autoencoder
 from tests.helpers.file_limits import files_end_at
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import run_program, tiny

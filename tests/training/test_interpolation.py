@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.interpolation import InterpolationOptions, interpolate
+from stablesr_kit.training.run.networks import InterpolationOptions, interpolate
 from tests.helpers.tiny import seeded
 
 

@@ -13,17 +13,13 @@ from stablesr_kit.models.feature_wrapping import (
     decode_with_features,
     encode_with_features,
 )
-from stablesr_kit.training.batches import SampleDraws, SharedBatches, make_loader
-from stablesr_kit.training.config import RunConfig, load_config
-from stablesr_kit.training.data_options import PhotoOptions
-from stablesr_kit.training.photo_crops import PhotoCrops, RandomCrops
-from stablesr_kit.training.records import StepRecords
-from stablesr_kit.training.schedules import learning_rate_schedule
-from stablesr_kit.training.small_autoencoder import (
-    build_small_autoencoder,
-    fold_latent_statistics,
-    start_fusion_silent,
-)
+from stablesr_kit.training.data.batches import SampleDraws, SharedBatches, make_loader
+from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops
+from stablesr_kit.training.data.options import PhotoOptions
+from stablesr_kit.training.run.config import RunConfig, load_config
+from stablesr_kit.training.run.optimizers import learning_rate_schedule
+from stablesr_kit.training.run.records import StepRecords
+from stablesr_kit.training.small.autoencoder import build_small_autoencoder, fold_latent_statistics, start_fusion_silent
 from tests.helpers.photo_files import save_photos
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablesr_kit.models.vqgan import NearestQuantizer
-from stablesr_kit.training.codebook_losses import code_token_loss, commitment_loss
-from stablesr_kit.training.losses import (
+from stablesr_kit.training.losses.codebooks import code_token_loss, commitment_loss
+from stablesr_kit.training.losses.pictures import (
     ADVERSARIAL_LOSSES,
     HINGE,
     PIXEL_LOSSES,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.diffusion_loss import denoising_loss, hide_in_noise
+from stablesr_kit.training.losses.denoising import denoising_loss, hide_in_noise
 
 SCHEDULERS = [DDPMScheduler, DDIMScheduler, SpacedDDPMScheduler]
 TIMESTEP = torch.tensor([0, 17, 999])

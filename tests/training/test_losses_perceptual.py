@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stablesr_kit.errors import CheckpointError, ConfigError
-from stablesr_kit.training.perceptual import (
+from stablesr_kit.training.losses.perceptual import (
     LPIPS,
     FeatureReconstruction,
     PerceptualOptions,

@@ -9,10 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.config import ProgramConfig, RunConfig, load_config
-from stablesr_kit.training.denoising import DenoisingOptions, enable_xformers
-from stablesr_kit.training.run import TrainingRun
-from stablesr_kit.training.small_unet import build_small_unet
+from stablesr_kit.training.losses.denoising import DenoisingOptions, enable_xformers
+from stablesr_kit.training.run.config import ProgramConfig, RunConfig, load_config
+from stablesr_kit.training.run.run import TrainingRun
+from stablesr_kit.training.small.unet import build_small_unet
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import ROOT, run_program
 

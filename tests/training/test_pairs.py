@@ -9,10 +9,9 @@ import torch
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.imaging.degradations.filtering import usm_sharpen
-from stablesr_kit.training import photo_pairs
-from stablesr_kit.training.data_options import PairOptions
-from stablesr_kit.training.photo_crops import PhotoCrops
-from stablesr_kit.training.photo_pairs import DegradedCrops, open_pairs
+from stablesr_kit.training.data.crops import PhotoCrops
+from stablesr_kit.training.data.options import PairOptions
+from stablesr_kit.training.data.pairs import DegradedCrops, open_pairs
 from tests.helpers.photo_files import save_photos
 
 
@@ -59,7 +58,7 @@ def test_a_degradation_that_gives_no_number_gives_the_good_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = DegradedCrops(crops_of(tmp_path, degradations={"area": 1.0}))
-    monkeypatch.setattr(photo_pairs, "make_pair", lambda hq, *_: Pair(hq * float("nan"), hq))
+    monkeypatch.setattr("stablesr_kit.training.data.pairs.make_pair", lambda hq, *_: Pair(hq * float("nan"), hq))
     assert torch.equal(*pairs[0])
 
 

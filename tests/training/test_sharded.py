@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.config import RunConfig
-from stablesr_kit.training.run import TrainingRun
+from stablesr_kit.training.run.config import RunConfig
+from stablesr_kit.training.run.run import TrainingRun
 from tests.helpers.training_runs import ForkedRun, run_programs, tiny, working_folder, worst_difference
 
 SHARDED = {

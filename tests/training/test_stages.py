@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.stages import Record, Stage, make_plan, put_away, read_journal, write_journal
+from stablesr_kit.training.run.stages import BegunStage, Stage, find_continuation, put_away, read_journal, write_journal
 from tests.helpers.training_runs import ROOT
 
 STAGES = [
@@ -76,19 +76,19 @@ CHAIN = [
     stage("train_cfw", "cfw", max_train_steps=20),
     stage("assemble_pipeline", "pipeline"),
 ]
-DONE = [Record(stage=stage, seconds=1.0) for stage in CHAIN]
+DONE = [BegunStage(stage=stage, seconds=1.0) for stage in CHAIN]
 
 
 def test_what_is_unchanged_is_kept_and_new_stages_are_appended() -> None:
-    assert make_plan(CHAIN, []) == ([], {}, [])
-    assert make_plan(CHAIN, DONE[:2]) == (DONE[:2], {}, [])
-    assert make_plan(CHAIN, DONE) == (DONE, {}, [])
-    assert make_plan(CHAIN[:4], DONE) == (DONE[:4], {}, [])
+    assert find_continuation(CHAIN, []) == ([], {}, [])
+    assert find_continuation(CHAIN, DONE[:2]) == (DONE[:2], {}, [])
+    assert find_continuation(CHAIN, DONE) == (DONE, {}, [])
+    assert find_continuation(CHAIN[:4], DONE) == (DONE[:4], {}, [])
 
 
 def test_a_changed_stage_and_all_after_it_begin_anew() -> None:
     chain = [*CHAIN[:1], stage("generate_cfw_data", "data", crops=9), *CHAIN[2:]]
-    kept, reasons, outdated = make_plan(chain, DONE)
+    kept, reasons, outdated = find_continuation(chain, DONE)
     assert kept == DONE[:1]
     assert reasons == {1: "crops is 9, was None", **{i: "stage 2 does" for i in (2, 3, 4)}}
     assert outdated == [Path("cfw")]
@@ -96,7 +96,7 @@ def test_a_changed_stage_and_all_after_it_begin_anew() -> None:
 
 def test_stages_that_train_on_from_each_other_begin_anew_together() -> None:
     chain = [*CHAIN[:3], stage("train_cfw", "cfw", max_train_steps=30), CHAIN[4]]
-    kept, reasons, outdated = make_plan(chain, DONE)
+    kept, reasons, outdated = find_continuation(chain, DONE)
     assert kept == DONE[:2]
     assert reasons == {
         2: "stage 4 does, which goes on from checkpoints of the same output_dir",

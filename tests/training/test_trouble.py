@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stablesr_kit.training.checkpoints import is_whole
+from stablesr_kit.training.run.state import is_whole
 from tests.helpers.training_runs import (
     losses,
     run_program,

@@ -15,13 +15,13 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.metrics import psnr, ssim
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.spaces import pixels_to_image
-from stablesr_kit.training.small_autoencoder import build_small_autoencoder
-from stablesr_kit.training.validation import (
+from stablesr_kit.training.run.validation import (
     PhotoValidationOptions,
     RestorationValidationOptions,
     photo_examples,
     restoration_examples,
 )
+from stablesr_kit.training.small.autoencoder import build_small_autoencoder
 from tests.helpers.photo_files import photo, save_photos
 from tests.helpers.training_runs import ROOT, run_program, run_programs
 

@@ -1,0 +1,1 @@
+"""What training runs learn from: photographs, their damaged versions, and what is computed beforehand."""

@@ -1,0 +1,122 @@
+"""The options of every program that trains on photographs, and the source of photographs that they name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.data.shards import ShardPhotos
+from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, PhotoSource
+from stablesr_kit.training.run.config import CheckedOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoOptions(CheckedOptions):
+    """Options of programs that train on photographs: where they are, which ones are used, how crops are cut.
+
+    Exactly one of train_data_dir, dataset_name and shards must be given.
+    """
+
+    train_data_dir: tuple[str, ...] = ()
+    """Folders of photographs; what lies in folders below them counts too."""
+    dataset_name: str | None = None
+    """Hugging Face dataset: a folder of save_to_disk, a folder of pictures or parquet files, or a repository."""
+    dataset_config_name: str | None = None
+    """Configuration of that dataset; None for its only one."""
+    dataset_split: str = "train"
+    """Split of that dataset."""
+    image_column: str = "image"
+    """Column of the photographs in that dataset."""
+    shards: str | None = None
+    """WebDataset shards: set-*.tar, set-{000..127}.tar, or the JSON index of shards that may lie elsewhere."""
+    photo_scales: tuple[float, ...] = (1.0,)
+    """Every photograph of a folder is used once at each of these sizes; smaller ones hide its compression."""
+    favourite_photos: tuple[str, ...] = ()
+    """Patterns of file names that are drawn twice as often, in folders."""
+    excluded_photos: tuple[str, ...] = ()
+    """Patterns of file names that are left out, in folders."""
+    min_photo_area_px: int = 0
+    """Photographs of fewer pixels are passed over; StableSR: 147456, which is 384 x 384."""
+    min_photo_bytes: int = 0
+    """Photographs of smaller files are passed over, since they are compressed too much; StableSR: 102400."""
+    resolution: int = 512
+    """Side of the square crops in px."""
+    small_photos: str = "skip"
+    """What becomes of photographs smaller than a crop: skip, or pad by reflection as StableSR does."""
+    random_flip: bool = True
+    """Whether crops are mirrored at random."""
+    random_rotation: bool = False
+    """Whether crops are turned by a random multiple of 90 degrees; not for faces."""
+    photo_cache_mb: int = 1024
+    """Memory of each loader process for decoded photographs, so that small sets are decoded once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.small_photos not in ("skip", "pad"):
+            raise ConfigError(f"small_photos={self.small_photos!r} must be skip or pad")
+        if self.resolution < 1:
+            raise ConfigError(f"resolution={self.resolution} must be at least 1")
+        if not self.photo_scales or min(self.photo_scales) <= 0:
+            raise ConfigError(f"photo_scales={self.photo_scales} must be positive numbers, such as (1.0, 0.5)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradedPhotoOptions(PhotoOptions):
+    """Options of programs that degrade photographs by themselves."""
+
+    degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-512": 1.0})
+    """Names of degradations and how often each is drawn (`stablesr degrade --list`)."""
+    use_usm: bool | None = None
+    """Whether targets are sharpened (unsharp masking); None leaves it to the degradation."""
+    no_degradation_prob: float | None = None
+    """How often a picture is its own low-quality version; None leaves it to the degradation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(DegradedPhotoOptions):
+    """Options of programs that train on pairs: of photographs that are degraded, or as the pairs come."""
+
+    lq_data_dir: str | None = None
+    """Folder of their damaged versions under the same relative names; None degrades the photographs instead."""
+    lq_name_ending: str = ""
+    """What the names in lq_data_dir have more than those of the photographs, such as x4 in 0001x4.png."""
+    conditioning_image_column: str | None = None
+    """Column of their damaged versions; None degrades the photographs instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lq_data_dir is not None and len(self.photo_scales) > 1:
+            raise ConfigError("photo_scales cannot be used with lq_data_dir: pairs have the size they have")
+
+
+def open_source(options: PhotoOptions) -> PhotoSource:
+    """The photographs that the options name, with their damaged versions where they come in pairs.
+
+    Raises ConfigError or ImageError, in one line, where there are none.
+    """
+    given = {
+        "train_data_dir": bool(options.train_data_dir),
+        "dataset_name": options.dataset_name is not None,
+        "shards": options.shards is not None,
+    }
+    chosen = [name for name, is_given in given.items() if is_given]
+    if len(chosen) != 1:
+        raise ConfigError(f"{' and '.join(chosen) or 'no photographs'} given; give one of {', '.join(given)}")
+    pairing = options if isinstance(options, PairOptions) else PairOptions()
+    if options.shards is not None:
+        return ShardPhotos(options.shards)
+    if options.dataset_name is not None:
+        return DatasetPhotos(
+            options.dataset_name,
+            name=options.dataset_config_name,
+            split=options.dataset_split,
+            column=options.image_column,
+            lq_column=pairing.conditioning_image_column,
+        )
+    return FolderPhotos(
+        options.train_data_dir,
+        options.photo_scales,
+        options.favourite_photos,
+        pairing.lq_data_dir,
+        pairing.lq_name_ending,
+        options.excluded_photos,
+    )

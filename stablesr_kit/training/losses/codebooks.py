@@ -1,0 +1,87 @@
+"""Keeping a codebook in use: codes that no latent is near to never learn, and most of a random codebook is such."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stablesr_kit.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookOptions:
+    """Options of programs that train a codebook."""
+
+    codebook_fit_steps: tuple[int, ...] = ()
+    """Steps before which the codebook is fitted to latents of the data by k-means."""
+    codebook_revival_steps: int = 0
+    """Codes that stand for nothing move onto latents of the data every so many steps; 0: never."""
+    codebook_revival_until: int = 0
+    """Last step of that."""
+    codebook_fit_samples: int = 64
+    """Pictures whose latents are used for both."""
+
+
+@torch.no_grad()
+def refresh_codebook(
+    options: CodebookOptions, codebook: nn.Embedding, step: int, find_latents: Callable[[int], Tensor]
+) -> None:
+    """Where the options say so, fit the codebook to latents, or move its dead codes onto them.
+
+    find_latents: latents (N, C) of a number of pictures. What happens is a function of them, the codebook and the step,
+    so that processes that are given the same do the same. Raises ConfigError where they share out the codebook (FSDP).
+    """
+    if isinstance(codebook.weight, DTensor) and (options.codebook_fit_steps or options.codebook_revival_steps):
+        raise ConfigError(
+            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shares out; "
+            "use configs/accelerate/eight_gpus.yaml, or leave them out"
+        )
+    is_fitted = step in options.codebook_fit_steps
+    is_revived = options.codebook_revival_steps and step % options.codebook_revival_steps == 0
+    if not is_fitted and not (is_revived and 0 < step <= options.codebook_revival_until):
+        return
+    codes, generator = codebook.weight, torch.Generator().manual_seed(step)
+    latents = find_latents(options.codebook_fit_samples).to(codes)
+    if is_fitted:
+        codes.copy_(fit_codes(latents, len(codes), generator))
+    else:
+        counts = torch.bincount(torch.cdist(latents, codes).argmin(dim=1), minlength=len(codes))
+        codes.copy_(revive_codes(codes, counts, latents, generator))
+
+
+def fit_codes(latents: Tensor, count: int, generator: Generator, iterations: int = 20) -> Tensor:
+    """`count` centres (count, C) of latents (N, C) by k-means (Lloyd 1982), starting from latents drawn at random.
+
+    A centre that is left without latents moves onto one drawn at random.
+    """
+    places = torch.randint(len(latents), (count,), generator=generator).to(latents.device)
+    centres = latents[places]
+    for _ in range(iterations):
+        nearest = torch.cdist(latents, centres).argmin(dim=1)
+        counts = torch.bincount(nearest, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        centres = revive_codes(centres, counts, latents, generator)
+    return centres
+
+
+def revive_codes(codes: Tensor, counts: Tensor, latents: Tensor, generator: Generator) -> Tensor:
+    """Codes (K, C), those whose counts (K,) are zero replaced by latents (N, C) drawn at random."""
+    places = torch.randint(len(latents), (len(codes),), generator=generator).to(latents.device)
+    return torch.where(counts[:, None] > 0, codes, latents[places].to(codes.dtype))
+
+
+def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
+    """Mean squared distance |z - sg(codes)|^2 of features and codes (B, C, h, w), which moves only the features.
+
+    z are features of the damaged picture, codes the codebook's entries that stand for the good one.
+    """
+    return F.mse_loss(z, codes.detach())
+
+
+def code_token_loss(logits: Tensor, indices: Tensor) -> Tensor:
+    """Mean cross-entropy of the codes' numbers, indices (B, tokens), under logits (B, tokens, codebook size)."""
+    return F.cross_entropy(logits.float().transpose(1, 2), indices)

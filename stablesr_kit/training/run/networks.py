@@ -1,0 +1,229 @@
+"""Networks in training as folders that diffusers loads, and back, also where processes share their parameters."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim import Optimizer
+
+from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.training.run.config import CheckedOptions
+from stablesr_kit.training.run.writing import replacing_folder
+from stablesr_kit.training.run.zero import ZeroOptimizer
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPart:
+    """A part of a network in training that is saved as a folder of its own."""
+
+    name: str
+    """Of the folder."""
+    path: str
+    """Of the submodule, "" for the network itself."""
+    blueprint: nn.Module
+    """The part without its weights, on the meta device."""
+
+    @classmethod
+    def of(cls, network: nn.Module, name: str, path: str) -> Self:
+        """The part of a network that no process has taken over yet."""
+        return cls(name=name, path=path, blueprint=copy.deepcopy(network.get_submodule(path)).to("meta"))
+
+    def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
+        """A copy of the part as it is now; None off the main process. Every process must call it."""
+        state = accelerator.get_state_dict(prepared)
+        if not accelerator.is_main_process:
+            return None
+        prefix = self.path and f"{self.path}."
+        copied = copy.deepcopy(self.blueprint)
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        copied.load_state_dict({name: tensor.detach().clone() for name, tensor in own.items()}, assign=True)
+        return copied
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """Weights of a saved part by their names in the whole network.
+
+        Raises CheckpointError when they are not those of the blueprint.
+        """
+        state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        expected = {name: tuple(tensor.shape) for name, tensor in self.blueprint.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in [*expected, *found]:
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {found.get(name)}, the options ask for {expected.get(name)}; "
+                    "resume with the options the checkpoint was written with, or give another output_dir"
+                )
+        prefix = self.path and f"{self.path}."
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
+    """Put the weights of folder/NAME + suffix of every part into the network; what is no part of it stays."""
+    state: dict[str, Any] = {}
+    for part in parts:
+        state |= part.read(folder / (part.name + suffix))
+    set_model_state_dict(prepared, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def save_network(network: nn.Module, folder: Path) -> None:
+    """Write a network to a folder that appears whole; one without a config as its weights alone.
+
+    Raises OutputError; what was there before is then still there.
+    """
+    with replacing_folder(folder) as beside:
+        if isinstance(network, ModelMixin):
+            network.save_pretrained(beside)
+        else:
+            state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+            save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+
+
+def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in float16 to a folder that appears whole, without the paths its networks were trained at.
+
+    Raises OutputError; what was there before is then still there.
+    """
+    with replacing_folder(folder) as beside:
+        pipeline.to(torch.float16).save_pretrained(beside)
+        for file in beside.glob("*/config.json"):
+            options = json.loads(file.read_text())
+            options.pop("_name_or_path", None)
+            file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+
+
+def load_network(kind: type[Network], folder: str, option: str) -> Network:
+    """The network of this class in a folder that an option names. Raises ConfigError where there is none."""
+    file = Path(folder) / "config.json"
+    name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+    if name != kind.__name__:
+        raise ConfigError(
+            f"{option}={folder} holds {name or 'no network'}, expected a trained {kind.__name__}; give the folder that "
+            "training or conversion wrote"
+        )
+    network: Network = kind.from_pretrained(folder)
+    return network
+
+
+def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
+    """Change a network that FSDP is about to share out so that it can, and so that loops may call what is frozen."""
+    network.to(accelerator.device)
+    network.to(memory_format=torch.contiguous_format)
+    frozen = [part for part in network.modules() if not any(weight.requires_grad for weight in part.parameters())]
+    accelerator.state.fsdp_plugin.ignored_modules = frozen  # stays whole in every process
+
+
+@contextmanager
+def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """For the forward passes in the context, a network that was prepared is not trained, and waits for no gradients.
+
+    It must be called as it was prepared, or its parameters are not there where processes share them.
+    """
+    parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with accelerator.no_sync(network):
+        yield
+    # those it has now are others where processes share them: whole ones, until the next backward pass
+    for parameter in [*parameters, *network.parameters()]:
+        parameter.requires_grad_(True)
+
+
+@dataclass(kw_only=True)
+class TrainedNetwork:
+    """A network that the run steps. Every process must call the methods that copy, save or load."""
+
+    parts: list[SavedPart]
+    """What of it checkpoints hold."""
+    prepared: nn.Module
+    """The network as the loop must call it, so that its gradients are those of all processes."""
+    optimizer: Optimizer | ZeroOptimizer
+    learning_rate: Callable[[int], float]
+    """Learning rate of each step."""
+    is_clipped: bool
+    """Whether its gradients count for, and obey, max_grad_norm."""
+    ema: EMAModel | None
+    """Moving average of its trained parameters."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.prepared.parameters() if parameter.requires_grad]
+
+    def averaged(self, name: str, accelerator: Accelerator) -> Any:
+        """A copy of the part saved as `name` with averaged weights; None off the main process."""
+        part = next(part for part in self.parts if part.name == name)
+        with self._averages_in():
+            return part.copy_from(accelerator, self.prepared)
+
+    def save(self, folder: Path, accelerator: Accelerator) -> None:
+        """Write every part to folder/NAME, and with its averages to folder/NAME_ema."""
+        self._save_parts(folder, "", accelerator)
+        if self.ema is not None:
+            with self._averages_in():
+                self._save_parts(folder, "_ema", accelerator)
+        if isinstance(self.optimizer, ZeroOptimizer):  # others are saved by accelerate
+            self.optimizer.save(folder, self.parts[0].name)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Take up what `save` has written after a step. Raises CheckpointError where it does not fit."""
+        if self.ema is not None:
+            load_parts(self.prepared, self.parts, folder, "_ema")
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters()]
+            self.ema.optimization_step = step
+        load_parts(self.prepared, self.parts, folder)
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.load(folder, self.parts[0].name)
+
+    def _save_parts(self, folder: Path, suffix: str, accelerator: Accelerator) -> None:
+        for part in self.parts:
+            copied = part.copy_from(accelerator, self.prepared)
+            if copied is not None:
+                save_network(copied, folder / (part.name + suffix))
+
+    @contextmanager
+    def _averages_in(self) -> Iterator[None]:
+        """For the time of the context the network has its averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters())
+        self.ema.copy_to(self.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolationOptions(CheckedOptions):
+    """How far the result goes from the network that the run started from."""
+
+    trained_share: float = 1.0
+    """What is saved is this share of the trained network and the rest of the one it started from (network
+    interpolation, Wang et al. 2018, ESRGAN): between clean and textured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.trained_share <= 1:
+            raise ConfigError(f"trained_share={self.trained_share} must be from 0 to 1")
+
+
+@torch.no_grad()
+def interpolate(trained: nn.Module, first: nn.Module, options: InterpolationOptions) -> None:
+    """Make `trained` share * trained + (1 - share) * first, parameter by parameter; both have the same ones."""
+    for parameter, before in zip(trained.parameters(), first.parameters(), strict=True):
+        parameter.lerp_(before.to(parameter), 1 - options.trained_share)

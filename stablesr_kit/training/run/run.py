@@ -1,0 +1,422 @@
+"""What every training run does around its loop: processes, optimizers, averages, checkpoints, records."""
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    patch_environment,
+    send_to_device,
+    set_seed,
+)
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from stablesr_kit.errors import CheckpointError, ConfigError, DivergenceError, OutputError
+from stablesr_kit.training.data.batches import SampleDraws, Share, SharedBatches, make_loader
+from stablesr_kit.training.run.card import model_card
+from stablesr_kit.training.run.config import RunConfig
+from stablesr_kit.training.run.hub import open_repository, upload
+from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, make_shareable, save_network
+from stablesr_kit.training.run.optimizers import build_optimizer, learning_rate_schedule
+from stablesr_kit.training.run.records import StepRecords
+from stablesr_kit.training.run.state import (
+    UNFINISHED,
+    checkpoint_folder,
+    find_checkpoint,
+    prune,
+    publish,
+    seconds_of,
+    step_of,
+)
+from stablesr_kit.training.run.trackers import find_trackers, show_pictures, start_trackers
+from stablesr_kit.training.run.validation import Example, Measure, Restore, Validation, ValidationOptions
+from stablesr_kit.training.run.writing import LogFile, writing
+from stablesr_kit.training.run.zero import SHARED_STATES, ZeroOptimizer, clip_shares, resting_groups, zero_stage
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """A run of `config.max_train_steps` steps that continues by itself where it was interrupted.
+
+    In this order: `train` every network, loop over `batches`, in it `backward` every loss and `update`; then `finish`.
+
+        run = TrainingRun(config)
+        network = run.train(network, {"vae": ""})
+        for draws, image in run.batches(crops):
+            loss = ...
+            run.backward(loss)
+            run.update(pixel=loss)
+        run.finish({"vae": run.averaged("vae")})
+
+    some_rest: whether there are steps that some trained parameters take no part in.
+
+    Attributes:
+        accelerator: of the run; `accelerator.autocast()` is the chosen precision.
+        step: optimizer steps behind the run.
+    """
+
+    def __init__(self, config: RunConfig, *, some_rest: bool = False) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.some_rest = some_rest
+        self.zero_stage = zero_stage(config.mixed_precision)
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # which is used without accelerate, see zero.py
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
+                mixed_precision=config.mixed_precision,
+                # as a plugin, or a value in the environment, which accelerate's configs set, would count instead
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+                log_with=find_trackers(config.report_to) or None,
+                project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_rest)],
+            )
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.accelerator.is_fsdp2:
+            raise ConfigError(
+                f"FSDP is asked for, and accelerate gives {self.accelerator.distributed_type.value} here; "
+                "it takes GPUs, and fsdp_version: 2 as in configs/accelerate/fsdp.yaml"
+            )
+        self.step = 0
+        self.networks: list[TrainedNetwork] = []
+        self.validation: Validation | None = None
+        self.accelerator.register_save_state_pre_hook(self._save_networks)
+        self.accelerator.register_load_state_pre_hook(self._load_networks)
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                config.save(self.output_dir / "config.yaml")
+                logging.basicConfig(
+                    level=logging.INFO,
+                    format="%(asctime)s %(name)s: %(message)s",
+                    handlers=[logging.StreamHandler(), LogFile(self.output_dir / "log.txt")],
+                )
+        self.repository = open_repository(config) if config.push_to_hub and self.is_main else None
+        self.seconds = 0.0  # of the calls before this one
+        if config.allow_tf32:  # otherwise torch's own choice, which takes it for convolutions
+            torch.backends.cuda.matmul.allow_tf32 = True
+        set_seed(config.seed)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer step, in all processes and accumulated batches together."""
+        batches = self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.config.train_batch_size * batches
+
+    @property
+    def share(self) -> Share:
+        """How the samples are dealt out to the processes."""
+        return Share(self.config.train_batch_size, self.accelerator.num_processes)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Precision of the weights of networks that are not trained."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.mixed_precision, torch.float32)
+
+    @property
+    def is_first_batch_of_step(self) -> bool:
+        """Whether no batch is accumulated yet."""
+        return not self.losses
+
+    def train(
+        self,
+        network: nn.Module,
+        parts: Mapping[str, str],
+        *,
+        learning_rate: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        is_clipped: bool = True,
+        average: bool = True,
+    ) -> nn.Module:
+        """The network as the loop must call it; those of its parameters that require gradients are stepped.
+
+        A loop must not call a part of it past its forward: only what goes through there is reduced over processes, and
+        gathered where they share parameters.
+
+        parts: what of it checkpoints hold, folder name -> name of the submodule, "" for the network itself.
+        learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
+        the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
+        """
+        config = self.config
+        peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
+        schedule = learning_rate_schedule(config, peak) if learning_rate is None else lambda _: float(learning_rate)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        groups = resting_groups(network) if self.zero_stage is not None and self.some_rest else trained
+        optimizer = build_optimizer(config, groups, betas=betas, weight_decay=weight_decay)
+        if self.accelerator.is_fsdp2:
+            make_shareable(network, self.accelerator)
+        saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
+        if self.zero_stage is None:
+            prepared, stepped = self.accelerator.prepare(network, optimizer)
+        else:
+            prepared = self.accelerator.prepare_model(network, evaluation_mode=True)  # autocast, but no DDP
+            stepped = ZeroOptimizer(prepared, optimizer, self.zero_stage, self.accelerator)
+        self.networks.append(
+            TrainedNetwork(
+                parts=saved,
+                prepared=prepared,
+                optimizer=stepped,
+                learning_rate=schedule,
+                is_clipped=is_clipped,
+                ema=None,
+            )
+        )
+        if average and config.ema_decay > 0:
+            # of the prepared parameters: those are what this process holds where parameters are sharded
+            foreach = not self.accelerator.is_fsdp2  # whose tensors cannot be copied so
+            ema = EMAModel(self.networks[-1].parameters(), decay=config.ema_decay, foreach=foreach)
+            ema.to(self.accelerator.device)
+            self.networks[-1].ema = ema
+        logger.info("%d trained parameters in %s", sum(p.numel() for p in trained), ", ".join(parts))
+        return prepared
+
+    def validate(
+        self, options: ValidationOptions, part: str, examples: Sequence[Example], restore: Restore, measure: Measure
+    ) -> None:
+        """Have the averaged weights of a part make and measure pictures when the options say so.
+
+        Arguments as `Validation`. The main process makes them, the others wait; what training draws is not touched.
+        """
+        if options.validation_steps:
+            self.validation = Validation(self.output_dir, options, part, examples, restore, measure)
+
+    def batches(self, dataset: Dataset[Any]) -> Iterator[tuple[SampleDraws, Any]]:
+        """Every batch that is still to come, with the random numbers of its samples; resumes the run first.
+
+        Item i of the dataset must be a function of its seed and of i alone.
+        """
+        self._resume()
+        accelerator, config = self.accelerator, self.config
+        accumulated = config.gradient_accumulation_steps
+        indices = SharedBatches(
+            config.train_batch_size,
+            self.step * accumulated,
+            config.max_train_steps * accumulated,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        self.records = StepRecords(self.output_dir / "losses.jsonl", self.step) if self.is_main else None
+        if self.validation is not None and self.is_main:
+            self.validation.resume(self.step)
+        start_trackers(accelerator, config, self.step)
+        self.losses: list[dict[str, Tensor]] = []
+        self.start = self.step_start = time.monotonic()
+        if self.step == 0:
+            self._show()  # what cannot be shown fails before the training, not in its middle
+        self.progress = tqdm(
+            total=config.max_train_steps * self.samples_per_step,
+            initial=self.step * self.samples_per_step,
+            unit="sample",
+            mininterval=5,
+            disable=not accelerator.is_local_main_process,
+        )
+        with self.progress:
+            for numbers, batch in make_loader(dataset, indices, config.dataloader_num_workers):
+                for network in self.networks:
+                    for group in network.optimizer.param_groups:
+                        group["lr"] = network.learning_rate(self.step)
+                with accelerator.accumulate(*(network.prepared for network in self.networks)):
+                    draws = SampleDraws(config.seed, numbers, self.samples_per_step)
+                    yield draws, send_to_device(batch, accelerator.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, the mean over the batch."""
+        self.accelerator.backward(loss)
+        for optimizer in self._zero_optimizers():
+            optimizer.take_in()
+
+    def update(self, **losses: Tensor) -> None:
+        """End a batch: once enough of them are accumulated, step every network, record the losses, validate and save
+        when due.
+
+        losses: scalar tensors by name; recorded is their mean over the step's samples, in all processes. Raises
+        DivergenceError when one of them, or a gradient, is not finite; the networks are then as before the step.
+        """
+        self.losses.append({name: loss.detach().float() for name, loss in losses.items()})
+        if not self.accelerator.sync_gradients:
+            return
+        values = self._mean_losses()
+        norm = self._clip_gradients()
+        has_scaler = self.accelerator.scaler is not None  # which skips steps of infinite gradients by itself
+        if not all(map(math.isfinite, values.values())) or not (has_scaler or math.isfinite(norm)):
+            self._stop_diverged(values)
+
+        for network in self.networks:
+            network.optimizer.step()
+            network.optimizer.zero_grad()
+            if network.ema is not None:
+                network.ema.step(network.parameters())
+        rate = self.networks[0].learning_rate(self.step)
+        self.step += 1
+        self._record(values, rate)
+        self._show()  # before the checkpoint, so that what is resumed has been shown
+        if self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Write output_dir/checkpoint-STEP beside its final name, rename it, and delete checkpoints beyond the limit.
+
+        An old checkpoint makes room before, unless it is the only one.
+        """
+        limit = self.config.checkpoints_total_limit
+        if self.is_main and limit is not None:
+            prune(self.output_dir, max(limit - 1, 1))
+        self._write_state(checkpoint_folder(self.output_dir, self.step))
+        if self.is_main and limit is not None:
+            prune(self.output_dir, limit)
+
+    def averaged(self, name: str) -> Any:
+        """A copy of the part saved as `name`, with averaged weights where they are kept; None off the main process.
+
+        Every process must call it. The copy is in float32 on the device of the run.
+        """
+        network = next(net for net in self.networks if any(part.name == name for part in net.parts))
+        copied = network.averaged(name, self.accelerator)
+        return None if copied is None else copied.to(self.accelerator.device).eval()
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results, networks by folder name, to output_dir with a model card, and upload them if asked to.
+
+        The main process's are taken. Raises OutputError.
+        """
+        if self.is_main:
+            for name, network in results.items():
+                save_network(network, self.output_dir / name)
+            card = model_card(
+                self.config,
+                {name: type(network).__name__ for name, network in results.items()},
+                processes=self.accelerator.num_processes,
+                samples=self.samples_per_step,
+                seconds=self._seconds(),
+            )
+            with writing(self.output_dir / "README.md"):
+                card.save(self.output_dir / "README.md")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.repository is not None:
+            message = f"{Path(self.config.output_dir).resolve().name} after {self.step} steps"
+            logger.info("uploaded to %s", upload(self.output_dir, self.repository, message))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def _seconds(self) -> float:
+        """How long the run has lasted, in all its calls up to the checkpoints they went on from."""
+        return self.seconds + time.monotonic() - self.start
+
+    def _resume(self) -> None:
+        folder = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
+            return
+        if self.zero_stage is None and any(folder.glob(SHARED_STATES)):
+            raise CheckpointError(
+                f"{folder} was written by DeepSpeed; resume it with configs/accelerate/deepspeed.yaml and as many "
+                "processes, or give another output_dir"
+            )
+        self.step, self.seconds = step_of(folder), seconds_of(folder)
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew
+        logger.info("resumed %s of %d steps", folder, self.config.max_train_steps)
+
+    def _write_state(self, folder: Path) -> None:
+        """The whole state as a folder that appears complete; every process must call it."""
+        unfinished = folder.with_name(folder.name + UNFINISHED)
+        try:
+            with writing(folder):
+                self.accelerator.save_state(str(unfinished))
+                self.accelerator.wait_for_everyone()
+                if self.is_main:
+                    publish(unfinished, folder, self.step, self._seconds())
+        except OutputError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _save_networks(self, _models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        for network in self.networks:
+            network.save(Path(folder), self.accelerator)
+        weights.clear()  # accelerate's own copy of them
+
+    def _load_networks(self, models: list[nn.Module], folder: str) -> None:
+        for network in self.networks:
+            network.load(Path(folder), self.step)
+        models.clear()
+
+    def _zero_optimizers(self) -> list[ZeroOptimizer]:
+        return [network.optimizer for network in self.networks if isinstance(network.optimizer, ZeroOptimizer)]
+
+    def _clip_gradients(self) -> float:
+        """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
+        clipped = [network for network in self.networks if network.is_clipped]
+        if self.zero_stage is not None:
+            for optimizer in self._zero_optimizers():
+                optimizer.finish()
+            shared = [network.optimizer for network in clipped if isinstance(network.optimizer, ZeroOptimizer)]
+            return clip_shares(shared, self.config.max_grad_norm, self.accelerator)
+        parameters = [parameter for network in clipped for parameter in network.parameters()]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if isinstance(norm, DTensor):  # so far every process knows its own share
+            norm = norm.full_tensor()
+        return float(norm)
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Mean of each loss over the accumulated batches and the processes."""
+        names = list(self.losses[0])
+        local = torch.stack([torch.stack([losses[name] for name in names]) for losses in self.losses]).mean(dim=0)
+        self.losses = []
+        return dict(zip(names, self.accelerator.reduce(local, reduction="mean").tolist(), strict=True))
+
+    def _record(self, values: dict[str, float], rate: float) -> None:
+        self.progress.update(self.samples_per_step)
+        self.progress.set_postfix({"lr": f"{rate:.2e}", **{name: f"{value:.4f}" for name, value in values.items()}})
+        now = time.monotonic()
+        speed, self.step_start = self.samples_per_step / (now - self.step_start), now
+        shown = {"learning_rate": rate, **values, "samples_per_second": speed}
+        with writing(self.output_dir / "logs"):
+            self.accelerator.log({f"train/{name}": value for name, value in shown.items()}, step=self.step)
+        if self.records is None:
+            return
+        self.records.add(self.step, {"learning_rate": rate, **values})
+        if self.step % self.config.logging_steps == 0:
+            means = " ".join(f"{name} {value:.4g}" for name, value in self.records.recent_means().items())
+            logger.info("step %d %s (%.0f s)", self.step, means, time.monotonic() - self.start)
+
+    def _show(self) -> None:
+        """Make and measure the validation pictures of this step, if it has any."""
+        if self.validation is None:
+            return
+        if self.step % self.validation.every and self.step != self.config.max_train_steps:
+            return
+        network = self.averaged(self.validation.part)
+        if self.is_main:
+            metrics, pictures = self.validation.show(network, self.step)
+            logger.info("step %d validation %s", self.step, " ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.step)
+            shown = {f"validation/{name}": pixels for name, pixels in pictures.items()}
+            show_pictures(self.accelerator, shown, self.step)
+        self.accelerator.wait_for_everyone()
+        self.step_start = time.monotonic()
+
+    def _stop_diverged(self, values: dict[str, float]) -> None:
+        folder = self.output_dir / f"diverged-{self.step + 1}"
+        self._write_state(folder)
+        raise DivergenceError(
+            f"step {self.step + 1} gave {values} or a gradient that is not finite; the state before it is in {folder}, "
+            "the last good checkpoint beside it; resume with a lower learning_rate or mixed_precision=no"
+        )

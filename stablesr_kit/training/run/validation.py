@@ -1,0 +1,234 @@
+"""Pictures made and measured during a run with the weights as they are, from the same noise every time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.spaces import image_to_pixels, pixels_to_image
+from stablesr_kit.training.data.sources import FolderPhotos, decode
+from stablesr_kit.training.run.config import CheckedOptions
+from stablesr_kit.training.run.records import StepRecords, means_of
+from stablesr_kit.training.run.writing import replacing_folder
+
+SMALLEST_PX = 32
+"""Side of the smallest picture that can be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions(CheckedOptions):
+    """Options of programs that show what their network does while it is trained."""
+
+    validation_steps: int = 0
+    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end; 0:
+    never."""
+    num_validation_images: int = 4
+    """How many pictures are made, the first ones by name."""
+    niqe_statistics: str | None = None
+    """File niqe_pris_params.npz of NIQE's published implementation; None leaves NIQE out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_steps < 0 or self.num_validation_images < 1:
+            raise ConfigError(
+                f"validation_steps={self.validation_steps} must be at least 0, and "
+                f"num_validation_images={self.num_validation_images} at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoValidationOptions(ValidationOptions):
+    """Options of programs whose network gives back the picture that it gets."""
+
+    validation_hq_dir: str | None = None
+    """Folder of good photographs that are not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_steps and self.validation_hq_dir is None:
+            raise ConfigError("validation_steps is given without validation_hq_dir, the folder of the photographs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorationValidationOptions(ValidationOptions):
+    """Options of programs whose network restores pictures."""
+
+    validation_lq_dir: str | None = None
+    """Folder of damaged photographs."""
+    validation_hq_dir: str | None = None
+    """Folder of what they should become, under the same names; None: there is nothing to compare them with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_steps and self.validation_lq_dir is None:
+            raise ConfigError("validation_steps is given without validation_lq_dir, the folder of the photographs")
+
+
+class Example(NamedTuple):
+    """A picture to validate with; images (1, 3, H, W) in [-1, 1]."""
+
+    name: str
+    lq: Tensor
+    """What the network gets."""
+    hq: Tensor | None
+    """What it should make of it, if that is known."""
+    latent: Tensor | None = None
+    """The sample (1, C, h, w) between the two, for fusion layers."""
+
+
+def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Example]:
+    """The first photographs, cut around their middle to sides that are multiples; they are what they should become.
+
+    Raises ImageError where there are none, ConfigError for one that is too small.
+    """
+    if not options.validation_steps:
+        return []
+    source = FolderPhotos((str(options.validation_hq_dir),))
+    examples = []
+    for number in range(min(options.num_validation_images, sum(source.group_sizes))):
+        stored = source.fetch(number)
+        image = _read(stored.hq, max(SMALLEST_PX, multiple))
+        height, width = (side // multiple * multiple for side in image.shape[-2:])
+        top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+        image = image[..., top : top + height, left : left + width]
+        examples.append(Example(_name(stored.hq, str(options.validation_hq_dir)), image, image))
+    return examples
+
+
+def restoration_examples(options: RestorationValidationOptions) -> list[Example]:
+    """The first damaged photographs, and what they should become where that is given.
+
+    Raises ImageError where there are none, ConfigError for one that is too small.
+    """
+    if not options.validation_steps:
+        return []
+    lq_dir, hq_dir = str(options.validation_lq_dir), options.validation_hq_dir
+    source = FolderPhotos((lq_dir,)) if hq_dir is None else FolderPhotos((hq_dir,), lq_folder=lq_dir)
+    examples = []
+    for number in range(min(options.num_validation_images, sum(source.group_sizes))):
+        stored = source.fetch(number)
+        first = _read(stored.hq)
+        lq, hq = (first, None) if stored.lq is None else (_read(stored.lq, smallest=1), first)
+        examples.append(Example(_name(stored.hq, hq_dir or lq_dir), lq, hq))
+    return examples
+
+
+def sample_examples(options: ValidationOptions, file: str | None) -> list[Example]:
+    """The first samples of a file that generate_cfw_data.py has written. Raises ConfigError where there is none."""
+    if not options.validation_steps:
+        return []
+    if file is None or not Path(file).is_file():
+        raise ConfigError(
+            f"validation_samples={file} is no file; give samples of photographs that are not trained on, "
+            "written by generate_cfw_data.py"
+        )
+    with safe_open(file, "pt") as samples:
+        hq, lq, latents = (samples.get_slice(name)[: options.num_validation_images] for name in ("hq", "lq", "latents"))
+    return [
+        Example(f"{i:03d}", pixels_to_image(lq[i].numpy()), pixels_to_image(hq[i].numpy()), latents[i : i + 1].float())
+        for i in range(len(hq))
+    ]
+
+
+def reconstructed(vae: AutoencoderKL, example: Example) -> Tensor:
+    """What an autoencoder makes of an example through the mean of its latent."""
+    return vae.decode(vae.encode(example.lq).latent_dist.mean).sample
+
+
+Restore = Callable[[Any, Example], Tensor]
+"""A network in evaluation mode, on the device of the run, and an example: the image (1, 3, H, W) in [-1, 1]."""
+
+Measure = Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
+"""Pixels (H, W, 3), and those they should be if they are known: metrics by name."""
+
+
+class Validation:
+    """Makes and measures the pictures of a run.
+
+    part: which of the networks, by the name it is saved under, makes them. They are written to
+    output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to output_dir/validation/metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        options: ValidationOptions,
+        part: str,
+        examples: Sequence[Example],
+        restore: Restore,
+        measure: Measure,
+    ) -> None:
+        self.folder = output_dir / "validation"
+        self.every = options.validation_steps
+        self.part = part
+        self.examples = examples
+        self.restore = restore
+        self.measure = measure
+        self.records: StepRecords | None = None
+
+    def resume(self, step: int) -> None:
+        """Begin after a step, 0 for a run that starts; what was recorded of later ones is forgotten.
+
+        Only the main process calls it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.records = StepRecords(self.folder / "metrics.jsonl", step or -1)
+
+    @torch.no_grad()
+    def show(self, network: Any, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Mean metrics, and the pictures (H, W, 3) uint8 by name, which are then written.
+
+        Raises ConfigError for a result of another size than it should have, OutputError.
+        """
+        device = next(network.parameters()).device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # whatever the network draws, training goes on as if it had not
+            pictures = {example.name: self._restored(network, example, device) for example in self.examples}
+        metrics = {example.name: self._measured(example, pictures[example.name]) for example in self.examples}
+        with replacing_folder(self.folder / f"step-{step:06d}") as folder:
+            for name, pixels in pictures.items():
+                Image.fromarray(pixels).save(folder / f"{name}.png")
+
+        means = means_of(metrics.values())
+        own = {f"{picture}/{name}": value for picture, values in metrics.items() for name, value in values.items()}
+        assert self.records is not None  # the main process has resumed
+        self.records.add(step, means | own)
+        return means, pictures
+
+    def _measured(self, example: Example, pixels: np.ndarray) -> dict[str, float]:
+        truth = None if example.hq is None else image_to_pixels(example.hq)[0]
+        if truth is not None and truth.shape != pixels.shape:
+            raise ConfigError(
+                f"validation picture {example.name} becomes {pixels.shape[0]}x{pixels.shape[1]} px, its truth has "
+                f"{truth.shape[0]}x{truth.shape[1]}; give a truth of that size, or none"
+            )
+        return self.measure(pixels, truth)
+
+    def _restored(self, network: Any, example: Example, device: torch.device) -> np.ndarray:
+        hq, latent = (None if x is None else x.to(device) for x in (example.hq, example.latent))
+        image = self.restore(network, Example(example.name, example.lq.to(device), hq, latent))
+        return np.asarray(image_to_pixels(image.float().cpu())[0])
+
+
+def _read(stored: Path | bytes, smallest: int = SMALLEST_PX) -> Tensor:
+    pixels = np.asarray(decode(stored))
+    if min(pixels.shape[:2]) < smallest:
+        raise ConfigError(
+            f"validation picture {stored!s} is {pixels.shape[0]}x{pixels.shape[1]} px, expected sides of at least "
+            f"{smallest} px; leave it out"
+        )
+    return pixels_to_image(pixels)
+
+
+def _name(photo: Path | bytes, folder: str) -> str:
+    """What to call the result of a photograph: its path in the folder, as one word."""
+    assert isinstance(photo, Path)  # it comes from a folder
+    return "_".join(photo.relative_to(folder).with_suffix("").parts)
