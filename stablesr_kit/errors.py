@@ -35,3 +35,10 @@ class JobError(StableSRKitError, RuntimeError):
 
 class DivergenceError(StableSRKitError, ArithmeticError):
     """A training whose loss is no longer a finite number."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line: the system's words, or its first line, or at least the name of its type."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,9 +2,7 @@
 
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -12,7 +10,7 @@ import typer
 
 from stablesr_kit.cli.face_stage import BESIDE
 from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
-from stablesr_kit.errors import OutputError
+from stablesr_kit.storage import replacing_folder
 
 TensorsOnly = Annotated[
     bool,
@@ -92,7 +90,9 @@ def convert(
         if codeformer is not None:
             faces = convert_faces(codeformer, tensors_only, ignore or (), is_alone=checkpoint is None)
             models["." if checkpoint is None else BESIDE] = faces
-        save_whole(models, output)
+        with replacing_folder(output) as folder:
+            for place, model in models.items():
+                model.save_pretrained(folder / place)
     typer.echo(f"converted: {output}")
 
 
@@ -113,20 +113,3 @@ def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], is_alon
         return CodeFormerPipeline.from_original(path, tensors_only=tensors_only, ignore=ignore)
     network = convert_face_checkpoint(path, tensors_only=tensors_only, ignore=ignore)
     return CodeFormerPipeline.from_network(network) if isinstance(network, CodeFormer) else network
-
-
-def save_whole(models: Mapping[str, Savable], output: Path) -> None:
-    """Save models, by their folders, beside the target, then rename: it appears whole or not at all.
-
-    Raises OutputError.
-    """
-    part = output.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        part.mkdir(parents=True)
-        for folder, model in models.items():
-            model.save_pretrained(part / folder)
-        os.replace(part, output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
