@@ -30,10 +30,5 @@ napoleon_use_ivar = True
 autodoc_typehints = "none"
 
 # The option reference is what the command line says of itself.
-(HERE / "_build").mkdir(exist_ok=True)
-subprocess.run(
-    [sys.executable, "-m", "typer", "stablesr_kit.cli", "utils", "docs", "--name", "stablesr", "--output", "commands.md"],
-    cwd=HERE,
-    check=True,
-    stdout=subprocess.DEVNULL,
-)
+command = "-m typer stablesr_kit.cli utils docs --name stablesr --output commands.md"
+subprocess.run([sys.executable, *command.split()], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
