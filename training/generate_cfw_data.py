@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.seeds import torch_stream
-from stablesr_kit.spaces import image_to_pixels
+from stablesr_kit.spaces import image_to_pixels, image_to_unit
 from stablesr_kit.training.data.batches import make_loader
 from stablesr_kit.training.data.computed import TensorParts
 from stablesr_kit.training.data.crops import report_skipped
@@ -58,7 +58,7 @@ def main(config: CFWDataConfig) -> None:
         generator = torch_stream(config.seed, starts[part])
         with torch.autocast(device.type, torch.bfloat16):
             latents = pipeline(
-                (lq + 1) / 2,
+                image_to_unit(lq),
                 scale=1,
                 w=0,
                 num_inference_steps=config.steps[part % len(config.steps)],

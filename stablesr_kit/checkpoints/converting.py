@@ -27,6 +27,7 @@ from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.spaces import vae_scale_factor
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
         return 0
-    side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    side: int = unet.config.sample_size * vae_scale_factor(vae)
     return side
 
 

@@ -10,7 +10,7 @@ from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.imaging.canvas import Region, regions
 from stablesr_kit.imaging.resizing import resize_bicubic
-from stablesr_kit.spaces import unit_to_image
+from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 if TYPE_CHECKING:
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
@@ -35,7 +35,7 @@ class StableSRBackground:
     def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
         """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
         generator = torch.Generator().manual_seed(self.seed)
-        unit = (image + 1) / 2
+        unit = image_to_unit(image)
         restored = self.pipeline(
             unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
         ).images
@@ -73,7 +73,7 @@ class SpandrelUpsampler:
     @torch.no_grad()
     def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
-        unit = (image + 1) / 2
+        unit = image_to_unit(image)
         enlarged = kept_grey(unit_to_image(torch.stack([self._enlarged(one) for one in unit])), image)
         return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
 

@@ -19,6 +19,7 @@ from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
 from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
+from stablesr_kit.spaces import image_to_unit
 
 FaceTask = Literal["restore", "inpaint", "colorize"]
 FaceOutputType = Literal["pil", "np", "pt"]
@@ -259,7 +260,7 @@ def _masks(faces: list[Tensor], mask: Picture | list[Picture] | None) -> list[Te
     if mask is None:
         masks = [(face == 1).all(dim=1, keepdim=True).float() for face in faces]
     else:
-        masks = [(image.mean(dim=1, keepdim=True) + 1) / 2 for image in _one_by_one(mask)]
+        masks = [image_to_unit(image.mean(dim=1, keepdim=True)) for image in _one_by_one(mask)]
         masks = masks * len(faces) if len(masks) == 1 else masks
     if len(masks) != len(faces):
         raise ImageError(f"{len(masks)} masks are given for {len(faces)} faces; give one for all, or one each")

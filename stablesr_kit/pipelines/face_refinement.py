@@ -19,7 +19,7 @@ from stablesr_kit.faces.identity import FaceEmbedder, identity_distance
 from stablesr_kit.faces.parse import FaceParser, parsed_mask
 from stablesr_kit.faces.paste import MaskShape, paste_face
 from stablesr_kit.faces.selection import Only, select_faces
-from stablesr_kit.spaces import image_to_pixels
+from stablesr_kit.spaces import image_to_levels, image_to_pixels, levels_to_image
 
 Action = Literal["refined", "held back", "left alone", "too large"]
 
@@ -187,7 +187,7 @@ class FaceRefinement:
             ImageError: a face's landmarks fix none; the faces before it are in the picture then.
         """
         pixels = image_to_pixels(lq[None])[0]
-        levels = ((lq.detach().float().cpu() + 1) * 127.5).permute(1, 2, 0).contiguous().numpy()
+        levels = image_to_levels(lq[None])[0]
         faces = self.find(pixels) if given is None else given
         scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
         for face in self.restore_crops(levels, faces):
@@ -228,13 +228,11 @@ class FaceRefinement:
         return restored, strengths, distances
 
     def _restore(self, aligned: NDArray[np.float32], w: float, grey: bool) -> NDArray[np.float32]:
-        image = torch.from_numpy(aligned).permute(0, 3, 1, 2) / 127.5 - 1
-        output = self.restorer.restore(image, w=w).float().cpu().clamp(-1, 1)
-        restored = ((output + 1) * 127.5).permute(0, 2, 3, 1).contiguous().numpy()
+        restored = image_to_levels(self.restorer.restore(levels_to_image(aligned), w=w).float().clamp(-1, 1))
         return np.stack([match_grey(*pair) for pair in zip(restored, aligned, strict=True)]) if grey else restored
 
     def _paste(self, picture: NDArray[np.float32], face: "RestoredFace", scale: tuple[float, float]) -> None:
-        values = face.restored / 127.5 - 1
+        values = levels_to_image(face.restored[None])[0].permute(1, 2, 0).numpy()
         if self.upsampler is not None:
             image = torch.from_numpy(values).permute(2, 0, 1)[None]
             values = self.upsampler(image)[0].float().cpu().permute(1, 2, 0).contiguous().numpy()

@@ -13,7 +13,7 @@ from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, bands
 from stablesr_kit.imaging.files import as_picture
 from stablesr_kit.imaging.streams import StreamedPicture
-from stablesr_kit.spaces import pixels_to_image, unit_to_image
+from stablesr_kit.spaces import image_to_unit, pixels_to_image, unit_to_image
 
 Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
 
@@ -57,7 +57,7 @@ def to_canvas(source: StreamedPicture, folder: Path | None = None) -> Canvas:
 def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> Iterator[np.ndarray]:
     """RGB (rows, W, 3) of an image (3, H, W) in [-1, 1], clamped, from top to bottom; white is the type's largest."""
     for band in bands(image):
-        unit = (image.read(band)[0].float() * 0.5 + 0.5).clamp(0, 1)
+        unit = image_to_unit(image.read(band)[0].float()).clamp(0, 1)
         levels = (unit * np.iinfo(dtype).max).round()
         yield levels.permute(1, 2, 0).cpu().numpy().astype(dtype)
 

@@ -13,6 +13,7 @@ from stablesr_kit.imaging.degradations.noise import to_grey
 from stablesr_kit.imaging.degradations.presets import DegradationConfig
 from stablesr_kit.imaging.degradations.resizing import resize
 from stablesr_kit.imaging.degradations.second_order import degrade_second_order
+from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 
 class Pair(NamedTuple):
@@ -40,7 +41,7 @@ def make_pair(hq: Tensor, config: DegradationConfig, generator: Generator | Sequ
         pairs = [make_pair(picture, config, own) for picture, own in zip(hq.split(1), generator, strict=True)]
         return Pair(torch.cat([pair.lq for pair in pairs]), torch.cat([pair.hq for pair in pairs]))
 
-    target = (hq.float() + 1) / 2
+    target = image_to_unit(hq.float())
     if config.sharpen_target:
         target = usm_sharpen(target)
     if chance(config.clean_probability, generator):
@@ -52,4 +53,4 @@ def make_pair(hq: Tensor, config: DegradationConfig, generator: Generator | Sequ
     else:
         lq = degrade_second_order(target, config, generator)
         lq = resize(lq, (hq.shape[-2], hq.shape[-1]), "bicubic").clamp(0, 1)
-    return Pair((lq * 2 - 1).to(hq.dtype), (target * 2 - 1).to(hq.dtype))
+    return Pair(unit_to_image(lq).to(hq.dtype), unit_to_image(target).to(hq.dtype))

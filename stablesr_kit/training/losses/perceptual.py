@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.spaces import image_to_unit
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class LPIPS(nn.Module):
 def imagenet_normalised(image: Tensor) -> Tensor:
     """A picture (B, 3, H, W) in [-1, 1] with the mean and deviation that ImageNet classifiers expect."""
     mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-    return ((image + 1) / 2 - mean) / deviation
+    return (image_to_unit(image) - mean) / deviation
 
 
 def _vgg16_features() -> nn.Sequential:
