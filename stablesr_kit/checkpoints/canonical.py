@@ -14,6 +14,9 @@ from stablesr_kit.errors import CheckpointError
 WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict")
 """Where training programs put the weights, in order of preference."""
 
+PARTS = {"state_dict_unet": "unet.", "state_dict_vae": "vae."}
+"""Where OSEDiff and PiSA-SR put the LoRAs of each network, and what we put before their names."""
+
 WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile put into names."""
 
@@ -50,6 +53,9 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
             content = inner
             notes.append(f"weights found under {wrapper!r}")
             break
+    parts = {prefix: part for key, prefix in PARTS.items() if isinstance(part := content.get(key), Mapping)}
+    if parts:
+        content = {f"{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items()}
     tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(
@@ -63,7 +69,8 @@ def section(
 ) -> Checkpoint:
     """Tensors by name, sorted into sections."""
     tensors = {WRAPPED_MODULE.sub("", name): tensor for name, tensor in tensors.items()}
-    if "encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors:
+    is_noise_predictor = "encoder.time_embedding.linear_1.weight" in tensors
+    if not is_noise_predictor and ("encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors):
         tensors = {_full_vae_name(name): tensor for name, tensor in tensors.items()}
         notes = (*notes, "an autoencoder's names without prefix")
     if use_ema:

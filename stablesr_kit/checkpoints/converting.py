@@ -40,6 +40,9 @@ SLOTS: Mapping[str, str] = {
     "stable diffusion": "give it as base (--base) of a web-UI extract",
     "autoencoder": "StableSR takes its own; for w above 0 give vqgan_cfw_00011.ckpt as cfw (--cfw)",
     "diffusers weights": "give the pipeline folder they belong to as base (--base)",
+    **dict.fromkeys(
+        ("pisa-sr", "osediff", "hypir", "invsr"), "give it alone, and its Stable Diffusion as base (--base)"
+    ),
     "lora": "load it with pipeline.load_lora_weights",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }
@@ -79,13 +82,10 @@ def convert_checkpoint(
     """
     main = canonicalize(read_checkpoint(checkpoint, tensors_only=tensors_only), use_ema=use_ema)
     cfw_file = canonicalize(read_checkpoint(cfw, tensors_only=tensors_only)) if cfw else None
-    base_file = None
-    if base is not None and not Path(base).is_dir():
-        base_file = canonicalize(read_checkpoint(base, tensors_only=tensors_only), use_ema=use_ema)
     return convert(
         main,
         cfw=cfw_file,
-        base=base_file or (Path(base) if base else None),
+        base=read_base(base, tensors_only=tensors_only, use_ema=use_ema) if base else None,
         prediction_type=prediction_type,
         hints=hints,
         ignore=ignore,
@@ -163,11 +163,11 @@ def convert(
         "text_encoder": foundation.text_encoder,
         "tokenizer": foundation.tokenizer,
         "default_steps": 4 if "turbo" in main.path.name else 200,  # what the authors use
-        "min_size_px": _trained_size_px(foundation.unet, vae),
+        "min_size_px": trained_size_px(foundation.unet, vae),
     }
 
 
-def _trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
         return 0
@@ -192,6 +192,18 @@ def _foundation(
             f"{main.path.name} is {found.description}: it holds the adapter alone; give the Stable Diffusion 2.1 it "
             "belongs to as base (--base), a checkpoint or a diffusers folder"
         )
+    return foundation_of_base(base, hints, options)
+
+
+def read_base(base: str | Path, *, tensors_only: bool = False, use_ema: bool = False) -> Checkpoint | Path:
+    """A checkpoint of Stable Diffusion, or the path of a diffusers folder. Raises as `convert_checkpoint`."""
+    if Path(base).is_dir():
+        return Path(base)
+    return canonicalize(read_checkpoint(base, tensors_only=tensors_only), use_ema=use_ema)
+
+
+def foundation_of_base(base: Checkpoint | Path, hints: Hints, options: Options) -> Foundation:
+    """The frozen networks of a Stable Diffusion that is given beside a file of other weights."""
     if isinstance(base, Path):
         return foundation_of_folder(base, options.dtype)
     base_found = detect(base, hints)

@@ -20,6 +20,10 @@ Family = Literal[
     "autoencoder",
     "diffusers weights",
     "unsupported diffusion",
+    "pisa-sr",
+    "osediff",
+    "hypir",
+    "invsr",
     "lora",
     "codeformer",
     "vqgan",
@@ -36,6 +40,10 @@ Config = dict[str, Any]
 SIGNATURES: tuple[tuple[Family, str, str], ...] = (
     ("unsupported diffusion", "a Stable Diffusion XL or refiner checkpoint", r"^conditioner\.embedders\."),
     ("unsupported diffusion", "a ControlNet checkpoint", r"^control_model\."),
+    ("pisa-sr", "PiSA-SR, a one-step restorer", r"^unet\..+\.lora_A\.default_\w+_pix\.weight$"),
+    ("osediff", "OSEDiff, a one-step restorer", r"^unet\..+\.lora_A\.default_\w+\.weight$"),
+    ("hypir", "HYPIR, a one-step restorer", r"^(down_blocks|mid_block|up_blocks)\..+\.lora_A\.default\.weight$"),
+    ("invsr", "the noise predictor of InvSR, a restorer of one to five steps", r"^encoder\.time_embedding\.linear_1\."),
     ("lora", "a LoRA", r"(\.lora_(down|up|A|B)\.|^lora_(unet|te)_)"),
     ("codeformer", "a CodeFormer checkpoint (face restoration)", r"^idx_pred_layer\.1\.weight$"),
     ("vqgan", "a VQGAN of CodeFormer (faces)", r"^quantize\.embed(ding)?\."),
@@ -80,6 +88,10 @@ class Hints:
     """Side of the latents the model was trained on; 96 for the 768v models, 16 for the VQGAN of faces, else 64."""
     codeformer_heads: int | None = None
     """Attention heads of CodeFormer; 8 in every release."""
+    noise_predictor_head_channels: int | None = None
+    """Channels per attention head of InvSR's noise predictor; 64 in every release."""
+    noise_predictor_groups: int | None = None
+    """Groups of its group norms; 32 in every release."""
 
 
 class Level(NamedTuple):

@@ -27,7 +27,9 @@ USES: Mapping[str, str] = {
     "cfw": "stablesr convert STABLESR.ckpt --cfw {name} -o DIR",
     "stable diffusion": "stablesr convert EXTRACT --base {name} -o DIR",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "stablesr convert --codeformer {name} -o DIR"),
+    **dict.fromkeys(("pisa-sr", "osediff", "hypir", "invsr"), "stablesr convert {name} --base STABLE_DIFFUSION -o DIR"),
     "pipeline": "stablesr restore PHOTO -o OUT --model {name}",
+    "one-step pipeline": "stablesr restore PHOTO -o OUT --model {name}",
     "face pipeline": "stablesr faces PHOTO -o OUT --model {name}",
     "base": "stablesr convert EXTRACT --base {name} -o DIR",
 }
@@ -186,6 +188,8 @@ def _pipeline_kind(names: list[str], index: dict[str, Any]) -> tuple[str, tuple[
     if "codeformer" in names:
         return "face pipeline", (), f"a CodeFormer pipeline folder, made to {index.get('task', 'restore')} faces"
     needed = ("unet", "vae", "scheduler")
+    if index.get("_class_name") == "OneStepPipeline":
+        return "one-step pipeline", needed, "a folder of a restorer of one step or a few"
     if "adapter" in names:
         return "pipeline", needed, "a StableSR pipeline folder"
     kind = "base" if all(name in names for name in needed) else "unknown"

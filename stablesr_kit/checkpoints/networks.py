@@ -82,13 +82,19 @@ def embed_empty_prompt(text_encoder: CLIPTextModel, tokenizer: Any | None = None
     Without a tokenizer the padding is that of the text encoder's config: zeros for open_clip, else <end>.
     """
     config = text_encoder.config
-    if tokenizer is None:
-        tokens = torch.full((1, config.max_position_embeddings), config.pad_token_id)
-        tokens[0, :2] = torch.tensor([config.bos_token_id, config.eos_token_id])
-    else:
-        length = tokenizer.model_max_length
-        tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
+    if tokenizer is not None:
+        return embed_prompt("", text_encoder, tokenizer)
+    tokens = torch.full((1, config.max_position_embeddings), config.pad_token_id)
+    tokens[0, :2] = torch.tensor([config.bos_token_id, config.eos_token_id])
     return text_encoder(tokens)[0]
+
+
+@torch.no_grad()
+def embed_prompt(text: str, text_encoder: CLIPTextModel, tokenizer: Any) -> Tensor:
+    """Embedding (1, tokens, channels) of a text, padded or cut to the full length."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
 def _renamed(
