@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.degradations.resizing import resize
+from stablesr_kit.imaging.degradations.filtering import resize
 from stablesr_kit.imaging.files import read_picture
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import pixels_to_image

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from stablesr_kit.checkpoints.foundations import foundation_of_folder
+from stablesr_kit.checkpoints.base import base_of_folder
 from stablesr_kit.checkpoints.networks import embed_empty_prompt
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import ConfigError
@@ -139,12 +139,12 @@ def main(config: StableSRConfig) -> None:
 def frozen_parts(config: StableSRConfig) -> tuple[SFTUNet2DConditionModel, AutoencoderKL | None, Any, Any]:
     """UNet, autoencoder, noise schedule, and the empty prompt's embedding where a text encoder makes one."""
     if config.pretrained_model is not None:
-        foundation = foundation_of_folder(Path(config.pretrained_model), torch.float32)
-        assert foundation.prediction is not None  # a folder has a scheduler
+        base = base_of_folder(Path(config.pretrained_model), torch.float32)
+        assert base.prediction is not None  # a folder has a scheduler
         no_text = None
-        if foundation.text_encoder is not None:
-            no_text = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
-        return foundation.unet, foundation.vae, noise_schedule(foundation.prediction.type), no_text
+        if base.text_encoder is not None:
+            no_text = embed_empty_prompt(base.text_encoder, base.tokenizer)
+        return base.unet, base.vae, noise_schedule(base.prediction.type), no_text
     assert config.pretrained_unet is not None  # the options see to it
     stock_unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
     vae = None

@@ -1,13 +1,13 @@
 """Bring every way the same weights are stored to one form: sections with the official names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from stablesr_kit.checkpoints.key_maps import PREFIXES, Section
+from stablesr_kit.checkpoints.key_maps import IGNORED, PREFIXES, Section
 from stablesr_kit.checkpoints.reading import RawCheckpoint
 from stablesr_kit.errors import CheckpointError
 
@@ -19,6 +19,9 @@ PARTS = {"state_dict_unet": "unet.", "state_dict_vae": "vae."}
 
 WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile put into names."""
+
+NAMED = 12
+"""How many names an error message lists. All of them are in a note on the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,22 @@ def section_of(name: str) -> Section:
         if name.startswith(PREFIXES[part]):
             return part
     return "other"
+
+
+def left_over(names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
+    """The full names that no reason allows to ignore."""
+    reasons = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED, *ignored)))
+    return [name for name in names if not reasons.fullmatch(name)]
+
+
+def complain(problem: str, names: list[str]) -> None:
+    """Raise a `CheckpointError` that names them, if there are any."""
+    if not names:
+        return
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    error = CheckpointError(f"{problem}: {', '.join(names[:NAMED])}{more}")
+    error.add_note("\n".join(names))
+    raise error
 
 
 def _full_vae_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """What a checkpoint is, and every hyperparameter that its names and shapes tell."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from stablesr_kit.checkpoints.canonical import Checkpoint
-from stablesr_kit.checkpoints.detecting_faces import codeformer_config, discriminator_config, vqgan_config
-from stablesr_kit.checkpoints.lookups import first, indices, shape
 from stablesr_kit.errors import CheckpointError
 
 Family = Literal[
@@ -56,6 +55,15 @@ SIGNATURES: tuple[tuple[Family, str, str], ...] = (
 )
 """Checkpoints without the sections of Stable Diffusion: (family, description, a name that gives it away)."""
 
+RELEASED_LATENT_SIZE = 16
+RELEASED_HEADS = 8
+BLOCK_KINDS: Mapping[str, str] = {
+    "conv1.weight": "residual",
+    "proj_out.weight": "attention",
+    "conv.weight": "downsampling",
+}
+"""What a tensor of a block says of it; the other blocks are single layers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
@@ -94,7 +102,7 @@ class Hints:
     """Groups of its group norms; 32 in every release."""
 
 
-class Level(NamedTuple):
+class NetworkLevel(NamedTuple):
     """One resolution of a network that halves its input level by level."""
 
     channels: int
@@ -275,19 +283,110 @@ def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
     }
 
 
-def _levels(part: Mapping[str, Tensor], what: str) -> list[Level]:
+def _levels(part: Mapping[str, Tensor], what: str) -> list[NetworkLevel]:
     """Levels of an LDM-like network, in the order of `input_blocks`."""
     shape(part, "input_blocks.0.0.weight", what)
-    levels = [Level(0, 0, False)]
+    levels = [NetworkLevel(0, 0, False)]
     for n in range(1, 1 + max(indices(part, r"^input_blocks\.(\d+)\."))):
         if f"input_blocks.{n}.0.op.weight" in part:
-            levels.append(Level(0, 0, False))
+            levels.append(NetworkLevel(0, 0, False))
         else:
             channels = shape(part, f"input_blocks.{n}.0.out_layers.3.weight", what)[0]
             has_attention = f"input_blocks.{n}.1.norm.weight" in part
-            levels[-1] = Level(channels, levels[-1].layers + 1, has_attention)
+            levels[-1] = NetworkLevel(channels, levels[-1].layers + 1, has_attention)
     if len({level.layers for level in levels}) != 1:
         raise CheckpointError(
             f"{what} has {[level.layers for level in levels]} blocks per level; expected the same number"
         )
     return levels
+
+
+def codeformer_config(names: Mapping[str, Tensor], heads: int | None = None) -> Config:
+    """Arguments of CodeFormer. heads: None means those of the released models; no shape tells them."""
+    what = "CodeFormer"
+    positions, dim = shape(names, "position_emb", what)
+    latent_size = math.isqrt(positions)
+    if latent_size**2 != positions:
+        raise CheckpointError(f"{what} has {positions} positions, expected the number of a square")
+    config = vqgan_config(names, latent_size)
+    if config.pop("quantization") != "nearest":
+        raise CheckpointError(f"{what} has a Gumbel quantizer, expected the nearest one")
+    return config | {
+        "dim": dim,
+        "num_heads": heads or RELEASED_HEADS,
+        "num_layers": 1 + max(indices(names, r"^ft_layers\.(\d+)\."), default=-1),
+        "fuse_sizes": tuple(sorted(indices(names, r"^fuse_convs_dict\.(\d+)\.scale\.0\.weight$"))),
+    }
+
+
+def vqgan_config(names: Mapping[str, Tensor], latent_size: int | None = None) -> Config:
+    """Arguments of VQGAN. latent_size: side of the latent, of which the picture's is a multiple; None means 16."""
+    what = "the VQGAN"
+    is_gumbel = "quantize.embed.weight" in names
+    codes = shape(names, "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", what)
+    base_channels = shape(names, "encoder.blocks.0.weight", what)[0]
+    levels = _vqgan_levels(names, what)
+    image_size = (latent_size or RELEASED_LATENT_SIZE) * 2 ** (len(levels) - 1)
+    widths = [shape(names, f"encoder.blocks.{blocks[0]}.conv1.weight", what)[0] for blocks, _ in levels]
+    depths = {len(blocks) for blocks, _ in levels}
+    if len(depths) != 1 or any(width % base_channels for width in widths):
+        raise CheckpointError(f"{what} has levels of {sorted(depths)} blocks and widths {widths} over {base_channels}")
+    return {
+        "image_size": image_size,
+        "base_channels": base_channels,
+        "channel_multipliers": tuple(width // base_channels for width in widths),
+        "layers_per_block": depths.pop(),
+        "attention_resolutions": tuple(image_size // 2**i for i, (_, is_attended) in enumerate(levels) if is_attended),
+        "codebook_size": codes[0],
+        "code_channels": codes[1],
+        "quantization": "gumbel" if is_gumbel else "nearest",
+    }
+
+
+def _vqgan_levels(names: Mapping[str, Tensor], what: str) -> list[tuple[list[int], bool]]:
+    """Of each level of the encoder: the numbers of its residual blocks, and whether attention follows them."""
+    kinds: dict[int, str] = {}
+    for name in names:
+        block = re.fullmatch(r"encoder\.blocks\.(\d+)\.(.+)", name)
+        if block and block[2] in BLOCK_KINDS:
+            kinds[int(block[1])] = BLOCK_KINDS[block[2]]
+    body = sorted(kinds)[:-3]  # the middle is a residual block, attention, and a residual block
+    levels: list[tuple[list[int], bool]] = [([], False)]
+    for number in body:
+        blocks, _ = levels[-1]
+        if kinds[number] == "residual":
+            blocks.append(number)
+        elif kinds[number] == "attention":
+            levels[-1] = (blocks, True)
+        else:
+            levels.append(([], False))
+    if not all(blocks for blocks, _ in levels):
+        raise CheckpointError(f"{what} has a level without residual blocks; the file is incomplete")
+    return levels
+
+
+def discriminator_config(names: Mapping[str, Tensor]) -> Config:
+    """Arguments of VQGANDiscriminator."""
+    base_channels, in_channels = shape(names, "main.0.weight", "the discriminator")[:2]
+    norms = indices(names, r"^main\.(\d+)\.running_mean$")
+    return {"in_channels": in_channels, "base_channels": base_channels, "num_layers": len(norms)}
+
+
+def indices(names: Mapping[str, Tensor], pattern: str) -> set[int]:
+    """The numbers that the pattern's first group finds."""
+    return {int(match[1]) for match in (re.search(pattern, name) for name in names) if match}
+
+
+def first(names: Mapping[str, Tensor], pattern: str, otherwise: str) -> str:
+    """The first name that the pattern finds. Raises `CheckpointError` with the text `otherwise` if there is none."""
+    for name in names:
+        if re.search(pattern, name):
+            return name
+    raise CheckpointError(otherwise)
+
+
+def shape(part: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
+    """Shape of a tensor that every network called `what` has. Raises `CheckpointError` if it is absent."""
+    if name not in part:
+        raise CheckpointError(f"{what} lacks {name}; the file is incomplete or of another family")
+    return tuple(part[name].shape)

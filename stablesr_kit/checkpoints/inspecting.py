@@ -13,8 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import left_over
-from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
 from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
 from stablesr_kit.checkpoints.key_maps import TITLES, Section
 from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name

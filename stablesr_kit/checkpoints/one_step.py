@@ -17,14 +17,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from stablesr_kit.checkpoints.assembling import Network, Options, assemble, complain, left_over
-from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize
-from stablesr_kit.checkpoints.converting import foundation_of_base, read_base, trained_size_px
-from stablesr_kit.checkpoints.detecting import Family, Hints, detect
-from stablesr_kit.checkpoints.foundations import Foundation
-from stablesr_kit.checkpoints.lookups import indices, shape
+from stablesr_kit.checkpoints.assembling import AssemblyOptions, Network, Recipe, as_it_is, assemble
+from stablesr_kit.checkpoints.base import BaseNetworks, build_base, read_base, trained_size_px
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over
+from stablesr_kit.checkpoints.detecting import Family, Hints, detect, indices, shape
 from stablesr_kit.checkpoints.networks import embed_prompt
-from stablesr_kit.checkpoints.plans import Recipe, as_it_is
 from stablesr_kit.checkpoints.prediction import measure_prediction
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
@@ -65,7 +62,7 @@ SYSTEMS: Mapping[Family, System] = {
             "timesteps": [[1]],
             "tile_px": 768,
             "overlap_px": 256,
-            "color_fix": "adain",
+            "default_color_fix": "adain",
         },
     ),
     "osediff": System(
@@ -76,7 +73,7 @@ SYSTEMS: Mapping[Family, System] = {
             "timesteps": [[999]],
             "tile_px": 768,
             "overlap_px": 256,
-            "color_fix": "adain",
+            "default_color_fix": "adain",
             "tags_format": "{tags}, {prompt},",
         },
     ),
@@ -90,7 +87,7 @@ SYSTEMS: Mapping[Family, System] = {
             "timesteps": [[200]],
             "tile_px": 512,
             "overlap_px": 256,
-            "color_fix": "wavelet",
+            "default_color_fix": "wavelet",
         },
     ),
     "invsr": System(
@@ -106,7 +103,7 @@ SYSTEMS: Mapping[Family, System] = {
             "timesteps": [[199], [199, 99], [199, 99, 49], [199, 149, 99, 49], [249, 199, 149, 99, 49]],
             "tile_px": 512,
             "overlap_px": 256,
-            "color_fix": "none",
+            "default_color_fix": "none",
         },
     ),
 }
@@ -137,7 +134,7 @@ def convert_one_step(
             left over or of another shape.
     """
     file = canonicalize(read_checkpoint(checkpoint, tensors_only=tensors_only))
-    options = Options(dtype, tuple(ignore))
+    options = AssemblyOptions(dtype, tuple(ignore))
     found = detect(file, hints)
     if found.family not in SYSTEMS:
         raise CheckpointError(
@@ -145,26 +142,26 @@ def convert_one_step(
             "InvSR"
         )
     hints = hints or Hints()
-    foundation = foundation_of_base(read_base(base, tensors_only=tensors_only), hints, options)
-    return join(file, found.family, foundation, scheduler_of_base(Path(base)), hints, options)
+    networks = build_base(read_base(base, tensors_only=tensors_only), hints, options)
+    return join(file, found.family, networks, scheduler_of_base(Path(base)), hints, options)
 
 
 def join(
     file: Checkpoint,
     family: Family,
-    foundation: Foundation,
+    base: BaseNetworks,
     scheduler: DDPMScheduler,
     hints: Hints,
-    options: Options,
+    options: AssemblyOptions,
 ) -> dict[str, Any]:
     """As `convert_one_step`, from a file and a base already read."""
     system = SYSTEMS[family]
-    if foundation.vae is None:
+    if base.vae is None:
         raise CheckpointError(f"the base has no autoencoder; expected {system.base}")
-    prediction = foundation.prediction or measure_prediction(foundation.unet)
+    prediction = base.prediction or measure_prediction(base.unet)
     if prediction is not None and prediction.type != "epsilon":
         raise CheckpointError(f"the base predicts {prediction.type}, {prediction.source}; expected {system.base}")
-    unet, vae = foundation.unet, foundation.vae
+    unet, vae = base.unet, base.vae
     networks: dict[str, Any] = {"unet": unet, "vae": vae}
     names = file.full_names()
     if family == "invsr":
@@ -184,9 +181,9 @@ def join(
     return {
         **networks,
         "scheduler": scheduler,
-        "default_prompt": _default_prompt(system.prompt, foundation, options),
-        "text_encoder": foundation.text_encoder,
-        "tokenizer": foundation.tokenizer,
+        "default_prompt": _default_prompt(system.prompt, base, options),
+        "text_encoder": base.text_encoder,
+        "tokenizer": base.tokenizer,
         **system.config,
         "min_size_px": trained_size_px(unet, vae),
         "licence": system.licence,
@@ -209,7 +206,7 @@ class LoRA(NamedTuple):
 
 
 def merged(
-    kind: type[Network], network: Network, tensors: Mapping[str, Tensor], system: System, options: Options
+    kind: type[Network], network: Network, tensors: Mapping[str, Tensor], system: System, options: AssemblyOptions
 ) -> Network:
     """The network with LoRAs added to its weights, in float32, rounded once; the given one stays as it is.
 
@@ -255,7 +252,7 @@ def merged(
     return built.eval()
 
 
-def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: Options) -> NoisePredictor:
+def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: AssemblyOptions) -> NoisePredictor:
     """InvSR's network from its names, which all begin with `encoder.`."""
     what = "InvSR's noise predictor"
     levels = 1 + max(indices(tensors, r"^encoder\.down_blocks\.(\d+)\."), default=-1)
@@ -289,11 +286,11 @@ def scheduler_of_base(base: Path) -> DDPMScheduler:
         raise CheckpointError(f"{base} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _default_prompt(text: str, foundation: Foundation, options: Options) -> DefaultPrompt | None:
-    encoder: CLIPTextModel | None = foundation.text_encoder
-    if encoder is None or foundation.tokenizer is None:
+def _default_prompt(text: str, base: BaseNetworks, options: AssemblyOptions) -> DefaultPrompt | None:
+    encoder: CLIPTextModel | None = base.text_encoder
+    if encoder is None or base.tokenizer is None:
         return None
-    embeds = embed_prompt(text, encoder, foundation.tokenizer)
+    embeds = embed_prompt(text, encoder, base.tokenizer)
     prompt = DefaultPrompt(text, *embeds.shape[1:])
     prompt.load_state_dict({"embeds": embeds.to(options.dtype)}, assign=True)
     return prompt

@@ -77,7 +77,7 @@ def degrade_file(job: Job, preset: str, seed: int, scale: int) -> None:
     from PIL import Image
 
     from stablesr_kit.imaging.degradations import find_preset, make_pair
-    from stablesr_kit.imaging.degradations.resizing import resize
+    from stablesr_kit.imaging.degradations.filtering import resize
     from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 
     picture = read_job(job)

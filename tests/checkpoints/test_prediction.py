@@ -46,7 +46,7 @@ class IdealUNet(nn.Module):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_trained_unet_tells_what_it_predicts(prediction_type: str) -> None:
-    measured = measure_prediction(IdealUNet(prediction_type))  # type: ignore[arg-type]
+    measured = measure_prediction(IdealUNet(prediction_type))
     assert measured is not None and measured.type == prediction_type and measured.is_certain
 
 

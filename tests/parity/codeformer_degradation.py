@@ -18,13 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stablesr_kit.imaging.degradations.classical import ClassicalConfig
-from stablesr_kit.imaging.degradations.filtering import filter2d
-from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
-from stablesr_kit.imaging.degradations.noise import to_grey
-from stablesr_kit.imaging.degradations.presets import CODEFORMER, CODEFORMER_SMALL
-from stablesr_kit.imaging.degradations.resizing import resize
-from stablesr_kit.imaging.degradations.strokes import Stroke, paint_strokes
+from stablesr_kit.imaging.degradations.classical import ClassicalConfig, Stroke, paint_strokes
+from stablesr_kit.imaging.degradations.draws import to_grey
+from stablesr_kit.imaging.degradations.filtering import filter2d, gaussian_kernel, resize
+from stablesr_kit.imaging.degradations.pairs import CODEFORMER, CODEFORMER_SMALL
 from tests.parity.references import Quantity, difference
 
 KERNEL_TOLERANCE = 1e-12

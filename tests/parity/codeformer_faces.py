@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from stablesr_kit.faces.detect.rows import detection_size, faces_from_rows
+from stablesr_kit.faces.face import Only, detection_size, faces_from_rows, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, inverse, template
-from stablesr_kit.faces.grey import is_grey, match_grey
 from stablesr_kit.faces.parse import parsed_mask
-from stablesr_kit.faces.paste import GREEN, paste_face
-from stablesr_kit.faces.selection import Only, select_faces
+from stablesr_kit.faces.paste import GREEN, is_grey, match_grey, paste_face
 from tests.parity.references import Quantity
 
 SIZE_PX = 512

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stablesr_kit.checkpoints.codeformer import load_official_faces
-from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
+from stablesr_kit.imaging.degradations.filtering import gaussian_kernel
 from stablesr_kit.models.vqgan import GumbelQuantizer
 from stablesr_kit.training.losses.pictures import HINGE
 from stablesr_kit.training.run.config import MULTISTEP, WARMUP_PLATEAU_COSINE, RunConfig

@@ -10,16 +10,14 @@ from stablesr_kit.imaging.degradations.filtering import (
     SHARPENING_KERNEL_SIZE,
     SHARPENING_SIGMA,
     filter2d,
-    usm_sharpen,
-)
-from stablesr_kit.imaging.degradations.jpeg import jpeg
-from stablesr_kit.imaging.degradations.kernels import (
     gaussian_kernel,
     generalised_gaussian_kernel,
     pad_kernel,
     plateau_kernel,
     sinc_kernel,
+    usm_sharpen,
 )
+from stablesr_kit.imaging.degradations.jpeg import jpeg
 
 TOLERANCE = 1e-5
 # The parameters of the kernels are stored in float32.

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
-from stablesr_kit.checkpoints.assembling import Options
-from stablesr_kit.checkpoints.canonical import Checkpoint
-from stablesr_kit.checkpoints.detecting import Detection
-from stablesr_kit.checkpoints.networks import build_text_encoder, build_unet, build_vae
+from stablesr_kit.checkpoints.assembling import AssemblyOptions
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over
+from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
+from stablesr_kit.checkpoints.networks import VOCABULARY_SIZE, build_text_encoder, build_unet, build_vae, clip_tokenizer
 from stablesr_kit.checkpoints.prediction import Prediction
-from stablesr_kit.checkpoints.tokenizer import VOCABULARY_SIZE, clip_tokenizer
+from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+from stablesr_kit.spaces import vae_scale_factor
+
+STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foundation:
-    """The frozen networks."""
+class BaseNetworks:
+    """The frozen networks of a Stable Diffusion."""
 
     unet: SFTUNet2DConditionModel
     vae: AutoencoderKL | None
@@ -31,7 +34,25 @@ class Foundation:
     """What the UNet predicts, where a config says so."""
 
 
-def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, options: Options) -> Foundation:
+def read_base(base: str | Path, *, tensors_only: bool = False, use_ema: bool = False) -> Checkpoint | Path:
+    """A checkpoint of Stable Diffusion, or the path of a diffusers folder. Raises as `convert_checkpoint`."""
+    if Path(base).is_dir():
+        return Path(base)
+    return canonicalize(read_checkpoint(base, tensors_only=tensors_only), use_ema=use_ema)
+
+
+def build_base(base: Checkpoint | Path, hints: Hints, options: AssemblyOptions) -> BaseNetworks:
+    """The frozen networks of a Stable Diffusion that is given beside a file of other weights."""
+    if isinstance(base, Path):
+        return base_of_folder(base, options.dtype)
+    base_found = detect(base, hints)
+    if base_found.unet is None or base_found.adapter is not None:
+        raise CheckpointError(f"{base.path.name} is {base_found.description}, not a Stable Diffusion to stand on")
+    complain(f"{base.path.name}: not understood", left_over(base.sections.get("other", {}), options.ignore))
+    return base_of_checkpoint(base, base_found, options)
+
+
+def base_of_checkpoint(checkpoint: Checkpoint, detection: Detection, options: AssemblyOptions) -> BaseNetworks:
     """From the sections of a StableSR or Stable Diffusion checkpoint that holds a UNet."""
     assert detection.unet is not None
     tokenizer = None
@@ -39,7 +60,7 @@ def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, optio
         tokenizer = clip_tokenizer(
             pads_with_zero=detection.text["pad_token_id"] == 0, length=detection.text["max_position_embeddings"]
         )
-    return Foundation(
+    return BaseNetworks(
         unet=build_unet(checkpoint, detection.unet, options),
         vae=build_vae(checkpoint, detection.vae, options) if detection.vae else None,
         text_encoder=build_text_encoder(checkpoint, detection.text, options) if detection.text else None,
@@ -48,7 +69,7 @@ def foundation_of_checkpoint(checkpoint: Checkpoint, detection: Detection, optio
     )
 
 
-def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
+def base_of_folder(folder: Path, dtype: torch.dtype) -> BaseNetworks:
     """From a Stable Diffusion pipeline in diffusers' layout; nothing is fetched."""
     parts = {part.name for part in folder.glob("*") if part.is_dir()}
     lacking = {"unet", "vae", "scheduler"} - parts
@@ -66,7 +87,7 @@ def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {' '.join(str(error).split())}") from error
-    return Foundation(
+    return BaseNetworks(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
@@ -75,3 +96,11 @@ def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
             scheduler.get("prediction_type", "epsilon"), f"by the scheduler of {folder.name}", is_certain=True
         ),
     )
+
+
+def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+    """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
+    if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
+        return 0
+    side: int = unet.config.sample_size * vae_scale_factor(vae)
+    return side
