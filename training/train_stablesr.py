@@ -7,7 +7,7 @@ Pairs are degraded on the fly from photographs and encoded, or read from the lat
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,7 +28,8 @@ from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_ski
 from stablesr_kit.training.data.pair_queue import PairQueueOptions, QueuedDegradation
 from stablesr_kit.training.data.pairs import DegradedCrops, PairedCrops, open_pairs
 from stablesr_kit.training.losses.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
@@ -45,8 +46,8 @@ class StableSRConfig(DenoisingOptions, PairQueueOptions, RestorationValidationOp
     """Folder of the UNet, where there is no pretrained_model."""
     pretrained_vae: str | None = None
     """Folder of the autoencoder, where there is no pretrained_model; cached latents need none."""
-    prediction_type: str = "v_prediction"
-    """What the UNet of pretrained_unet predicts: epsilon or v_prediction."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    """What the UNet of pretrained_unet predicts."""
     pretrained_adapter: str | None = None
     """Folder of an adapter to start from; None builds an untrained one."""
     adapter_channels: tuple[int, ...] | None = (64, 96, 128)
