@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
 from stablesr_kit.checkpoints.assembling import Options
@@ -16,14 +16,13 @@ from stablesr_kit.checkpoints.networks import build_text_encoder, build_unet, bu
 from stablesr_kit.checkpoints.prediction import Prediction
 from stablesr_kit.checkpoints.tokenizer import VOCABULARY_SIZE, clip_tokenizer
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Foundation:
     """The frozen networks."""
 
-    unet: SFTUNet2DConditionModel
+    unet: UNet2DConditionModel
     vae: AutoencoderKL | None
     text_encoder: CLIPTextModel | None
     tokenizer: Any | None
@@ -58,7 +57,7 @@ def foundation_of_folder(folder: Path, dtype: torch.dtype) -> Foundation:
         )
     try:
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        unet = SFTUNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True, dtype=dtype)
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True, dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, dtype=dtype)
         text_encoder = tokenizer = None
         if {"text_encoder", "tokenizer"} <= parts:
