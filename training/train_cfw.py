@@ -84,7 +84,6 @@ def main(config: CFWConfig) -> None:
     else:
         cfw = load_network(ControllableFeatureWrapping, config.pretrained_cfw, "pretrained_cfw")
     if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
         cfw.enable_gradient_checkpointing()
     levels = tuple(cfw.config.levels)
     decode = run.train(FusedDecoding(vae, cfw.to(memory_format=torch.channels_last).train()), {"cfw": "cfw"})

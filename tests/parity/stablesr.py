@@ -94,7 +94,9 @@ def check_unet(official: Official, name: str) -> Iterator[Quantity]:
         "dbg_middle": pipeline.unet.mid_block,
     }
     hooks = [module.register_forward_hook(remember(seen, key)) for key, module in watched.items()]
-    seen["out"] = pipeline.unet(reference["in_x"], reference["in_timesteps"], reference["in_context"], sft=sft).sample
+    seen["out"] = pipeline.unet(
+        reference["in_x"], reference["in_timesteps"], reference["in_context"], timestep_cond=sft
+    ).sample
     for hook in hooks:
         hook.remove()
     skip = seen["dbg_input0"] if first.conv_shortcut is None else first.conv_shortcut(seen["dbg_input0"])
@@ -323,7 +325,7 @@ def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
         prediction = reference["in_pred"]
     else:
         sft = pipeline.adapter(reference["in_z_lq"], timestep)
-        prediction = pipeline.unet(x, timestep, reference["in_context"], sft=sft, return_dict=False)[0]
+        prediction = pipeline.unet(x, timestep, reference["in_context"], timestep_cond=sft, return_dict=False)[0]
         ours["out_pred"] = prediction
     loss = denoising_loss(prediction, target, timestep, pipeline.scheduler)
     yield f"{name}.out_loss", difference(loss, reference.pop("out_loss")), LOSS
