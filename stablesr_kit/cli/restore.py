@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ from stablesr_kit.errors import JobError
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import StableSRPipeline, Tiling
     from stablesr_kit.tiling.team import Team
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -125,11 +125,8 @@ def restore(
         "guidance_scale": guidance_scale,
         "start": first,
         "color_fix": color_fix,
-        "tile_px": tile_px,
-        "overlap_px": tile_overlap,
-        "vae_mode": mode,
-        "vae_attention": attention,
     }
+    tiles = {"tile_px": tile_px, "overlap_px": tile_overlap, "vae_mode": mode, "vae_attention": attention}
     try:
         if jobs:
             with failing_in_one_line():
@@ -147,6 +144,7 @@ def restore(
                     "dtype": str(torch_dtype).removeprefix("torch."),
                     "seed": seed,
                     **options,
+                    **tiles,
                 }
                 if face_model is not None:
                     settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
@@ -161,7 +159,8 @@ def restore(
                 device=torch_device,
                 dtype=torch_dtype,
                 seed=seed,
-                options={**options, "max_memory": allowed},
+                options=options,
+                tiling=tiling_of(tiles, allowed),
                 face_model=face_model,
                 face_w=face_w,
                 is_huge_allowed=huge,
@@ -227,6 +226,13 @@ def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: flo
         usage_error(f"--steps {steps} must be at least 1; leave it out for the model's own number")
     if not math.isfinite(guidance_scale):
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
+
+
+def tiling_of(tiles: dict[str, Any], max_memory: int | None) -> "Tiling":
+    """The `tiling` of a pipeline call."""
+    from stablesr_kit import Tiling
+
+    return Tiling(**tiles, max_memory=max_memory)
 
 
 def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from stablesr_kit.checkpoints import load_official
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler, ddim_sigma
 from stablesr_kit.imaging.canvas import View, assembled
-from stablesr_kit.imaging.tiles import gaussian_weights, tile_offsets
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, gaussian_weights, tile_offsets
 from stablesr_kit.training.losses.denoising import denoising_loss, hide_in_noise
 from tests.parity.references import Quantity, difference, metadata
 from tests.parity.stablesr_colorfix import check_colorfix
@@ -209,7 +209,7 @@ def sample(
     reference: dict[str, Tensor],
     scheduler: SpacedDDPMScheduler,
     guidance_scale: float = 1.0,
-    tiling: LatentTiling | None = None,
+    grid: TileGrid | None = None,
     **step_arguments: Any,
 ) -> Trajectory:
     """The pipeline's prediction and the scheduler's step in a loop, with the reference's noise."""
@@ -218,7 +218,7 @@ def sample(
         context = torch.cat([reference["in_neg_context"].expand_as(context), context])
     aggregation = Aggregation(
         (x.shape[-2], x.shape[-1]),
-        tiling,
+        grid,
         1,
         x.device,
         x.dtype,
@@ -226,7 +226,8 @@ def sample(
     )
     visited, denoised = [], []
     for step, (timestep, noise) in enumerate(zip(scheduler.timesteps, reference["in_step_noises"], strict=True)):
-        predict = partial(official.pipeline.predict, timestep=timestep, guidance_scale=guidance_scale)
+        networks = official.pipeline.unet, official.pipeline.adapter
+        predict = partial(steered_prediction, *networks, timestep=timestep, guidance_scale=guidance_scale)
         prediction = aggregation.predict(predict, x, reference["in_struct_latent"], context, step)
         x, x0 = scheduler.step(prediction, timestep, x, variance_noise=noise, return_dict=False, **step_arguments)
         visited.append(x)
@@ -247,11 +248,11 @@ def check_sample_ddpm(official: Official, name: str) -> Iterator[Quantity]:
     scheduler = spaced(official, reference)
     run = sample(official, reference, scheduler)
     ours = {"out_traj": run.x, "out": run.x[-1]} | {f"out_x0_step{i}": x0 for i, x0 in enumerate(run.x0)}
-    features = official.pipeline.encode_image([View(one) for one in reference["in_lq_image"].split(1)])[1]
+    features = official.pipeline.encode([View(one) for one in reference["in_lq_image"].split(1)])[1]
     for key in reference:
         if key.startswith("out_decoded_w"):
             w = float(key.removeprefix("out_decoded_w"))
-            ours[key] = assembled(official.pipeline.decode_latents(reference["out"][:1], features, w)[0])
+            ours[key] = assembled(official.pipeline.decode(reference["out"][:1], features, w)[0])
     yield (
         f"{name}.in_timesteps",
         difference(scheduler.timesteps, reference["in_timesteps"].sort(descending=True)[0]),
@@ -304,7 +305,7 @@ def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
         on_canvas = {
             key.removeprefix("canvas_"): value for key, value in reference.items() if key.startswith("canvas_")
         }
-        run = sample(official, on_canvas, scheduler, about["scale"], official_tiling(about), eta=about["eta"])
+        run = sample(official, on_canvas, scheduler, about["scale"], official_grid(about), eta=about["eta"])
         ours["out_canvas"] = run.x[-1]
     yield (
         f"{name}.in_timesteps_fed",
@@ -335,18 +336,18 @@ def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
 def check_sample_canvas(official: Official, name: str) -> Iterator[Quantity]:
     """Aggregation sampling: respaced DDPM on a canvas larger than a tile."""
     reference = official.file(name)
-    tiling = official_tiling(metadata(official.folder / f"{name}.safetensors"))
-    run = sample(official, reference, spaced(official, reference), tiling=tiling)
+    grid = official_grid(metadata(official.folder / f"{name}.safetensors"))
+    run = sample(official, reference, spaced(official, reference), grid=grid)
     for key, length in (("tile_y_offsets", run.x.shape[-2]), ("tile_x_offsets", run.x.shape[-1])):
-        found = torch.tensor(tile_offsets(length, tiling.tile[0], tiling.overlap))
+        found = torch.tensor(tile_offsets(length, grid.tile[0], grid.overlap))
         yield f"{name}.{key}", difference(found, reference[key]), 0.0
     ours = {"out": run.x[-1], "out_step0": run.x[0], "out_step0_x0": run.x0[0]}
     yield from official.compare_samples(name, reference, ours)
 
 
-def official_tiling(about: dict[str, Any]) -> LatentTiling:
+def official_grid(about: dict[str, Any]) -> TileGrid:
     """The tiles a reference was made with."""
-    return LatentTiling(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
+    return TileGrid(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
 
 
 CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {

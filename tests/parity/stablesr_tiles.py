@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import gaussian_weights, merge
+from stablesr_kit.tiling.latents import gaussian_weights, merge
 from tests.parity.references import Quantity, difference, metadata, uniform_weights
 
 WEIGHTS = 1e-12
