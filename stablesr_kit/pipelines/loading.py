@@ -1,17 +1,15 @@
 """Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
 
+import json
 import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from diffusers import DDPMScheduler
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from stablesr_kit.errors import ModelNotFoundError
 
@@ -52,32 +50,22 @@ def resolve_model(
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
 
 
-class ModelSchedule(NamedTuple):
-    """What a model was trained to predict, and on which noise levels: the cumulative products of its alphas."""
+def check_components(folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse a pipeline folder of another kind. given: components that come from elsewhere, by name.
 
-    prediction_type: str
-    alphas_cumprod: Tensor
-
-    def is_near(self, other: "ModelSchedule") -> bool:
-        """Whether a scheduler of the one serves a model of the other."""
-        one, two = self.alphas_cumprod, other.alphas_cumprod
-        return self.prediction_type == other.prediction_type and (
-            one.shape == two.shape and torch.allclose(one, two, atol=1e-3)
+    Raises:
+        ModelNotFoundError: there is no adapter.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+    except ValueError:
+        return  # loading it says what is wrong
+    if given.get("adapter") is None and not any(index.get("adapter") or ()):
+        raise ModelNotFoundError(
+            f"{folder} is a {index.get('_class_name', 'pipeline')} without an adapter, which is what makes it restore "
+            "(and, for w above 0, a cfw); give adapter=StableSRAdapter.from_pretrained(...), or convert a StableSR "
+            "checkpoint with `stablesr convert`"
         )
-
-    def __str__(self) -> str:
-        alphas = self.alphas_cumprod
-        return f"{self.prediction_type}, {len(alphas)} timesteps down to an alpha of {alphas[-1].item():.2g}"
-
-
-def model_schedule(config: Mapping[str, Any]) -> ModelSchedule:
-    """The schedule that a scheduler's config describes."""
-    fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    known = {name: config[name] for name in fields if name in config}
-    if known.get("beta_schedule") not in (None, "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
-        known.pop("beta_schedule")
-    alphas_cumprod = DDPMScheduler(**known).alphas_cumprod
-    return ModelSchedule(config.get("prediction_type", "epsilon"), alphas_cumprod)
 
 
 def parameter_count(folder: Path) -> int:

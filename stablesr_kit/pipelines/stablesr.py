@@ -31,6 +31,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
+from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region, View, assembled, bands
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
@@ -40,7 +41,7 @@ from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, ch
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job
-from stablesr_kit.pipelines.loading import model_schedule, resolve_model
+from stablesr_kit.pipelines.loading import check_components, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, as_readables, to_pil
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
@@ -136,6 +137,7 @@ class StableSRPipeline(
     _interrupt: bool
     _aggregation: Aggregation
     _coder: PictureCoder
+    _schedule: ModelSchedule  # of the model, whatever scheduler is in use
 
     def __init__(
         self,
@@ -165,7 +167,8 @@ class StableSRPipeline(
         )
         self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
         self._check_networks()
-        self._model_schedule = None if scheduler is None else model_schedule(scheduler.config)
+        if scheduler is not None:
+            self._schedule = ModelSchedule.of_config(scheduler.config)
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
 
@@ -179,9 +182,10 @@ class StableSRPipeline(
             ModelNotFoundError: there is no such model here or on the hub, or it lacks what makes it StableSR.
         """
         folder = resolve_model(pretrained_model_name_or_path, **kwargs)
+        check_components(folder, given=kwargs)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         if (folder / "scheduler" / "scheduler_config.json").is_file():  # the one in use may be another
-            pipeline._model_schedule = model_schedule(pipeline.scheduler.load_config(folder / "scheduler"))
+            pipeline._schedule = ModelSchedule.of_config(pipeline.scheduler.load_config(folder / "scheduler"))
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter, pipeline.cfw):
             if network is not None:  # convolutions on the CPU are a fifth faster in this layout
                 network.to(memory_format=torch.channels_last)
@@ -253,7 +257,7 @@ class StableSRPipeline(
         if self.adapter is None:
             raise ValueError("adapter=None is given, expected a StableSRAdapter; load one, see from_pretrained")
         self._check_networks()
-        self._check_scheduler()
+        check_scheduler(self.scheduler, self._schedule)
         if image is None:
             raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
         if isinstance(image, str) and prompt is not None and not isinstance(prompt, str | list):
@@ -335,35 +339,6 @@ class StableSRPipeline(
                 check_adapter(self.adapter, self.unet)
         if self.vae is not None:
             check_autoencoder(self.vae, self.cfw)
-
-    def _check_scheduler(self) -> None:
-        """Refuse a scheduler that cannot work with such models; warn of one that was set up for another model."""
-        name, scheduler = type(self.scheduler).__name__, self.scheduler
-        is_edm = name == "EDMEulerScheduler"
-        given = [*inspect.signature(scheduler.step).parameters.values()]
-        asks_for_more = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in given[3:])
-        if (
-            not hasattr(scheduler, "add_noise")
-            or not (hasattr(scheduler, "alphas_cumprod") or is_edm)
-            or "Inverse" in name
-            or asks_for_more
-            or scheduler.config.get("use_flow_sigmas")
-            or scheduler.config.get("prediction_type") == "flow_prediction"
-        ):
-            raise ConfigError(
-                f"{name} cannot sample from this model, which predicts noise (or v) on the timesteps of Stable "
-                "Diffusion; take one that can, for instance UniPCMultistepScheduler.from_config(scheduler.config)"
-            )
-        schedule = model_schedule(scheduler.config)
-        if is_edm or not schedule.is_near(self._model_schedule or schedule):
-            logger.warning(
-                "%s was set up with another noise schedule or prediction type (%s) than the model was trained with "
-                "(%s), which gives wrong pictures; build it by %s.from_config(pipeline.scheduler.config)",
-                name,
-                schedule,
-                self._model_schedule,
-                name,
-            )
 
     def encode_prompt(
         self,
@@ -766,6 +741,8 @@ class StableSRPipeline(
         if job.state is not None and job.state.grid is not None:
             vae_tile_px = job.state.vae_tile_px
         noise = None
+        if grid is not None and "ip_adapter_masks" in (cross_attention_kwargs or {}):
+            raise ValueError("ip_adapter_masks are of the whole picture; give tiling=Tiling(tile_px='none') with them")
         if grid is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
         self._coder = coder = self._prepare_coder(vae_tile_px, tiling)
