@@ -5,9 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -31,7 +30,6 @@ from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.noise_predictor import NoisePredictor
 from stablesr_kit.pipelines.checking import OutputType
 from stablesr_kit.pipelines.coding import Generators, PostStage
-from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.pipelines.pictures import Picture, as_readables, to_pil
 from stablesr_kit.pipelines.planning import Planning
 from stablesr_kit.pipelines.prompting import batch_size_of
@@ -71,7 +69,7 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
         default_prompt: what the UNet attends to where no text is given.
         text_encoder, tokenizer: needed for texts only.
         prediction: what the UNet predicts, the noise ("epsilon") or the difference to the restored latent ("residual").
-        timesteps: of a call with one step, with two, and so on; descending.
+        timesteps: of a call with one step, with two, and so on; descending. None is [[999]].
         tile_px, overlap_px: side of the tiles in which a picture of more than their area is restored.
         default_color_fix: if the call names none.
         tags_format: how tags and prompt make a text; None puts a comma between them.
@@ -93,11 +91,11 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
         default_prompt: DefaultPrompt | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
-        prediction: Prediction = "epsilon",
-        timesteps: Sequence[Sequence[int]] = ((999,),),
+        prediction: str = "epsilon",
+        timesteps: list[list[int]] | None = None,
         tile_px: int = 512,
         overlap_px: int = 256,
-        default_color_fix: ColorFix = "adain",
+        default_color_fix: str = "adain",
         tags_format: str | None = None,
         min_size_px: int = 0,
         licence: str = "",
@@ -115,7 +113,7 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
         )
         self.register_to_config(
             prediction=prediction,
-            timesteps=timesteps,
+            timesteps=timesteps or [[999]],
             tile_px=tile_px,
             overlap_px=overlap_px,
             default_color_fix=default_color_fix,

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, inspect_checkpoint
-from stablesr_kit.checkpoints.assembling import Options
+from stablesr_kit.checkpoints.assembling import AssemblyOptions
+from stablesr_kit.checkpoints.base import BaseNetworks
 from stablesr_kit.checkpoints.canonical import section
 from stablesr_kit.checkpoints.detecting import Family
-from stablesr_kit.checkpoints.foundations import Foundation
-from stablesr_kit.checkpoints.one_step import join
+from stablesr_kit.checkpoints.one_step import join, noise_predictor_hints
 from stablesr_kit.checkpoints.prediction import Prediction
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.imaging.canvas import Region
@@ -102,7 +102,9 @@ def check_system(folder: Path) -> Iterator[Quantity]:
     if len(weights) != 1:
         yield f"{folder.name} ({len(weights)} files of weights)", math.inf, 0.0
         return
-    pipeline = OneStepPipeline.from_original(weights[0], base=folder / "base", hints=hints(folder))
+    config = folder / "noise_predictor_config.json"
+    hints = noise_predictor_hints(config) if config.exists() else None
+    pipeline = OneStepPipeline.from_original(weights[0], base=folder / "base", hints=hints)
     pipeline.set_progress_bar_config(disable=True)
     run = RUNS[inspect_checkpoint(weights[0]).kind]
     for name, own in cases.items():
@@ -128,16 +130,6 @@ def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor]) ->
         else:
             tolerance = RELATIVE * expected.abs().max().item() if expected.is_floating_point() else 0.0
             yield f"{name}.{key}", difference(found, expected), tolerance
-
-
-def hints(folder: Path) -> Hints:
-    """What InvSR's weights do not tell."""
-    path = folder / "noise_predictor_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    return Hints(
-        noise_predictor_head_channels=config.get("attention_head_dim"),
-        noise_predictor_groups=config.get("norm_num_groups"),
-    )
 
 
 # What all of them share
@@ -550,7 +542,7 @@ def listed_tensors(lines: list[str]) -> dict[str, Tensor]:
     return {name: torch.empty([int(side) for side in shape.split(",")], device="meta") for name, shape in pairs}
 
 
-def full_size_base() -> Foundation:
+def full_size_base() -> BaseNetworks:
     """Stable Diffusion 2.1 without values."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -563,13 +555,13 @@ def full_size_base() -> Foundation:
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
     certain = Prediction("epsilon", "of the release", is_certain=True)
-    return Foundation(unet=unet, vae=vae, text_encoder=None, tokenizer=None, prediction=certain)
+    return BaseNetworks(unet=unet, vae=vae, text_encoder=None, tokenizer=None, prediction=certain)
 
 
-def without_place(family: Family, tensors: dict[str, Tensor], base: Foundation) -> float:
+def without_place(family: Family, tensors: dict[str, Tensor], base: BaseNetworks) -> float:
     """How many tensors a conversion complains of."""
     try:
-        join(section(Path(family), tensors), family, base, DDPMScheduler(), Hints(), Options())
+        join(section(Path(family), tensors), family, base, DDPMScheduler(), Hints(), AssemblyOptions())
     except CheckpointError as error:
         return float(sum(len(note.splitlines()) for note in error.__notes__))
     return 0.0
