@@ -8,6 +8,7 @@ check compares is reported with an infinite difference.
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,17 +55,28 @@ class Case(NamedTuple):
     """Of its system, and over them its own."""
     folder: Path
     reference: dict[str, Tensor]
-    text: str
+    text: str | None
+    """None is the model's own."""
 
     def picture(self) -> Image.Image:
         """The LQ picture."""
         return Image.open(self.folder / f"lq_{self.name}.png").convert("RGB")
 
     def draw(self, mean: Tensor, std: Tensor, noise: str) -> Tensor:
-        """The posterior's draw that the program made, or its mode."""
-        if noise not in self.reference:
+        """The posterior's draw that the program made, or its mode.
+
+        Raises:
+            Undrawn: it drew, and what is not here.
+        """
+        if noise in self.reference:
+            return mean + std * self.reference[noise]
+        if self.settings.get("latent", "sampled") == "mode":
             return mean
-        return mean + std * self.reference[noise]
+        raise Undrawn
+
+
+class Undrawn(Exception):
+    """A reference lacks the noise that what comes after it depends on."""
 
 
 def check_folder(folder: Path) -> Iterator[Quantity]:
@@ -107,12 +119,19 @@ def check_system(folder: Path) -> Iterator[Quantity]:
     pipeline = OneStepPipeline.from_original(weights[0], base=folder / "base", hints=hints)
     pipeline.set_progress_bar_config(disable=True)
     run = RUNS[inspect_checkpoint(weights[0]).kind]
+    """Fills a dictionary with what the reference may hold, in the order in which it comes to be."""
     for name, own in cases.items():
         path = folder / f"case_{name}.safetensors"
         if path.exists():
-            text = prompts.get(name, prompts.get("positive", ""))
+            text = prompts.get(name, prompts.get("positive"))
             case = Case(name, settings | own, folder, load_file(path), text)
-            yield from compare(f"{folder.name}.{name}", case.reference, run(pipeline, case))
+            ours: dict[str, Tensor] = {}
+            reference = case.reference
+            try:
+                run(pipeline, case, ours)
+            except Undrawn:  # the rest of this case cannot be told
+                reference = {key: tensor for key, tensor in reference.items() if key in ours}
+            yield from compare(f"{folder.name}.{name}", reference, ours)
 
 
 def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor]) -> Iterator[Quantity]:
@@ -135,11 +154,12 @@ def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor]) ->
 # What all of them share
 
 
-def text_of(pipeline: OneStepPipeline, text: str) -> dict[str, Tensor]:
-    """Tokens and embedding."""
-    tokenizer = pipeline.tokenizer
-    tokens = tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    return {"input_ids": tokens.input_ids, "prompt_embeds": pipeline.encode_prompt([text])}
+def text_of(pipeline: OneStepPipeline, text: str | None) -> dict[str, Tensor]:
+    """Tokens and embedding; None is the model's own text."""
+    embeds = pipeline.encode_prompt(None if text is None else [text])
+    text = pipeline.default_prompt.config.text if text is None else text
+    tokens = pipeline.tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return {"input_ids": tokens.input_ids, "prompt_embeds": embeds}
 
 
 def posterior(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,22 +186,16 @@ def as_unit(levels: Tensor) -> Tensor:
 # PiSA-SR and OSEDiff
 
 
-def run_tagged(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
+def run_tagged(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -> None:
     """PiSA-SR and OSEDiff, which share everything but what the UNet predicts and a few defects."""
     is_pisa = pipeline.unet_pix is not None
     picture = case.picture()
     prepared, is_small = prepare(picture, case.settings["upscale"], case.settings["process_size"])
     lq = unit_of(prepared) * 2 - 1
     mean, std = posterior(pipeline.vae, lq)
-    z = case.draw(mean, std, "posterior_noise") * pipeline.vae.config.scaling_factor
-    ours = {
-        "lq_u8": torch.from_numpy(np.array(prepared)),
-        "lq": lq,
-        "posterior_mean": mean,
-        "posterior_std": std,
-        "z": z,
-    }
+    ours |= {"lq_u8": torch.from_numpy(np.array(prepared)), "lq": lq, "posterior_mean": mean, "posterior_std": std}
     ours |= text_of(pipeline, case.text)
+    ours["z"] = z = case.draw(mean, std, "posterior_noise") * pipeline.vae.config.scaling_factor
     (timestep,) = pipeline.get_timesteps()
     predict = partial(pipeline.predict, timestep=timestep)
 
@@ -224,13 +238,13 @@ def run_tagged(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
     if is_pisa:
         ours["unet_pix"] = predict(latents=z, prompt_embeds=ours["prompt_embeds"], lambda_sem=0.0)
         ours["unet_pixsem"] = predict(latents=z, prompt_embeds=ours["prompt_embeds"])
-        for pix, sem in case.settings.get("lambdas", ()):
-            restored(f"_pix{float(pix)}_sem{float(sem)}", lambda_pix=pix, lambda_sem=sem)
+        strengths = {match.group(1, 2) for key in case.reference if (match := re.search(r"_pix(.+)_sem(.+)", key))}
+        for pix, sem in sorted(strengths):
+            restored(f"_pix{pix}_sem{sem}", lambda_pix=float(pix), lambda_sem=float(sem))
     content, style = as_unit(case.reference.get("out_u8_nofix", ours["out_u8_nofix"])), unit_of(prepared)
     if content.shape == style.shape:
         ours["adain_float"] = adain_color_fix(content, style)
         ours["wavelet_float"] = wavelet_color_fix(content, style)
-    return ours
 
 
 def prepare(picture: Image.Image, upscale: int, process_size: int) -> tuple[Image.Image, bool]:
@@ -257,7 +271,7 @@ def fixes(levels: Tensor, reference: Tensor) -> dict[str, Tensor]:
 # HYPIR
 
 
-def run_hypir(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
+def run_hypir(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -> None:
     """Three stages in windows, each blended with the lopsided gaussian."""
     patch_px, stride_px = case.settings["patch_size"], case.settings["stride"]
     scaling, factor = pipeline.vae.config.scaling_factor, pipeline.vae_scale_factor
@@ -278,9 +292,12 @@ def run_hypir(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
     tiles = cover(*size, (patch, patch), overlap)
     coded = [posterior(pipeline.vae, tile.crop(vae_in)) for tile in tiles_px]
     mean, std = (torch.cat(part) for part in zip(*coded, strict=True))
-    z = merge(tiles, case.draw(mean, std, "window_noise").split(1), weights)
+    ours |= text_of(pipeline, case.text)
+    ours |= {"vae_in": vae_in, "ref": reference, "window_mean": mean, "window_std": std}
+    ours |= {"enc_windows_y0y1x0x1": boxes(tiles_px), "lat_windows_y0y1x0x1": boxes(tiles)}
+    ours["weights_latent_f64"] = weights(patch, patch)
+    ours["z_unscaled"] = z = merge(tiles, case.draw(mean, std, "window_noise").split(1), weights)
 
-    ours = text_of(pipeline, case.text)
     (timestep,) = pipeline.get_timesteps()
     predict = partial(pipeline.predict, timestep=timestep)
     latents = z * scaling
@@ -293,25 +310,10 @@ def run_hypir(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
     cut = decoded[..., :height, :width] * 0.5 + 0.5
     back = F.interpolate(cut, reference.shape[-2:], mode="bicubic", antialias=True)
     out = wavelet_color_fix(back, reference).clamp(0, 1)
-    return ours | {
-        "vae_in": vae_in,
-        "ref": reference,
-        "enc_windows_y0y1x0x1": boxes(tiles_px),
-        "lat_windows_y0y1x0x1": boxes(tiles),
-        "weights_latent_f64": weights(patch, patch),
-        "window_mean": mean,
-        "window_std": std,
-        "z_unscaled": z,
-        "window_z_scaled": torch.cat([tile.crop(latents) for tile in tiles]),
-        "window_eps": torch.cat(
-            [predict(latents=tile.crop(latents), prompt_embeds=ours["prompt_embeds"]) for tile in tiles]
-        ),
-        "x0_unscaled": x0,
-        "decoded": decoded,
-        "resized_back": back,
-        "out": out,
-        "out_u8": truncated(out),
-    }
+    windows = [tile.crop(latents) for tile in tiles]
+    ours["window_z_scaled"] = torch.cat(windows)
+    ours["window_eps"] = torch.cat([predict(latents=one, prompt_embeds=ours["prompt_embeds"]) for one in windows])
+    ours |= {"x0_unscaled": x0, "decoded": decoded, "resized_back": back, "out": out, "out_u8": truncated(out)}
 
 
 def enlarged_size(lq: Tensor, settings: dict[str, Any]) -> tuple[int, int]:
@@ -331,7 +333,7 @@ def boxes(tiles: list[Region]) -> Tensor:
 # InvSR
 
 
-def run_invsr(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
+def run_invsr(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -> None:
     """Every window of LQ pixels is restored by itself; the results are blended as pixels."""
     side, scale = case.settings["pch"], case.settings["sf"]
     scaling = pipeline.vae.config.scaling_factor
@@ -342,31 +344,27 @@ def run_invsr(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
     patches = torch.cat([tile.crop(padded) for tile in tiles])
     up = F.interpolate(patches, scale_factor=scale, mode="bicubic") * 2 - 1
     vae_mean, vae_std = posterior(pipeline.vae, up)
-    z = case.draw(vae_mean, vae_std, "vae_noise") * scaling
-
     # The program takes one from every nominal timestep.
     timesteps = pipeline.get_timesteps(timesteps=[t - 1 for t in case.settings["timesteps"]])
     predicted = DiagonalGaussianDistribution(pipeline.noise_predictor(patches * 2 - 1, timesteps[0]))
-    noise = case.draw(predicted.mean, predicted.std, "pred_noise")
-    ours = {"padded_lq": padded, "patch_lq": patches, "patch_up": up, "vae_mean": vae_mean, "vae_std": vae_std}
-    ours |= {"patch_xy": torch.tensor([[tile.left, tile.top] for tile in tiles])}
-    ours |= {"pred_mean": predicted.mean, "pred_std": predicted.std}
-    ours |= text_of(pipeline, case.text)
-    embeds = pipeline.encode_prompt()
-    x = pipeline.noised(z, noise, timesteps[0])
     sigmas = [((1 - a) / a).sqrt() for a in pipeline.scheduler.alphas_cumprod[timesteps]]
+    ours |= {"padded_lq": padded, "patch_lq": patches, "patch_up": up, "vae_mean": vae_mean, "vae_std": vae_std}
+    ours |= {"patch_xy": torch.tensor([[tile.left, tile.top] for tile in tiles])}
+    ours |= {"pred_mean": predicted.mean, "pred_std": predicted.std, "sigmas": torch.tensor([*sigmas, 0.0])}
+    ours |= {"timesteps_fed": torch.tensor(timesteps, dtype=torch.float32)}
+    ours |= {"weights_f64_1d": opencv_gaussian(side * scale)}
+    ours |= text_of(pipeline, case.text)
+    z = case.draw(vae_mean, vae_std, "vae_noise") * scaling
+    x = pipeline.noised(z, case.draw(predicted.mean, predicted.std, "pred_noise"), timesteps[0])
     ours["latents_start"] = x * (sigmas[0] ** 2 + 1).sqrt()
-    ours["timesteps_fed"] = torch.tensor(timesteps, dtype=torch.float32)
-    ours["sigmas"] = torch.tensor([*sigmas, 0.0])
     for i, t in enumerate(timesteps):
-        eps = pipeline.predict(latents=x, timestep=t, prompt_embeds=embeds)
+        eps = pipeline.predict(latents=x, timestep=t, prompt_embeds=ours["prompt_embeds"])
         ours |= {f"unet_in_{i}": x, f"unet_eps_{i}": eps}
         x0 = pipeline.denoised(x, eps, t)
         x = x0 if t == timesteps[-1] else pipeline.noised(x0, eps, timesteps[i + 1])
     ours["latents_final"] = x
     ours["decoded"] = torch.cat([pipeline.vae.decode(one / scaling).sample for one in x.split(1)])
 
-    ours["weights_f64_1d"] = opencv_gaussian(side * scale)
     large = [Region(*(edge * scale for edge in tile)) for tile in tiles]
     unit = (ours["decoded"] * 0.5 + 0.5).clamp(0, 1)
     merged = merge(large, unit.split(1), lambda high, wide: torch.outer(opencv_gaussian(high), opencv_gaussian(wide)))
@@ -378,7 +376,6 @@ def run_invsr(pipeline: OneStepPipeline, case: Case) -> dict[str, Tensor]:
         merged = {"wavelet": wavelet_color_fix, "ycbcr": ycbcr_color_fix}[fix](merged, reference)
     ours["out_float"] = merged.clamp(0, 1)[0].permute(1, 2, 0)
     ours["out_u8"] = ours["out_float"].mul(255).round().byte()
-    return ours
 
 
 def padded_to_window(picture: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
@@ -412,7 +409,7 @@ def opencv_gaussian(length: int) -> Tensor:
     return (kernel / kernel.sum())[odd - length :]
 
 
-RUNS: dict[str, Callable[[OneStepPipeline, Case], dict[str, Tensor]]] = {
+RUNS: dict[str, Callable[[OneStepPipeline, Case, dict[str, Tensor]], None]] = {
     "pisa-sr": run_tagged,
     "osediff": run_tagged,
     "hypir": run_hypir,
