@@ -93,7 +93,7 @@ def check_folder(folder: Path) -> Iterator[Quantity]:
                 yield from check_system(path)
             elif (path / "case.safetensors").exists() and (path / "vae").is_dir():
                 yield from check_vae_hook(path)
-            elif path.is_dir() and any(file.suffix == ".txt" for file in path.iterdir()):
+            elif path.is_dir() and {file.suffix for file in path.iterdir()} == {".txt"}:
                 yield from check_key_lists(path)
             elif path.suffix != ".md":
                 yield f"{path.name} (not understood)", math.inf, 0.0
