@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
     from stablesr_kit.pipelines.job import Job
+    from stablesr_kit.pipelines.one_step import OneStepPipeline
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
     from stablesr_kit.tiling.memory import Tiling
 
@@ -23,6 +24,7 @@ __all__ = [
     "ControllableFeatureWrapping",
     "FaceRefinement",
     "Job",
+    "OneStepPipeline",
     "SpacedDDIMScheduler",
     "SpacedDDPMScheduler",
     "StableSRAdapter",
@@ -36,6 +38,7 @@ _HOMES = {
     "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
     "FaceRefinement": "stablesr_kit.pipelines.face_refinement",
     "Job": "stablesr_kit.pipelines.job",
+    "OneStepPipeline": "stablesr_kit.pipelines.one_step",
     "SpacedDDIMScheduler": "stablesr_kit.diffusion.spaced",
     "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",
     "StableSRAdapter": "stablesr_kit.models.time_aware_encoder",

@@ -16,6 +16,7 @@ from torch import Tensor
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
 from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
 from stablesr_kit.checkpoints.key_maps import TITLES, Section
+from stablesr_kit.checkpoints.one_step import SYSTEMS
 from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
 from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
 from stablesr_kit.errors import CheckpointError
@@ -123,6 +124,8 @@ def _missing(found: Detection) -> list[str]:
     needs = []
     if found.family == "stablesr extract":
         needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds the adapter alone")
+    if found.family in SYSTEMS:
+        needs.append(f"{SYSTEMS[found.family].base} (--base)")
     if found.family == "cfw":
         needs.append("a StableSR checkpoint: it holds the decoder's part alone")
     if found.adapter is not None and found.cfw is None:
@@ -172,14 +175,20 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
         dtypes=tuple(sorted({dtype for header in headers.values() for file in header for dtype in file})),
         parts={name: sum(sum(file.values()) for file in files) for name, files in headers.items()},
         configs={name: config for name in headers if (config := _json(folders[name] / "config.json"))},
-        prediction=Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
-        if "prediction_type" in scheduler
-        else None,
+        prediction=_prediction_of_folder(index or {}, scheduler),
         command=command.format(name=folder) if command else None,
         missing=tuple(f"{name}, which is absent" for name in needed if name not in folders),
         notes=(),
         sha256=None,
     )
+
+
+def _prediction_of_folder(index: dict[str, Any], scheduler: dict[str, Any]) -> Prediction | None:
+    if "prediction" in index:  # of a one-step restorer, which may predict another thing than its base
+        return Prediction(index["prediction"], "by its config", is_certain=True)
+    if "prediction_type" in scheduler:
+        return Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
+    return None
 
 
 def _pipeline_kind(names: list[str], index: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:

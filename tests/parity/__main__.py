@@ -1,6 +1,6 @@
 """Compare the toolkit with a folder of reference outputs, whatever its config and seed.
 
-python -m tests.parity {codeformer|stablesr} DIR
+python -m tests.parity {codeformer|onestep|stablesr} DIR
 
 Prints one line per quantity, `name max_abs_diff tolerance ok|FAIL`, then a line that counts them. Exits with 1
 on a failure, on a file that is not understood, and on a folder with nothing to check; with 2 on wrong usage.
@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.parity import codeformer, stablesr
+from tests.parity import codeformer, onestep, stablesr
 
 SUITES: dict[str, Callable[[Path], Iterator[tuple[str, float, float]]]] = {
     "codeformer": codeformer.check_folder,
+    "onestep": onestep.check_folder,
     "stablesr": stablesr.check_folder,
 }
 
