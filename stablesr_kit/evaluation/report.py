@@ -348,6 +348,25 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_text(report: Mapping[str, Any]) -> str:
+    """The measured table for a terminal: columns in line, the best marked."""
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["metrics"]))
+    table = [["set", "method", *(METRICS[name].title for name in names)]]
+    for row in report["rows"]:
+        means = [row["metrics"].get(name) for name in names]
+        cells = ["" if m is None else f"{m['mean']:.{METRICS[n].digits}f}" for n, m in zip(names, means, strict=True)]
+        table.append([row["set"], row["method"], *cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    return "\n".join(lines)
+
+
 def _header(names: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 

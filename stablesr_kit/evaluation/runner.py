@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from stablesr_kit.errors import ImageError, OutputError, StableSRKitError, reason_of
-from stablesr_kit.evaluation.methods import TRUTH, Given, Method, Restore, Settings
+from stablesr_kit.evaluation.methods import TRUTH, Given, Method, Restore, Settings, version_of
 from stablesr_kit.evaluation.metrics import METRICS, Measure, MeasureSet, MetricSettings, Sample
 from stablesr_kit.evaluation.protocols import Pair, PictureSet, Protocol
 from stablesr_kit.evaluation.resampling import Pixels, reduce_blurred, resize_bicubic_matlab
@@ -29,6 +29,8 @@ from stablesr_kit.imaging.files import read_picture
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from stablesr_kit.storage import replacing_file, sha256
 from stablesr_kit.version import __version__
+
+METRIC_PACKAGES = ("torch", "scikit-image", "lpips", "piq", "torch-fidelity", "rapidocr-onnxruntime", "pyiqa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Record:
     """None where a metric has no finite value for this picture."""
     sha256: str = ""
     """Of the result."""
+    measured_by: str = ""
+    """`Loaded.identity` of the metrics."""
     seconds: float = 0.0
     error: str = ""
     of_picture: bool = False
@@ -91,6 +95,8 @@ class Loaded:
     measures: Mapping[str, Measure]
     set_measures: Mapping[str, MeasureSet]
     absent: Mapping[str, str]
+    identity: str
+    """What their values depend on beside pictures: hashes of weights, versions of packages."""
 
 
 def load_metrics(names: Iterable[str], settings: MetricSettings) -> Loaded:
@@ -109,7 +115,13 @@ def load_metrics(names: Iterable[str], settings: MetricSettings) -> Loaded:
             absent[name] = f"needs the package {error.name}; pip install 'stablesr-kit[{metric.extra}]'"
         except StableSRKitError as error:
             absent[name] = " ".join(str(error).split())
-    return Loaded(measures=measures, set_measures=set_measures, absent=absent)
+    identity = [*(version_of(name) for name in METRIC_PACKAGES), *settings.weights.hashes(), __version__]
+    return Loaded(
+        measures=measures,
+        set_measures=set_measures,
+        absent=absent,
+        identity=hashlib.sha256("\n".join(identity).encode()).hexdigest(),
+    )
 
 
 class Evaluation:
@@ -178,6 +190,8 @@ class Evaluation:
             done = self.records.get((record.set, record.picture, record.label))
             if done is not None and done.key == record.key and not done.error and self._is_there(task, done):
                 record = done
+                if done.measured_by != self.metrics.identity:
+                    record.metrics = {}
                 if done.metrics.keys() >= set(self._wanted(task)):
                     yield done
                     continue
@@ -272,6 +286,7 @@ class Evaluation:
     def _measure(self, task: Task, record: Record, lq: Pixels, truth: Pixels | None) -> None:
         with Image.open(self.result_path(task.set, task.label, task.pair.name)) as image:
             sample = Sample(np.asarray(image.convert("RGB")), truth, lq)
+        record.measured_by = self.metrics.identity
         for name in self._wanted(task):
             if name not in record.metrics:
                 value = self.metrics.measures[name](sample)
