@@ -11,12 +11,11 @@ import json
 from dataclasses import asdict
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from benchmarks.full_size import SD21_UNET, SD21_VAE
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.tiling.memory_plan import GIB, MemoryPlan, Planner
 from stablesr_kit.tiling.planner import LARGEST_BATCH, VAE_TILES_PX, tilings
@@ -55,7 +54,7 @@ def full_size_plan(height: int, width: int, budget_bytes: int, dtype: torch.dtyp
     """The plan with CFW for a result of height x width pixels."""
     with torch.device("meta"):
         vae = AutoencoderKL(**SD21_VAE)
-        unet = SFTUNet2DConditionModel(**SD21_UNET)
+        unet = UNet2DConditionModel(**SD21_UNET)
         networks = vae, unet, StableSRAdapter.from_unet(unet), ControllableFeatureWrapping.from_vae(vae)
     return Planner(*(nn.Module.to(network, dtype) for network in networks)).plan(
         height,

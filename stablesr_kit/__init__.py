@@ -11,7 +11,6 @@ from stablesr_kit.version import __version__
 if TYPE_CHECKING:
     from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler
     from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-    from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
     from stablesr_kit.models.time_aware_encoder import StableSRAdapter
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
@@ -21,7 +20,6 @@ __all__ = [
     "CodeFormerPipeline",
     "ControllableFeatureWrapping",
     "FaceRefinement",
-    "SFTUNet2DConditionModel",
     "SpacedDDIMScheduler",
     "SpacedDDPMScheduler",
     "StableSRAdapter",
@@ -33,7 +31,6 @@ _HOMES = {
     "CodeFormerPipeline": "stablesr_kit.pipelines.codeformer",
     "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
     "FaceRefinement": "stablesr_kit.pipelines.face_refinement",
-    "SFTUNet2DConditionModel": "stablesr_kit.models.sft_unet",
     "SpacedDDIMScheduler": "stablesr_kit.diffusion.spaced",
     "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",
     "StableSRAdapter": "stablesr_kit.models.time_aware_encoder",

@@ -18,11 +18,12 @@ from stablesr_kit.training.data.computed import TensorParts
 from stablesr_kit.training.data.crops import report_skipped
 from stablesr_kit.training.data.options import PairOptions
 from stablesr_kit.training.data.pairs import open_pairs
-from stablesr_kit.training.run.config import LoaderOptions, ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import LoaderOptions, PrecisionOptions, ProgramConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWDataConfig(LoaderOptions, PairOptions, ProgramConfig):
+class CFWDataConfig(PrecisionOptions, LoaderOptions, PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_model: str
@@ -56,7 +57,7 @@ def main(config: CFWDataConfig) -> None:
     loader = make_loader(pairs, batches, config.dataloader_num_workers)
     for part, (_, (lq, hq)) in zip(missing, tqdm(loader, mininterval=10), strict=True):
         generator = torch_stream(config.seed, starts[part])
-        with torch.autocast(device.type, torch.bfloat16):
+        with config.autocast(device):
             latents = pipeline(
                 image_to_unit(lq),
                 scale=1,

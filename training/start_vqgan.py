@@ -19,7 +19,8 @@ from stablesr_kit.seeds import stream
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_codebook
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
 

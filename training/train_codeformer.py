@@ -23,7 +23,8 @@ from stablesr_kit.training.data.options import DegradedPhotoOptions
 from stablesr_kit.training.losses.adversarial import VQGANAdversary, VQGANAdversaryOptions
 from stablesr_kit.training.losses.codebooks import code_token_loss, commitment_loss
 from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples

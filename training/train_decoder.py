@@ -14,7 +14,8 @@ from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_ski
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.losses.pictures import reconstruction_loss
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import PhotoValidationOptions, photo_examples, reconstructed

@@ -16,7 +16,6 @@ from stablesr_kit.checkpoints.networks import VOCABULARY_SIZE, build_text_encode
 from stablesr_kit.checkpoints.prediction import Prediction
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.spaces import vae_scale_factor
 
 STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
@@ -26,7 +25,7 @@ STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 class BaseNetworks:
     """The frozen networks of a Stable Diffusion."""
 
-    unet: SFTUNet2DConditionModel
+    unet: UNet2DConditionModel
     vae: AutoencoderKL | None
     text_encoder: CLIPTextModel | None
     tokenizer: Any | None
@@ -79,7 +78,7 @@ def base_of_folder(folder: Path, dtype: torch.dtype) -> BaseNetworks:
         )
     try:
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        unet = SFTUNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True, dtype=dtype)
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True, dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, dtype=dtype)
         text_encoder = tokenizer = None
         if {"text_encoder", "tokenizer"} <= parts:

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -25,16 +25,16 @@ from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Config
 from stablesr_kit.checkpoints.key_maps import PREFIXES, TITLES, Modules, Section
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel, residual_blocks
+from stablesr_kit.models.steering import residual_blocks
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
 VOCABULARY = "assets/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
 
 
-def build_unet(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> SFTUNet2DConditionModel:
+def build_unet(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> UNet2DConditionModel:
     """The UNet without SPADE; its keys are those of the stock class."""
-    return _renamed(SFTUNet2DConditionModel, key_maps.unet_modules, checkpoint, "unet", config, options)
+    return _renamed(UNet2DConditionModel, key_maps.unet_modules, checkpoint, "unet", config, options)
 
 
 def build_vae(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> AutoencoderKL:
@@ -50,7 +50,7 @@ def build_cfw(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) 
 def build_adapter(
     checkpoint: Checkpoint,
     config: Config,
-    unet: SFTUNet2DConditionModel,
+    unet: UNet2DConditionModel,
     empty_prompt_embeds: Tensor | None,
     options: AssemblyOptions,
 ) -> StableSRAdapter:

@@ -3,14 +3,8 @@
 import math
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from stablesr_kit.errors import ConfigError
-from stablesr_kit.evaluation.metrics import PristineStatistics, niqe, psnr, ssim
-
-BORDER_PX = 4
-"""What is left out at each side, as the literature does at a scale of 4."""
+from stablesr_kit.evaluation.metrics import BORDER_PX, PristineStatistics, niqe, psnr, ssim
+from stablesr_kit.evaluation.resampling import Pixels
 
 
 class Quality:
@@ -20,17 +14,9 @@ class Quality:
     """
 
     def __init__(self, niqe_statistics: str | None = None) -> None:
-        self.pristine = None
-        if niqe_statistics is not None:
-            try:
-                self.pristine = PristineStatistics.load(Path(niqe_statistics))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"niqe_statistics={niqe_statistics} cannot be read ({error}); "
-                    "give niqe_pris_params.npz or leave it out"
-                ) from error
+        self.pristine = None if niqe_statistics is None else PristineStatistics.load(Path(niqe_statistics))
 
-    def __call__(self, restored: NDArray[np.uint8], truth: NDArray[np.uint8] | None) -> dict[str, float]:
+    def __call__(self, restored: Pixels, truth: Pixels | None) -> dict[str, float]:
         """Metrics of a picture (H, W, 3) against a truth of its size, without a border of 4 px; only finite ones."""
         metrics = {}
         if truth is not None:

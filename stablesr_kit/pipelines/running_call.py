@@ -27,7 +27,7 @@ class RunningCall(DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call evaluates the UNet for the negative prompt as well."""
-        return self._guidance_scale > 1
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
 
     @property
     def clip_skip(self) -> int | None:

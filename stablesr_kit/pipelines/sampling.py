@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from stablesr_kit.diffusion.guidance import classifier_free_guidance
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.pipelines.checking import Start
 from stablesr_kit.pipelines.coding import Generators
 from stablesr_kit.tiling.latents import Aggregation, LatentTiling, prediction_shapes
@@ -118,22 +118,14 @@ class Sampling(DiffusionPipeline):
         guidance_scale: float = 1.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
-
-        latents, lq_latents: (B, C, h, w). prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with
-        the negative ones first, which turns guidance on. The adapter runs once for both.
-        """
-        sft = self.adapter(lq_latents.to(self.adapter.dtype), timestep).to(self.unet.dtype)
-        branches = max(len(prompt_embeds) // len(latents), 1)
-        prediction = self.unet(
-            torch.cat([latents] * branches),
+        """What the steered UNet predicts at one timestep, see `steered_prediction`."""
+        return steered_prediction(
+            self.unet,
+            self.adapter,
+            latents,
             timestep,
-            encoder_hidden_states=prompt_embeds.expand(branches * len(latents), -1, -1),
+            lq_latents,
+            prompt_embeds,
+            guidance_scale,
             cross_attention_kwargs=cross_attention_kwargs,
-            sft=sft,
-            return_dict=False,
-        )[0]
-        if branches == 1:
-            return prediction
-        uncond, cond = prediction.chunk(2)
-        return classifier_free_guidance(uncond, cond, guidance_scale)
+        )

@@ -25,9 +25,9 @@ from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
-from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder
+from stablesr_kit.models.steering import make_steerable
+from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
 from stablesr_kit.pipelines.coding import Generators, PostStage, repeated
 from stablesr_kit.pipelines.loading import resolve_model
@@ -105,6 +105,12 @@ class StableSRPipeline(
         min_size_px: int = 0,
     ) -> None:
         super().__init__()
+        if unet is not None:
+            make_steerable(unet)
+            if adapter is not None:
+                check_adapter(adapter, unet)
+        if vae is not None:
+            check_autoencoder(vae, cfw)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -117,16 +123,6 @@ class StableSRPipeline(
         self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in any pipeline; a stock UNet is made able to take SFT maps.
-
-        It is saved as the stock one, whose keys and config it has, so that any pipeline may load the folder.
-        """
-        is_unet = name == "unet" and value is not None
-        super().__setattr__(name, SFTUNet2DConditionModel.from_unet(value) if is_unet else value)
-        if is_unet:
-            self.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

@@ -4,7 +4,6 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Self, cast
 
 import torch
@@ -22,8 +21,8 @@ from stablesr_kit.models.feature_wrapping import (
     decode_with_features,
     encode_with_features,
 )
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.pipelines.sampling import Sampling
 from stablesr_kit.tiling.autoencoder import APPROXIMATE_HALO, SAMPLED_PATCH, SAMPLED_PATCHES
 from stablesr_kit.tiling.feature_maps import FeatureMap, Workspace
 from stablesr_kit.tiling.moments import sums_of
@@ -88,8 +87,7 @@ def prediction_cost(
     """
     latents = torch.empty(batch_size, unet.config.in_channels, *tile, dtype=unet.dtype, device=META)
     prompts = torch.empty(branches * batch_size, 77, unet.config.cross_attention_dim, dtype=unet.dtype, device=META)
-    networks = cast(Sampling, SimpleNamespace(unet=unet, adapter=adapter))
-    return _counted(lambda: Sampling.predict(networks, latents, 500, latents, prompts, 2.0))
+    return _counted(lambda: steered_prediction(unet, adapter, latents, 500, latents, prompts, 2.0))
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def check_unet(official: Official, name: str) -> Iterator[Quantity]:
         }
         inputs = [reference[f"in_{part}"] for part in ("x", "timesteps", "context")]
         hooks = [module.register_forward_hook(remember(seen, key)) for key, module in watched.items()]
-        seen["out"] = pipeline.unet(*inputs, sft=sft).sample
+        seen["out"] = pipeline.unet(*inputs, timestep_cond=sft).sample
         for hook in hooks:
             hook.remove()
         skip = seen["dbg_input0"] if first.conv_shortcut is None else first.conv_shortcut(seen["dbg_input0"])
@@ -414,7 +414,9 @@ def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
             return reference["in_pred"]
         timestep, context = reference["in_t"], reference["in_context"]
         sft = official.pipeline.adapter(reference["in_z_lq"], timestep)
-        return official.pipeline.unet(noised_and_target()[0], timestep, context, sft=sft, return_dict=False)[0]
+        return official.pipeline.unet(noised_and_target()[0], timestep, context, timestep_cond=sft, return_dict=False)[
+            0
+        ]
 
     ours: Ours = {
         "out_x_noisy": lambda: noised_and_target()[0],

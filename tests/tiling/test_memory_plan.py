@@ -11,8 +11,8 @@ from benchmarks.plan import full_size_plan
 from stablesr_kit.errors import ConfigError, JobError
 from stablesr_kit.imaging.canvas import Canvas
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.pipelines.planning import parsed_bytes
-from stablesr_kit.pipelines.sampling import Sampling
 from stablesr_kit.tiling.autoencoder import AttentionMode, TiledAutoencoder
 from stablesr_kit.tiling.costs import (
     LiveBytes,
@@ -52,7 +52,7 @@ def test_a_prediction_holds_what_was_counted_without_values(batch_size: int, bra
     latents = unit_noise(batch_size, 4, 16, 16)
     prompts = unit_noise(branches * batch_size, 77, unet.config.cross_attention_dim)
     with torch.no_grad(), LiveBytes() as live:
-        Sampling.predict(PIPELINE, latents, 500, latents, prompts, 2.0)
+        steered_prediction(PIPELINE.unet, PIPELINE.adapter, latents, 500, latents, prompts, 2.0)
     assert counted.peak_bytes == pytest.approx(live.peak, rel=0.1)
 
 

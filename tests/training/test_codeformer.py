@@ -23,7 +23,8 @@ from stablesr_kit.pipelines.loading import resolve_model
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.data.sources import FolderPhotos
 from stablesr_kit.training.losses.codebooks import fit_codes, revive_codes
-from stablesr_kit.training.run.config import RunConfig, load_config
+from stablesr_kit.training.run.command_line import load_config
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.optimizers import learning_rate_schedule
 from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
 from tests.helpers.training_runs import (

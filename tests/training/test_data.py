@@ -181,7 +181,6 @@ def test_pairs_are_cut_mirrored_and_turned_alike(tmp_path: Path) -> None:
         ({}, "no photographs given; give one of train_data_dir, dataset_name, shards"),
         ({"train_data_dir": ("a",), "shards": "b.tar"}, "train_data_dir and shards given"),
         ({"train_data_dir": ("nowhere",)}, "nowhere: no such folder"),
-        ({"small_photos": "crop"}, "must be skip or pad"),
         ({"lq_data_dir": "lq", "photo_scales": (1.0, 0.5)}, "photo_scales cannot be used with lq_data_dir"),
         ({"photo_scales": (0.0,)}, "positive"),
         ({"resolution": 0}, "at least 1"),

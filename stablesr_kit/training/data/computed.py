@@ -18,9 +18,8 @@ from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.seeds import stream
 from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.storage import replacing_file
 from stablesr_kit.training.run.config import ProgramConfig
-from stablesr_kit.training.run.state import UNFINISHED
-from stablesr_kit.training.run.writing import writing
 
 
 class CachedLatents(Dataset[Pair]):
@@ -145,7 +144,5 @@ class TensorParts:
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    beside = file.with_name(file.name + UNFINISHED)
-    with writing(file):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-        beside.rename(file)
+    with replacing_file(file) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)

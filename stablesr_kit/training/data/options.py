@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.data.shards import ShardPhotos
@@ -40,7 +41,7 @@ class PhotoOptions(CheckedOptions):
     """Photographs of smaller files are passed over, since they are compressed too much; StableSR: 102400."""
     resolution: int = 512
     """Side of the square crops in px."""
-    small_photos: str = "skip"
+    small_photos: Literal["skip", "pad"] = "skip"
     """What becomes of photographs smaller than a crop: skip, or pad by reflection as StableSR does."""
     random_flip: bool = True
     """Whether crops are mirrored at random."""
@@ -51,8 +52,6 @@ class PhotoOptions(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.small_photos not in ("skip", "pad"):
-            raise ConfigError(f"small_photos={self.small_photos!r} must be skip or pad")
         if self.resolution < 1:
             raise ConfigError(f"resolution={self.resolution} must be at least 1")
         if not self.photo_scales or min(self.photo_scales) <= 0:

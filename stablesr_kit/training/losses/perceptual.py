@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from stablesr_kit.spaces import image_to_unit
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("none", "vgg", "lpips")
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
@@ -25,7 +23,7 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 class PerceptualOptions:
     """Options of programs that can train with a perceptual loss."""
 
-    perceptual: str = "none"
+    perceptual: Literal["none", "vgg", "lpips"] = "none"
     """The perceptual loss: vgg (feature reconstruction, Johnson et al. 2016), lpips (Zhang et al. 2018) or none."""
     perceptual_weights: str | None = None
     """File of VGG-16's ImageNet weights as torchvision saves them; None takes torchvision's cache, or fetches it."""
@@ -36,11 +34,9 @@ class PerceptualOptions:
 def load_perceptual_loss(options: PerceptualOptions) -> "FeatureReconstruction | LPIPS | None":
     """The frozen network of the options, whose call (image, target) gives a scalar; None for "none". The log says so.
 
-    Raises ConfigError for another name or where torchvision or lpips is missing, CheckpointError where the real
+    Raises ConfigError where torchvision or lpips is missing, CheckpointError where the real
     weights cannot be had.
     """
-    if options.perceptual not in KINDS:
-        raise ConfigError(f"perceptual={options.perceptual!r} must be one of {', '.join(KINDS)}")
     if options.perceptual == "none":
         logger.info("trains without a perceptual loss (perceptual: none)")
         return None

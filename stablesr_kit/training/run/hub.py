@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from stablesr_kit.errors import ConfigError, OutputError
 from stablesr_kit.training.run.config import RunConfig
 
-LEFT_OUT = ("checkpoint-*", "diverged-*", "*.unfinished", "logs/wandb*", ".*")
+LEFT_OUT = ("checkpoint-*", "diverged-*", "logs/wandb*", ".*")
 """Patterns of what stays where it is: what only this run can go on from, and what is half written."""
 
 

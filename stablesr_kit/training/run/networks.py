@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.optim import Optimizer
 
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.storage import replacing_folder
 from stablesr_kit.training.run.config import CheckedOptions
-from stablesr_kit.training.run.writing import replacing_folder
 from stablesr_kit.training.run.zero import ZeroOptimizer
 
 Network = TypeVar("Network", bound=ModelMixin)
@@ -85,12 +85,17 @@ def save_network(network: nn.Module, folder: Path) -> None:
 
     Raises OutputError; what was there before is then still there.
     """
-    with replacing_folder(folder) as beside:
-        if isinstance(network, ModelMixin):
-            network.save_pretrained(beside)
-        else:
-            state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-            save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+    with replacing_folder(folder) as part:
+        _write(network, part)
+
+
+def _write(network: nn.Module, folder: Path) -> None:
+    if isinstance(network, ModelMixin):
+        network.save_pretrained(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -98,9 +103,9 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
     Raises OutputError; what was there before is then still there.
     """
-    with replacing_folder(folder) as beside:
-        pipeline.to(torch.float16).save_pretrained(beside)
-        for file in beside.glob("*/config.json"):
+    with replacing_folder(folder) as part:
+        pipeline.to(torch.float16).save_pretrained(part)
+        for file in part.glob("*/config.json"):
             options = json.loads(file.read_text())
             options.pop("_name_or_path", None)
             file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
@@ -192,7 +197,7 @@ class TrainedNetwork:
         for part in self.parts:
             copied = part.copy_from(accelerator, self.prepared)
             if copied is not None:
-                save_network(copied, folder / (part.name + suffix))
+                _write(copied, folder / (part.name + suffix))
 
     @contextmanager
     def _averages_in(self) -> Iterator[None]:
