@@ -48,9 +48,10 @@ def check_scheduler(scheduler: Any, trained: ModelSchedule) -> None:
     """
     name, config = type(scheduler).__name__, scheduler.config
     is_edm = name == "EDMEulerScheduler"  # its own noise levels and inputs; diffusers counts it among the compatible
-    needed = [one for one in inspect.signature(scheduler.step).parameters.values() if one.default is one.empty]
+    step = inspect.signature(scheduler.step).parameters if hasattr(scheduler, "step") else {}
+    needed = [name for name, parameter in step.items() if parameter.default is parameter.empty]
     if (
-        not hasattr(scheduler, "add_noise")
+        not (step and hasattr(scheduler, "add_noise"))
         or not (hasattr(scheduler, "alphas_cumprod") or is_edm)
         or "Inverse" in name
         or len(needed) > 3  # model_output, timestep, sample

@@ -192,12 +192,12 @@ class PictureCoder:
         upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
         dtypes = [(part, part.dtype) for part in (self.vae, self.cfw) if upcast and part is not None]
         for part, _ in dtypes:
-            part.to(torch.float32)
+            nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of every cast
         try:
             yield
         finally:
             for part, dtype in dtypes:
-                part.to(dtype)
+                nn.Module.to(part, dtype)
 
 
 class TiledAutoencoder:

@@ -16,7 +16,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     IPNDMScheduler,
-    PNDMScheduler,
     RePaintScheduler,
     ScoreSdeVeScheduler,
     StableDiffusionPipeline,
@@ -204,7 +203,7 @@ def test_a_scheduler_that_cannot_work_is_refused_by_name(scheduler: Any) -> None
 def test_a_scheduler_set_up_for_another_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = tiny_pipeline(with_text=False)
     own = pipeline.scheduler.config
-    for kind in (DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler):
+    for kind in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler):
         pipeline.scheduler = kind.from_config(own)
         run(pipeline)
     assert not caplog.messages
