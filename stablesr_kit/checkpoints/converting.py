@@ -11,18 +11,26 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from stablesr_kit.checkpoints.assembling import AssemblyOptions
-from stablesr_kit.checkpoints.base import BaseNetworks, base_of_checkpoint, build_base, read_base, trained_size_px
+from stablesr_kit.checkpoints.base import (
+    BaseNetworks,
+    base_of_checkpoint,
+    build_base,
+    measure_prediction,
+    read_base,
+    trained_size_px,
+)
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over, section
-from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
-from stablesr_kit.checkpoints.key_maps import PREFIXES
-from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
-from stablesr_kit.checkpoints.prediction import (
+from stablesr_kit.checkpoints.detecting import (
     ASSUMED,
+    Detection,
+    Hints,
     Prediction,
     PredictionType,
-    measure_prediction,
+    detect,
     prediction_from_name,
 )
+from stablesr_kit.checkpoints.key_maps import PREFIXES
+from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError

@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
-from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
+from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, Prediction, detect, prediction_from_name
 from stablesr_kit.checkpoints.key_maps import TITLES, Section
-from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
 from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
 from stablesr_kit.errors import CheckpointError
 
