@@ -16,7 +16,7 @@ from stablesr_kit.checkpoints.networks import VOCABULARY_SIZE, build_text_encode
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.spaces import vae_scale_factor
+from stablesr_kit.models.feature_wrapping import scale_factor
 
 STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 
@@ -101,7 +101,7 @@ def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
         return 0
-    side: int = unet.config.sample_size * vae_scale_factor(vae)
+    side: int = unet.config.sample_size * scale_factor(vae)
     return side
 
 

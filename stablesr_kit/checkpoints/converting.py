@@ -22,6 +22,7 @@ from stablesr_kit.checkpoints.base import (
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over, section
 from stablesr_kit.checkpoints.detecting import (
     ASSUMED,
+    ONE_STEP,
     Detection,
     Hints,
     Prediction,
@@ -45,9 +46,7 @@ SLOTS: Mapping[str, str] = {
     "stable diffusion": "give it as base (--base) of a web-UI extract",
     "autoencoder": "StableSR takes its own; for w above 0 give vqgan_cfw_00011.ckpt as cfw (--cfw)",
     "diffusers weights": "give the pipeline folder they belong to as base (--base)",
-    **dict.fromkeys(
-        ("pisa-sr", "osediff", "hypir", "invsr"), "give it alone, and its Stable Diffusion as base (--base)"
-    ),
+    **dict.fromkeys(ONE_STEP, "give it alone, and its Stable Diffusion as base (--base)"),
     "lora": "load it with pipeline.load_lora_weights",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }

@@ -37,6 +37,9 @@ Family = Literal[
     "unknown",
 ]
 
+ONE_STEP: tuple[Family, ...] = ("pisa-sr", "osediff", "hypir", "invsr")
+"""Restorers of one step or a few, which stand on a Stable Diffusion that is given beside them."""
+
 Config = dict[str, Any]
 
 SIGNATURES: tuple[tuple[Family, str, str], ...] = (

@@ -4,14 +4,14 @@ Facts of the released programs: PiSA-SR (Sun et al. 2025), OSEDiff (Wu et al. 20
 (Yue et al. 2025).
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
@@ -27,6 +27,8 @@ from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.noise_predictor import NoisePredictor
+
+OPEN_RAIL = "Its base, Stable Diffusion 2.1: CreativeML Open RAIL++-M."
 
 INVSR_PROMPT = (
     "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, "
@@ -52,9 +54,9 @@ class System:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-SYSTEMS: Mapping[Family, System] = {
+SYSTEMS: Mapping[str, System] = {
     "pisa-sr": System(
-        licence="PiSA-SR (github.com/csslc/PiSA-SR): Apache-2.0 by its README.",
+        licence=f"PiSA-SR (github.com/csslc/PiSA-SR): Apache-2.0 by its README. {OPEN_RAIL}",
         alpha=8.0,
         config={
             "prediction": "residual",
@@ -65,7 +67,7 @@ SYSTEMS: Mapping[Family, System] = {
         },
     ),
     "osediff": System(
-        licence="OSEDiff (github.com/cswry/OSEDiff): Apache-2.0.",
+        licence=f"OSEDiff (github.com/cswry/OSEDiff): Apache-2.0. {OPEN_RAIL}",
         alpha=8.0,
         config={
             "prediction": "epsilon",
@@ -79,7 +81,7 @@ SYSTEMS: Mapping[Family, System] = {
     "hypir": System(
         licence=(
             "HYPIR (github.com/XPixelGroup/HYPIR): SupPixel's terms; for research and other non-commercial use only, "
-            "code and weights."
+            f"code and weights. {OPEN_RAIL}"
         ),
         config={
             "prediction": "epsilon",
@@ -92,7 +94,7 @@ SYSTEMS: Mapping[Family, System] = {
     "invsr": System(
         licence=(
             "InvSR (github.com/zsyOAOA/InvSR): S-Lab License 1.0; for non-commercial use only, code and weights. "
-            "SD-Turbo, which it stands on, has Stability AI's own terms."
+            "Its base, SD-Turbo: Stability AI's own terms."
         ),
         prompt=INVSR_PROMPT,
         base="SD-Turbo",
@@ -116,7 +118,6 @@ def convert_one_step(
     hints: Hints | None = None,
     tensors_only: bool = False,
     ignore: Iterable[str] = (),
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Arguments of `OneStepPipeline`: stock networks with the LoRAs merged, and what the released program sets.
 
@@ -125,22 +126,23 @@ def convert_one_step(
             any rank and width.
         base: the Stable Diffusion it stands on, a diffusers folder or a checkpoint.
         hints: what shapes do not tell, where it differs from the released models.
-        tensors_only, ignore, dtype: as for `convert_checkpoint`.
+        tensors_only, ignore: as for `convert_checkpoint`.
 
     Raises:
         UnsafeCheckpointError: a file needs more than tensors.
         CheckpointError: a file is of another family, the base is not the one it belongs to, or a tensor is missing,
             left over or of another shape.
     """
-    file = canonicalize(read_checkpoint(checkpoint, tensors_only=tensors_only))
-    options = AssemblyOptions(dtype, tuple(ignore))
+    raw = read_checkpoint(checkpoint, tensors_only=tensors_only)
+    file = canonicalize(raw)
     found = detect(file, hints)
     if found.family not in SYSTEMS:
         raise CheckpointError(
             f"{file.path.name} is {found.description}, not a one-step restorer; expected PiSA-SR, OSEDiff, HYPIR or "
             "InvSR"
         )
-    hints = hints or Hints()
+    complain(f"{file.path.name}: listed, but missing", sorted(_listed_loras(raw.content) - file.full_names().keys()))
+    hints, options = hints or Hints(), AssemblyOptions(ignore=tuple(ignore))
     networks = build_base(read_base(base, tensors_only=tensors_only), hints, options)
     return join(file, found.family, networks, scheduler_of_base(Path(base)), hints, options)
 
@@ -180,7 +182,7 @@ def join(
     return {
         **networks,
         "scheduler": scheduler,
-        "default_prompt": _default_prompt(system.prompt, base, options),
+        "default_prompt": _default_prompt(system.prompt, base),
         "text_encoder": base.text_encoder,
         "tokenizer": base.tokenizer,
         **system.config,
@@ -189,62 +191,49 @@ def join(
     }
 
 
-class LoRA(NamedTuple):
-    """What is added to the weight of one module: `up` @ `down`, times a scale."""
+LISTS = re.compile(r"(?P<part>unet|vae)_lora_(?P<group>[a-z]+)_modules(?P<kind>_pix|_sem)?")
+"""Where OSEDiff and PiSA-SR list the modules of each adapter."""
 
-    down: Tensor
-    """(rank, in) of a linear layer, (rank, in, kernel, kernel) of a convolution."""
-    up: Tensor
-    """(out, rank), of a convolution (out, rank, 1, 1)."""
-
-    def delta(self, alpha: float | None) -> Tensor:
-        """In float32, (out, in) or (out, in, kernel, kernel)."""
-        rank = self.down.shape[0]
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return product.mul_(1.0 if alpha is None else alpha / rank).reshape(len(self.up), *self.down.shape[1:])
+LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight")
+"""What peft calls the two factors of what is added to a module's weight: B @ A, times a scale."""
 
 
 def merged(
     kind: type[Network], network: Network, tensors: Mapping[str, Tensor], system: System, options: AssemblyOptions
 ) -> Network:
-    """The network with LoRAs added to its weights, in float32, rounded once; the given one stays as it is.
+    """The float32 network with LoRAs added to its weights; the given one, whose other tensors it shares, stays as it is.
 
     tensors: `<module>.lora_A.<adapter>.weight` and `.lora_B.`, and `<module>.base_layer.<weight or bias>` of a layer
         that was trained as a whole, which takes the place of the network's own.
 
     Raises `CheckpointError`, which names every tensor that has no place and every wrong shape.
     """
-    what = kind.__name__
     weights = dict(network.state_dict())
-    ups, downs = {}, {}
+    loras: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     unknown, wrong = [], []
     for name, tensor in tensors.items():
-        if lora := re.fullmatch(r"(.+)\.lora_([AB])\.([^.]+)\.weight", name):
-            target = f"{lora[1]}.weight"
-            (downs if lora[2] == "A" else ups)[target, lora[3]] = tensor
-        else:
-            target = name.replace(".base_layer.", ".")
-            if target != name and target in weights and weights[target].shape == tensor.shape:
-                weights[target] = tensor.to(options.dtype)
-            elif target in weights:
-                wrong.append(f"{name} {tuple(tensor.shape)} for {tuple(weights[target].shape)}")
-        if target not in weights:
+        lora = LORA.fullmatch(name)
+        target = f"{lora['module']}.weight" if lora else name.replace(".base_layer.", ".")
+        if target not in weights or target == name:
             unknown.append(name)
-    complain(f"{what}: not in the base, which should be {system.base}", left_over(unknown, options.ignore))
-    halves = [f"{target} ({adapter})" for target, adapter in ups.keys() ^ downs.keys()]
-    complain(f"{what}: one half of a LoRA is missing for", sorted(halves))
-    loras: dict[str, list[LoRA]] = defaultdict(list)
-    for key, down in downs.items():
-        lora, expected = LoRA(down, ups[key]), weights[key[0]].shape
-        if down.shape[1:] != expected[1:] or lora.up.flatten(1).shape != (expected[0], len(down)):
-            wrong.append(f"{key[0]}: {tuple(lora.up.shape)} @ {tuple(down.shape)} for {tuple(expected)}")
-        loras[key[0]].append(lora)
-    complain(f"{what}: other shapes than the base has, which should be {system.base}", wrong)
-    for target, several in loras.items():
-        weight = weights[target].float()
-        for lora in several:
-            weight = weight + lora.delta(system.alpha)
-        weights[target] = weight.to(options.dtype)
+        elif lora:
+            loras[target, lora["adapter"]][lora["side"]] = tensor.float()
+        elif tensor.shape == weights[target].shape:
+            weights[target] = tensor.float()
+        else:
+            wrong.append(f"{name} {tuple(tensor.shape)} for {tuple(weights[target].shape)}")
+    named = f"{kind.__name__} of the base, which should be {system.base}"
+    complain(f"not in the {named}", left_over(unknown, options.ignore))
+    complain("one half of a LoRA is missing", [f"{key[0]} ({key[1]})" for key, lora in loras.items() if len(lora) < 2])
+    for (target, _), sides in loras.items():
+        down, up = sides["A"], sides["B"].flatten(1)  # (rank, in, ...), (out, rank)
+        weight = weights[target]
+        if down.shape[1:] != weight.shape[1:] or up.shape != (len(weight), len(down)):
+            wrong.append(f"{target}: {tuple(up.shape)} @ {tuple(down.shape)} for {tuple(weight.shape)}")
+        else:
+            scale = 1.0 if system.alpha is None else system.alpha / len(down)
+            weights[target] = weight + scale * (up @ down.flatten(1)).reshape(weight.shape)
+    complain(f"other shapes than in the {named}", wrong)
     with init_empty_weights():
         built = kind.from_config(network.config)
     built.load_state_dict(weights, strict=True, assign=True)
@@ -255,7 +244,7 @@ def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: Assemb
     """InvSR's network from its names, which all begin with `encoder.`."""
     what = "InvSR's noise predictor"
     levels = 1 + max(indices(tensors, r"^encoder\.down_blocks\.(\d+)\."), default=-1)
-    config = {
+    config: dict[str, Any] = {
         "in_channels": shape(tensors, "encoder.conv_in.weight", what)[1],
         "latent_channels": shape(tensors, "encoder.conv_out.weight", what)[0] // 2,
         "block_out_channels": tuple(
@@ -266,6 +255,12 @@ def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: Assemb
         "norm_num_groups": hints.noise_predictor_groups or 32,
         "temb_channels": shape(tensors, "encoder.time_embedding.linear_1.weight", what)[0],
     }
+    groups, head = config["norm_num_groups"], config["attention_head_dim"]
+    if any(width % groups or width % head for width in config["block_out_channels"]):
+        raise CheckpointError(
+            f"{what} is {config['block_out_channels']} channels wide, which {groups} groups and attention heads of "
+            f"{head} channels do not divide; give its own as hints (--config)"
+        )
     return assemble(
         lambda: NoisePredictor(**config),
         lambda names: {name: Recipe((f"encoder.{name}",), as_it_is) for name in names},
@@ -273,6 +268,24 @@ def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: Assemb
         what=what,
         options=options,
     )
+
+
+def noise_predictor_hints(path: Path) -> Hints:
+    """What the weights of InvSR's network do not tell, from a JSON file with its arguments.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return Hints(
+            noise_predictor_head_channels=int(config["attention_head_dim"]),
+            noise_predictor_groups=int(config["norm_num_groups"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: expected a JSON file with attention_head_dim and norm_num_groups ({error})"
+        ) from error
 
 
 def scheduler_of_base(base: Path) -> DDPMScheduler:
@@ -285,14 +298,24 @@ def scheduler_of_base(base: Path) -> DDPMScheduler:
         raise CheckpointError(f"{base} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _default_prompt(text: str, base: BaseNetworks, options: AssemblyOptions) -> DefaultPrompt | None:
+def _default_prompt(text: str, base: BaseNetworks) -> DefaultPrompt | None:
     encoder: CLIPTextModel | None = base.text_encoder
     if encoder is None or base.tokenizer is None:
         return None
     embeds = embed_prompt(text, encoder, base.tokenizer)
     prompt = DefaultPrompt(text, *embeds.shape[1:])
-    prompt.load_state_dict({"embeds": embeds.to(options.dtype)}, assign=True)
+    prompt.load_state_dict({"embeds": embeds}, assign=True)
     return prompt
+
+
+def _listed_loras(content: Mapping[str, object]) -> set[str]:
+    """Full names of the tensors that a file of OSEDiff or PiSA-SR should have by its own lists of modules."""
+    names = set()
+    for key, modules in content.items():
+        if (match := LISTS.fullmatch(key)) and isinstance(modules, list):
+            adapter = f"default_{match['group']}{match['kind'] or ''}"
+            names |= {f"{match['part']}.{module}.lora_{side}.{adapter}.weight" for module in modules for side in "AB"}
+    return names
 
 
 def _of_part(names: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

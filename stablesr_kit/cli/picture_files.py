@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.processes import gathered, is_first
-from stablesr_kit.errors import ImageError, OutputError, StableSRKitError
+from stablesr_kit.errors import ImageError, OutputError, StableSRKitError, is_out_of_memory
 from stablesr_kit.imaging.files import Picture, check_output, list_images, read_picture
-from stablesr_kit.tiling.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ from stablesr_kit.errors import JobError
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import StableSRPipeline, Tiling
     from stablesr_kit.tiling.team import Team
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -67,7 +67,10 @@ def restore(
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
+        DtypeName,
+        typer.Option(
+            help="Precision; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 elsewhere."
+        ),
     ] = "auto",
     face: Annotated[
         Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
@@ -125,11 +128,8 @@ def restore(
         "guidance_scale": guidance_scale,
         "start": first,
         "color_fix": color_fix,
-        "tile_px": tile_px,
-        "overlap_px": tile_overlap,
-        "vae_mode": mode,
-        "vae_attention": attention,
     }
+    tiles = {"tile_px": tile_px, "overlap_px": tile_overlap, "vae_mode": mode, "vae_attention": attention}
     try:
         if jobs:
             with failing_in_one_line():
@@ -147,6 +147,7 @@ def restore(
                     "dtype": str(torch_dtype).removeprefix("torch."),
                     "seed": seed,
                     **options,
+                    **tiles,
                 }
                 if face_model is not None:
                     settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
@@ -161,7 +162,8 @@ def restore(
                 device=torch_device,
                 dtype=torch_dtype,
                 seed=seed,
-                options={**options, "max_memory": allowed},
+                options=options,
+                tiling=tiling_of(tiles, allowed),
                 face_model=face_model,
                 face_w=face_w,
                 is_huge_allowed=huge,
@@ -229,6 +231,13 @@ def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: flo
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
 
 
+def tiling_of(tiles: dict[str, Any], max_memory: int | None) -> "Tiling":
+    """The `tiling` of a pipeline call."""
+    from stablesr_kit import Tiling
+
+    return Tiling(**tiles, max_memory=max_memory)
+
+
 def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
     """The jobs whose results are not there yet; ends the command if they are, but of other settings."""
     try:
@@ -264,9 +273,11 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    from stablesr_kit.precision import has_bf16
+
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None, negative_prompt: str | None) -> None:

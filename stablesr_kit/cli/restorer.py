@@ -22,19 +22,10 @@ if TYPE_CHECKING:
 
     from stablesr_kit import FaceRefinement, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
-    from stablesr_kit.pipelines.checking import OutputType
+    from stablesr_kit.pipelines.stablesr import OutputType
+    from stablesr_kit.tiling.memory import Tiling
     from stablesr_kit.tiling.team import Team
 
-PLANNED = (
-    "w",
-    "num_inference_steps",
-    "guidance_scale",
-    "tile_px",
-    "overlap_px",
-    "vae_mode",
-    "vae_attention",
-    "max_memory",
-)
 LESS_MEMORY = "restore with a smaller --tile or --scale"
 
 
@@ -45,7 +36,7 @@ class Restoring:
     folder: of the results and their journal.
     settings: as `Journal` takes them.
     model: name or folder.
-    options: of a pipeline's call.
+    options: of a pipeline's call, and tiling: its tiles and memory.
     face_model: name or folder of what refines faces, at fidelity face_w; None: nothing does.
     resume: continue what is in progress.
     """
@@ -57,6 +48,7 @@ class Restoring:
     dtype: "torch.dtype"
     seed: int
     options: dict[str, Any]
+    tiling: "Tiling"
     face_model: str | None
     face_w: float
     is_huge_allowed: bool
@@ -90,8 +82,9 @@ class Restorer:
         show_steps(self.pipeline, job, self.is_below_another_bar)
         picture = open_job(job, restoring.options["scale"], restoring.is_huge_allowed)
         with self.journal.in_progress(job.source, job.target, restoring.resume) as state:
-            options = {**restoring.options, "post_stages": self.stages, "team": self.team}
-            restore_file(job, picture, resumable(self.pipeline, state, seeded(restoring.seed), options), state)
+            options = {**restoring.options, "post_stages": self.stages}
+            call = resumable(self.pipeline, state, seeded(restoring.seed), restoring.tiling, options, self.team)
+            restore_file(job, picture, call, state)
             for stage in self.stages:
                 tell_faces(job.source, stage, stage.reports[0])
             self.journal.finish(job.source, job.results)
@@ -141,32 +134,40 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
 
 
 def resumable(
-    pipeline: "StableSRPipeline", folder: Path, generator: "torch.Generator", options: dict[str, Any]
+    pipeline: "StableSRPipeline",
+    folder: Path,
+    generator: "torch.Generator",
+    tiling: "Tiling",
+    options: dict[str, Any],
+    team: "Team | None",
 ) -> Callable[["Image.Image | Readable", "OutputType"], Any]:
     """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
-    from stablesr_kit.pipelines.coding import scaled_size
-    from stablesr_kit.pipelines.sampling_state import SamplingState
+    from stablesr_kit import Job as PipelineJob
+    from stablesr_kit.pipelines.job import SamplingState
+    from stablesr_kit.pipelines.stablesr import result_size
 
     saved = folder / "sampling.pt"
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         # A tiled call draws its noise by position and takes nothing more from the generator.
         SamplingState.after(
-            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.tiling, pipeline.vae_tile_px
+            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.grid, pipeline.vae_tile_px
         ).save(saved)
         return tensors
 
     def call(image: "Image.Image | Readable", output_type: "OutputType") -> Any:
-        state = SamplingState.load(saved) if saved.exists() else None
-        planned = {name: options[name] for name in PLANNED}
         size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
-        plan = plan_for(pipeline, *scaled_size(*size, options["scale"]), planned, folder / "plan.json")
+        result = result_size(*size, options["scale"])
         return pipeline(
             image,
             generator=generator,
-            state=state,
-            plan=plan,
-            record=folder,
+            tiling=tiling,
+            job=PipelineJob(
+                plan=plan_for(pipeline, *result, tiling, options, folder / "plan.json"),
+                state=SamplingState.load(saved) if saved.exists() else None,
+                record=folder,
+                team=team,
+            ),
             output_type=output_type,
             callback_on_step_end=save,
             **options,

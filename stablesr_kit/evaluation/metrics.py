@@ -28,6 +28,7 @@ from stablesr_kit.evaluation.resampling import Array, Pixels, resize_bicubic_mat
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
 from stablesr_kit.faces.identity import identity_distance
 from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.storage import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,6 +216,9 @@ def seam_energy(pixels: Pixels, period_px: int = 64) -> float:
 # ---- by networks
 
 
+WEIGHT_SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
+
+
 class Weights(NamedTuple):
     """Where the trained weights of metrics are: in these folders or in one that is in them.
 
@@ -225,8 +229,15 @@ class Weights(NamedTuple):
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that is there."""
-        places = [place for folder in self.folders for place in (folder, *sorted(folder.glob("*/")))]
-        return next((place / name for name in names for place in places if (place / name).is_file()), None)
+        return next((place / name for name in names for place in self._places() if (place / name).is_file()), None)
+
+    def hashes(self) -> list[str]:
+        """Names and SHA-256 of all weights that are there."""
+        files = [file for place in self._places() for file in sorted(place.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+        return [f"{file.name} {sha256(file)}" for file in files]
+
+    def _places(self) -> list[Path]:
+        return [place for folder in self.folders for place in (folder, *sorted(folder.glob("*/")))]
 
     def need(self, *names: str) -> Path:
         """The same. Raises CheckpointError where there is none."""
@@ -351,9 +362,9 @@ class CLIPIQA:
     def __init__(self, weights: Weights) -> None:
         from piq.feature_extractors.clip import build_model
 
-        from stablesr_kit.checkpoints.tokenizer import clip_tokenizer
+        from stablesr_kit.checkpoints.networks import clip_tokenizer
 
-        state = read_torchscript(weights.need("RN50.pt"), sha256=CLIP_RN50_SHA256)
+        state = read_torchscript(weights.need("RN50.pt"), CLIP_RN50_SHA256)
         self.network = build_model(state).float().eval()
         tokens = clip_tokenizer(pads_with_zero=True, length=77)(
             ["Good photo.", "Bad photo."], padding="max_length", return_tensors="pt"
@@ -377,14 +388,11 @@ class CLIPIQA:
 CLIP_RN50_SHA256 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 
 
-def read_torchscript(file: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive, which is only opened if it is the published one. Raises CheckpointError."""
-    import hashlib
-
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256:
-        raise CheckpointError(f"{file} has SHA-256 {found}, expected {sha256}; get the published file")
+def read_torchscript(file: Path, expected: str) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive, which is only opened if it has this SHA-256. Raises CheckpointError."""
+    found = sha256(file)
+    if found != expected:
+        raise CheckpointError(f"{file} has SHA-256 {found}, expected {expected}; get the published file")
     return dict(torch.jit.load(str(file), map_location="cpu").state_dict())
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
 
 Pixels = NDArray[np.uint8]
 Array = NDArray[np.float64]
@@ -21,6 +22,28 @@ def resize_bicubic_matlab(pixels: Pixels, height: int, width: int) -> Pixels:
     tall = np.einsum("Hh,hwc->Hwc", _weights(pixels.shape[0], height), pixels.astype(np.float64), optimize=True)
     wide = np.einsum("Ww,Hwc->HWc", _weights(pixels.shape[1], width), _rounded(tall), optimize=True)
     return _rounded(wide).astype(np.uint8)
+
+
+def reduction_matrices(height: int, width: int, scale: int, blur_sigma: float) -> tuple[Array, Array]:
+    """What reduces a picture (H, W) by a Gaussian blur and MATLAB's bicubic: columns (h, H) and rows (w, W).
+
+    The reduced picture is columns @ picture @ rows.T. Borders are mirrored. blur_sigma in px of the large picture.
+    """
+    columns, rows = (_weights(side, side // scale) @ _blur(side, blur_sigma) for side in (height, width))
+    return columns, rows
+
+
+def reduce_blurred(pixels: Pixels, scale: int, blur_sigma: float) -> Pixels:
+    """The picture (H, W, C) blurred and reduced by `reduction_matrices`, (h, w, C): the lecture's (I (x) k) down."""
+    columns, rows = reduction_matrices(pixels.shape[0], pixels.shape[1], scale, blur_sigma)
+    return _rounded(np.einsum("hH,HWc,wW->hwc", columns, pixels.astype(np.float64), rows, optimize=True)).astype(
+        np.uint8
+    )
+
+
+def _blur(side: int, sigma: float) -> Array:
+    blurred: Array = gaussian_filter1d(np.eye(side), sigma, axis=0, mode="reflect") if sigma > 0 else np.eye(side)
+    return blurred
 
 
 def _rounded(values: Array) -> Array:

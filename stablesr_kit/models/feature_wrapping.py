@@ -148,6 +148,12 @@ def check_autoencoder(vae: AutoencoderKL, cfw: ControllableFeatureWrapping | Non
             )
 
 
+def scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent position along a side: every level but the last halves the picture."""
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
 def encode_with_features(
     vae: AutoencoderKL, image: Tensor, levels: tuple[int, ...]
 ) -> tuple[DiagonalGaussianDistribution, dict[int, Tensor]]:

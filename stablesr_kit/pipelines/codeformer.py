@@ -17,6 +17,7 @@ from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelNotFoundError
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
+from stablesr_kit.models.precision import in_float32
 from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
 from stablesr_kit.spaces import image_to_unit
@@ -140,7 +141,8 @@ class CodeFormerPipeline(DiffusionPipeline):
         device = self._execution_device
         w = w.to(device) if isinstance(w, Tensor) else w
         image = image.to(device, self.codeformer.dtype)
-        output: Tensor = self.codeformer(image, w, adain=adain, code_lookup=code_lookup).image
+        with in_float32(self.codeformer.vqgan.decoder, self.codeformer.fusions):
+            output: Tensor = self.codeformer(image, w, adain=adain, code_lookup=code_lookup).image
         if not output.isfinite().all():
             raise FloatingPointError(
                 f"the restored faces are not finite, computed in {self.codeformer.dtype}; "

@@ -1,5 +1,6 @@
 """Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
 
+import json
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -47,6 +48,24 @@ def resolve_model(
             f"{folder} is a file, expected a pipeline folder; make one with `stablesr convert {folder} -o DIR`"
         )
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+
+
+def check_components(folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse a pipeline folder of another kind. given: components that come from elsewhere, by name.
+
+    Raises:
+        ModelNotFoundError: there is no adapter.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+    except ValueError:
+        return  # loading it says what is wrong
+    if given.get("adapter") is None and not any(index.get("adapter") or ()):
+        raise ModelNotFoundError(
+            f"{folder} is a {index.get('_class_name', 'pipeline')} without an adapter, which is what makes it restore "
+            "(and, for w above 0, a cfw); give adapter=StableSRAdapter.from_pretrained(...), or convert a StableSR "
+            "checkpoint with `stablesr convert`"
+        )
 
 
 def parameter_count(folder: Path) -> int:

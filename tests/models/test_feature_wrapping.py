@@ -16,6 +16,7 @@ from torch import Tensor
 from stablesr_kit import ControllableFeatureWrapping
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.models.feature_wrapping import check_autoencoder, decode_with_features, encode_with_features
+from tests.helpers.offloads import OFFLOADS
 from tests.helpers.tiny import tiny_cfw, tiny_vae, unit_noise
 
 VAES = pytest.mark.parametrize(
@@ -207,21 +208,6 @@ def test_encoding_and_decoding_push_the_module_before_them_off_the_device() -> N
     assert before.offloads == 1
     decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
     assert before.offloads == 2
-
-
-OFFLOADS: dict[str, Callable[[Any, Path], object]] = {
-    "sequential": lambda network, _: accelerate.cpu_offload(network, torch.device("cpu")),
-    "block_level": lambda network, _: network.enable_group_offload(
-        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-    ),
-    "leaf_level": lambda network, _: network.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
-    "block_level to disk": lambda network, folder: network.enable_group_offload(
-        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder)
-    ),
-    "leaf_level to disk": lambda network, folder: network.enable_group_offload(
-        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(folder)
-    ),
-}
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)

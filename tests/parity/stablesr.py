@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from stablesr_kit.checkpoints import load_official
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler, ddim_sigma
 from stablesr_kit.imaging.canvas import View, assembled
-from stablesr_kit.imaging.tiles import gaussian_weights, tile_offsets
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, gaussian_weights, tile_offsets
 from stablesr_kit.training.losses.denoising import denoising_loss, hide_in_noise
 from tests.parity.references import (
     MissingInput,
@@ -276,7 +276,7 @@ def sample(
     reference: Reference[Tensor],
     scheduler: SpacedDDPMScheduler,
     guidance_scale: float = 1.0,
-    tiling: LatentTiling | None = None,
+    grid: TileGrid | None = None,
     **step_arguments: Any,
 ) -> Trajectory:
     """The pipeline's prediction and the scheduler's step in a loop, with the reference's noise."""
@@ -285,7 +285,7 @@ def sample(
         context = torch.cat([reference["in_neg_context"].expand_as(context), context])
     aggregation = Aggregation(
         (x.shape[-2], x.shape[-1]),
-        tiling,
+        grid,
         1,
         x.device,
         x.dtype,
@@ -293,7 +293,8 @@ def sample(
     )
     visited, denoised = [], []
     for step, (timestep, noise) in enumerate(zip(scheduler.timesteps, reference["in_step_noises"], strict=True)):
-        predict = partial(official.pipeline.predict, timestep=timestep, guidance_scale=guidance_scale)
+        networks = official.pipeline.unet, official.pipeline.adapter
+        predict = partial(steered_prediction, *networks, timestep=timestep, guidance_scale=guidance_scale)
         prediction = aggregation.predict(predict, x, reference["in_struct_latent"], context, step)
         x, x0 = scheduler.step(prediction, timestep, x, variance_noise=noise, return_dict=False, **step_arguments)
         visited.append(x)
@@ -312,12 +313,10 @@ def check_sample_ddpm(official: Official, name: str) -> Iterator[Quantity]:
     """Respaced DDPM from the noised LQ latent, and the decoding of its result with CFW."""
     reference = official.file(name)
     run = cache(lambda: sample(official, reference, spaced(official, reference)))
-    features = cache(
-        lambda: official.pipeline.encode_image([View(one) for one in reference["in_lq_image"].split(1)])[1]
-    )
+    features = cache(lambda: official.pipeline.encode([View(one) for one in reference["in_lq_image"].split(1)])[1])
 
     def decoded(w: float) -> Tensor:
-        return assembled(official.pipeline.decode_latents(reference["out"][:1], features(), w)[0])
+        return assembled(official.pipeline.decode(reference["out"][:1], features(), w)[0])
 
     def denoised(step: int) -> Tensor:
         return run().x0[step]
@@ -387,8 +386,8 @@ def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
         return sample(official, reference, scheduler(), eta=about["eta"]).x[-1]
 
     def canvas() -> Tensor:
-        tiling = official_tiling(about)
-        return sample(official, on_canvas, scheduler(), about["scale"], tiling, eta=about["eta"]).x[-1]
+        grid = official_grid(about)
+        return sample(official, on_canvas, scheduler(), about["scale"], grid, eta=about["eta"]).x[-1]
 
     def timesteps_fed() -> float:
         return difference(scheduler().timesteps.sort()[0], reference["in_timesteps_fed"].sort()[0])
@@ -431,11 +430,11 @@ def check_sample_canvas(official: Official, name: str) -> Iterator[Quantity]:
     """Aggregation sampling: respaced DDPM on a canvas larger than a tile."""
     reference = official.file(name)
     about = metadata(official.folder / f"{name}.safetensors")
-    run = cache(lambda: sample(official, reference, spaced(official, reference), tiling=official_tiling(about)))
+    run = cache(lambda: sample(official, reference, spaced(official, reference), grid=official_grid(about)))
 
     def offsets(axis: int) -> Tensor:
-        tiling = official_tiling(about)
-        return torch.tensor(tile_offsets(reference["in_x_T"].shape[axis], tiling.tile[0], tiling.overlap))
+        grid = official_grid(about)
+        return torch.tensor(tile_offsets(reference["in_x_T"].shape[axis], grid.tile[0], grid.overlap))
 
     places = {key: reference[key] for key in ("tile_y_offsets", "tile_x_offsets") if key in reference}
     own: Ours = {"tile_y_offsets": partial(offsets, -2), "tile_x_offsets": partial(offsets, -1)}
@@ -448,9 +447,9 @@ def check_sample_canvas(official: Official, name: str) -> Iterator[Quantity]:
     yield from official.compare_samples(name, reference, ours)
 
 
-def official_tiling(about: Reference[Any]) -> LatentTiling:
+def official_grid(about: Reference[Any]) -> TileGrid:
     """The tiles a reference was made with."""
-    return LatentTiling(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
+    return TileGrid(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
 
 
 CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import gaussian_weights, merge
+from stablesr_kit.tiling.latents import gaussian_weights, merge
 from tests.parity.references import Ours, Quantity, compare, metadata, read_tensors, uniform_weights
 
 WEIGHTS = 1e-12

@@ -45,14 +45,20 @@ class SavedPart:
 
     def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
         """A copy of the part as it is now; None off the main process. Every process must call it."""
-        state = accelerator.get_state_dict(prepared)
-        if not accelerator.is_main_process:
+        state = self._state(accelerator, prepared)
+        if state is None:
             return None
-        prefix = self.path and f"{self.path}."
         copied = copy.deepcopy(self.blueprint)
-        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        copied.load_state_dict({name: tensor.detach().clone() for name, tensor in own.items()}, assign=True)
+        copied.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         return copied
+
+    def write(self, accelerator: Accelerator, prepared: nn.Module, folder: Path) -> None:
+        """Write the part as it is now; the main process does. Every process must call it."""
+        state = self._state(accelerator, prepared)
+        if state is not None:
+            self.blueprint.load_state_dict(state, assign=True)  # shares the weights, for this moment
+            _write(self.blueprint, folder)
+            self.blueprint.to("meta")
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """Weights of a saved part by their names in the whole network.
@@ -70,6 +76,15 @@ class SavedPart:
                 )
         prefix = self.path and f"{self.path}."
         return {prefix + name: tensor for name, tensor in state.items()}
+
+    def _state(self, accelerator: Accelerator, prepared: nn.Module) -> dict[str, Tensor] | None:
+        """The weights by their names in the part, shared with the network where that is possible."""
+        state = accelerator.get_state_dict(prepared)
+        if not accelerator.is_main_process:
+            return None
+        prefix = self.path and f"{self.path}."
+        own = (name for name in state if name.startswith(prefix))
+        return {name.removeprefix(prefix): state[name].detach() for name in own}
 
 
 def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
@@ -195,9 +210,7 @@ class TrainedNetwork:
 
     def _save_parts(self, folder: Path, suffix: str, accelerator: Accelerator) -> None:
         for part in self.parts:
-            copied = part.copy_from(accelerator, self.prepared)
-            if copied is not None:
-                _write(copied, folder / (part.name + suffix))
+            part.write(accelerator, self.prepared, folder / (part.name + suffix))
 
     @contextmanager
     def _averages_in(self) -> Iterator[None]:

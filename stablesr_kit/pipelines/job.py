@@ -1,4 +1,4 @@
-"""Where sampling stands after a step, in memory and in a file: enough to go on from there to the bit."""
+"""A call as a job: what it is resumed from, to the bit, and who works at it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablesr_kit.errors import JobError
-from stablesr_kit.imaging.files import replacing
-from stablesr_kit.pipelines.coding import Generators
-from stablesr_kit.tiling.latents import LatentTiling
+from stablesr_kit.errors import JobError, reason_of
+from stablesr_kit.storage import replacing_file
+from stablesr_kit.tiling.latents import TileGrid
+from stablesr_kit.tiling.memory import Plan
 from stablesr_kit.tiling.scratch import saved_bytes
+from stablesr_kit.tiling.team import Team
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 
@@ -24,7 +27,7 @@ class SamplingState:
     latents: (B, C, h, w) after them, on the CPU.
     scheduler: what the scheduler remembers of them.
     generators: state of each generator the noise comes from.
-    tiling: fields of the `LatentTiling` in use, which lack of memory may have halved; None if it is not known.
+    grid: fields of the `TileGrid` in use, which lack of memory may have halved; None if it is not known.
     vae_tile_px: likewise for the autoencoder's tiles; None if it takes the picture whole.
     """
 
@@ -32,7 +35,7 @@ class SamplingState:
     latents: Tensor
     scheduler: dict[str, Any]
     generators: list[Tensor]
-    tiling: dict[str, Any] | None = None
+    grid: dict[str, Any] | None = None
     vae_tile_px: int | None = None
 
     @classmethod
@@ -42,10 +45,10 @@ class SamplingState:
         latents: Tensor,
         scheduler: Any,
         generator: Generators,
-        tiling: LatentTiling | None = None,
+        grid: TileGrid | None = None,
         vae_tile_px: int | None = None,
     ) -> "SamplingState":
-        """The state after `step` steps; tiling and vae_tile_px are those of the pipeline by then."""
+        """The state after `step` steps; grid and vae_tile_px are those of the pipeline by then."""
         remembered = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
         drawn = [one.get_state() for one in _as_list(generator)]
         return cls(
@@ -53,7 +56,7 @@ class SamplingState:
             latents=latents.cpu(),
             scheduler=remembered,
             generators=drawn,
-            tiling=None if tiling is None else asdict(tiling),
+            grid=None if grid is None else asdict(grid),
             vae_tile_px=vae_tile_px,
         )
 
@@ -68,7 +71,7 @@ class SamplingState:
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave the older one. Raises OutputError."""
-        with replacing(path) as part:
+        with replacing_file(path) as part:
             part.write_bytes(saved_bytes(vars(self)))
 
     @classmethod
@@ -77,8 +80,28 @@ class SamplingState:
         try:
             return cls(**torch.load(path, weights_only=True))
         except Exception as error:  # the unpickler meets damaged bytes with errors of every kind
-            reason = str(error).partition("\n")[0]
-            raise JobError(f"{path}: the state cannot be read ({reason}); start again without --resume") from error
+            raise JobError(
+                f"{path}: the state cannot be read ({reason_of(error)}); start again without --resume"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a call that may be stopped, or is one of several processes, needs beside its picture.
+
+    Attributes:
+        plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them in the call.
+        state: go on where another call with these arguments stood, to the bit; None begins.
+        record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call with
+            the same arguments goes on where another one was killed, to the bit. None records nothing.
+        team: processes that predict tiles of a tiled picture as well, see `StableSRPipeline.assist`; the autoencoder
+            runs in this one alone. None is this process.
+    """
+
+    plan: Plan | None = None
+    state: SamplingState | None = None
+    record: Path | None = None
+    team: Team | None = None
 
 
 def _as_list(generator: Generators) -> list[torch.Generator]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import (
+from stablesr_kit.tiling.latents import (
     Blend,
     cover,
     gaussian_weights,
