@@ -27,7 +27,8 @@ from benchmarks.memory import in_fresh_process, peak_rss_mb, rss_mb
 from benchmarks.timing import seconds
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.imaging.canvas import Canvas
-from stablesr_kit.spaces import unit_to_image, vae_scale_factor
+from stablesr_kit.models.feature_wrapping import scale_factor
+from stablesr_kit.spaces import unit_to_image
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder, TilingMode
 
 Method = Literal["exact", "approximate", "diffusers"]
@@ -94,7 +95,7 @@ def tiled(name: VaeName, method: Method, size: tuple[int, int], tile_px: int, re
         if method == "diffusers":
             vae.enable_tiling()
             vae.tile_sample_min_size = tile_px
-            vae.tile_latent_min_size = tile_px // vae_scale_factor(vae)
+            vae.tile_latent_min_size = tile_px // scale_factor(vae)
             found.extend((vae.encode(image).latent_dist.parameters, vae.decode(z).sample))
         else:
             coder = TiledAutoencoder(vae, tile_px=tile_px, mode=method)

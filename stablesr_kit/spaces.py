@@ -57,9 +57,3 @@ def to_latent(z: Tensor, vae: "AutoencoderKL") -> Tensor:
 def from_latent(latent: Tensor, vae: "AutoencoderKL") -> Tensor:
     """Raw code z that the autoencoder decodes; the inverse of `to_latent`."""
     return latent / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-
-
-def vae_scale_factor(vae: "AutoencoderKL") -> int:
-    """How many pixels of a side one position of the latent stands for; 8 in Stable Diffusion."""
-    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor

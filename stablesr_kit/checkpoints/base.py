@@ -11,12 +11,12 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from stablesr_kit.checkpoints.assembling import AssemblyOptions
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over
-from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
+from stablesr_kit.checkpoints.detecting import Detection, Hints, Prediction, detect
 from stablesr_kit.checkpoints.networks import VOCABULARY_SIZE, build_text_encoder, build_unet, build_vae, clip_tokenizer
-from stablesr_kit.checkpoints.prediction import Prediction
 from stablesr_kit.checkpoints.reading import read_checkpoint
+from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.spaces import vae_scale_factor
+from stablesr_kit.models.feature_wrapping import scale_factor
 
 STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 
@@ -101,5 +101,34 @@ def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
         return 0
-    side: int = unet.config.sample_size * vae_scale_factor(vae)
+    side: int = unet.config.sample_size * scale_factor(vae)
     return side
+
+
+@torch.no_grad()
+def measure_prediction(unet: UNet2DConditionModel) -> Prediction | None:
+    """What the weights themselves do with pure noise, or None if they are not those of a trained model.
+
+    At the last timestep x is all noise: an epsilon model returns it, a velocity model returns the picture it expects,
+    with hardly any of x. At an early timestep both know noise when they see it, since v = sqrt(a) eps - sqrt(1 - a) x0
+    (Salimans and Ho 2022, app. D); an untrained network does not.
+    """
+    alphas_cumprod = SpacedDDPMScheduler().alphas_cumprod
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, unet.config.in_channels, 16, 16, generator=generator)
+    context = torch.zeros(4, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+
+    def response(timestep: int) -> tuple[float, float]:
+        """(regression coefficient, correlation) of the output with the noise, where nothing but noise is in x."""
+        x = (1 - alphas_cumprod[timestep]).sqrt() * noise
+        output = unet(x.to(unet.dtype), timestep, context).sample.float().flatten()
+        both = torch.stack([output, noise.flatten()])
+        return (both.prod(dim=0).sum() / noise.square().sum()).item(), torch.corrcoef(both)[0, 1].item()
+
+    last, _ = response(999)
+    if last > 0.8:
+        return Prediction("epsilon", "measured: the UNet returns pure noise as it is", True)
+    _, early = response(200)
+    if abs(last) < 0.4 and early > 0.4:
+        return Prediction("v_prediction", "measured: the UNet makes a picture of pure noise", True)
+    return None

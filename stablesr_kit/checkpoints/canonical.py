@@ -11,7 +11,7 @@ from stablesr_kit.checkpoints.key_maps import IGNORED, PREFIXES, Section
 from stablesr_kit.checkpoints.reading import RawCheckpoint
 from stablesr_kit.errors import CheckpointError
 
-WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict")
+WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict", "net_g_ema", "net_g")
 """Where training programs put the weights, in order of preference."""
 
 PARTS = {"state_dict_unet": "unet.", "state_dict_vae": "vae."}

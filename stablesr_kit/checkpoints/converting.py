@@ -11,18 +11,27 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from stablesr_kit.checkpoints.assembling import AssemblyOptions
-from stablesr_kit.checkpoints.base import BaseNetworks, base_of_checkpoint, build_base, read_base, trained_size_px
+from stablesr_kit.checkpoints.base import (
+    BaseNetworks,
+    base_of_checkpoint,
+    build_base,
+    measure_prediction,
+    read_base,
+    trained_size_px,
+)
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over, section
-from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
-from stablesr_kit.checkpoints.key_maps import PREFIXES
-from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
-from stablesr_kit.checkpoints.prediction import (
+from stablesr_kit.checkpoints.detecting import (
     ASSUMED,
+    ONE_STEP,
+    Detection,
+    Hints,
     Prediction,
     PredictionType,
-    measure_prediction,
+    detect,
     prediction_from_name,
 )
+from stablesr_kit.checkpoints.key_maps import PREFIXES
+from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
@@ -37,9 +46,7 @@ SLOTS: Mapping[str, str] = {
     "stable diffusion": "give it as base (--base) of a web-UI extract",
     "autoencoder": "StableSR takes its own; for w above 0 give vqgan_cfw_00011.ckpt as cfw (--cfw)",
     "diffusers weights": "give the pipeline folder they belong to as base (--base)",
-    **dict.fromkeys(
-        ("pisa-sr", "osediff", "hypir", "invsr"), "give it alone, and its Stable Diffusion as base (--base)"
-    ),
+    **dict.fromkeys(ONE_STEP, "give it alone, and its Stable Diffusion as base (--base)"),
     "lora": "load it with pipeline.load_lora_weights",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }

@@ -1,4 +1,7 @@
-"""What a checkpoint is, and every hyperparameter that its names and shapes tell."""
+"""What a checkpoint is, and every hyperparameter that its names and shapes tell.
+
+Nothing here takes diffusers or transformers, whose import costs more than reading a file of 5 GB.
+"""
 
 import math
 import re
@@ -34,6 +37,9 @@ Family = Literal[
     "unknown",
 ]
 
+ONE_STEP: tuple[Family, ...] = ("pisa-sr", "osediff", "hypir", "invsr")
+"""Restorers of one step or a few, which stand on a Stable Diffusion that is given beside them."""
+
 Config = dict[str, Any]
 
 SIGNATURES: tuple[tuple[Family, str, str], ...] = (
@@ -63,6 +69,31 @@ BLOCK_KINDS: Mapping[str, str] = {
     "conv.weight": "downsampling",
 }
 """What a tensor of a block says of it; the other blocks are single layers."""
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+PREDICTIONS: Mapping[str, PredictionType] = {
+    r"v[-_]?pred": "v_prediction",
+    r"768": "v_prediction",
+    r"turbo": "epsilon",
+    r"512": "epsilon",
+    r"stablesr_000117": "epsilon",
+}
+"""What published file names say, the first that matches: Stable Diffusion 2 and StableSR at 768 px are v models."""
+
+
+class Prediction(NamedTuple):
+    """What the UNet predicts, and how that is known."""
+
+    type: PredictionType
+    source: str
+    is_certain: bool
+
+    def __str__(self) -> str:
+        return f"{self.type} ({'' if self.is_certain else 'assumed: '}{self.source})"
+
+
+ASSUMED = Prediction("epsilon", "give prediction_type (--prediction-type) if it predicts the velocity", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +202,14 @@ def face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Co
         return vqgan_config(names, hints.latent_size)
     if family == "vqgan discriminator":
         return discriminator_config(names)
+    return None
+
+
+def prediction_from_name(name: str) -> Prediction | None:
+    """What the name of a released file, or one like it, says."""
+    for pattern, prediction in PREDICTIONS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return Prediction(prediction, f"by the file name {name}", True)
     return None
 
 

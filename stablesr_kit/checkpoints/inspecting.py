@@ -14,10 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
-from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
+from stablesr_kit.checkpoints.detecting import (
+    ONE_STEP,
+    Config,
+    Detection,
+    Hints,
+    Prediction,
+    detect,
+    prediction_from_name,
+)
 from stablesr_kit.checkpoints.key_maps import TITLES, Section
-from stablesr_kit.checkpoints.one_step import SYSTEMS
-from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
 from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
 from stablesr_kit.errors import CheckpointError
 
@@ -27,7 +33,7 @@ USES: Mapping[str, str] = {
     "cfw": "stablesr convert STABLESR.ckpt --cfw {name} -o DIR",
     "stable diffusion": "stablesr convert EXTRACT --base {name} -o DIR",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "stablesr convert --codeformer {name} -o DIR"),
-    **dict.fromkeys(("pisa-sr", "osediff", "hypir", "invsr"), "stablesr convert {name} --base STABLE_DIFFUSION -o DIR"),
+    **dict.fromkeys(ONE_STEP, "stablesr convert {name} --base STABLE_DIFFUSION -o DIR"),
     "pipeline": "stablesr restore PHOTO -o OUT --model {name}",
     "one-step pipeline": "stablesr restore PHOTO -o OUT --model {name}",
     "face pipeline": "stablesr faces PHOTO -o OUT --model {name}",
@@ -124,7 +130,9 @@ def _missing(found: Detection) -> list[str]:
     needs = []
     if found.family == "stablesr extract":
         needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds the adapter alone")
-    if found.family in SYSTEMS:
+    if found.family in ONE_STEP:
+        from stablesr_kit.checkpoints.one_step import SYSTEMS  # beside diffusers, whose import takes seconds
+
         needs.append(f"{SYSTEMS[found.family].base} (--base)")
     if found.family == "cfw":
         needs.append("a StableSR checkpoint: it holds the decoder's part alone")

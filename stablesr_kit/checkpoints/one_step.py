@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from stablesr_kit.checkpoints.assembling import AssemblyOptions, Network, Recipe, as_it_is, assemble
-from stablesr_kit.checkpoints.base import BaseNetworks, build_base, read_base, trained_size_px
+from stablesr_kit.checkpoints.base import BaseNetworks, build_base, measure_prediction, read_base, trained_size_px
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over
 from stablesr_kit.checkpoints.detecting import Family, Hints, detect, indices, shape
 from stablesr_kit.checkpoints.networks import embed_prompt
-from stablesr_kit.checkpoints.prediction import measure_prediction
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from stablesr_kit.tiling.memory import Plan, Tiling
 
 
+SLOW_HALF = "; this processor computes it through float32, about three times slower"
+
+
 def parse_max_memory(text: str | None) -> int | None:
     """Bytes; None stays None and stands for what is free. Ends the command if the text is no size."""
     if text is None:
@@ -34,6 +37,7 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     import torch
 
     from stablesr_kit.pipelines.loading import parameter_count
+    from stablesr_kit.precision import has_bf16
     from stablesr_kit.tiling.memory import GIB, RESERVE, free_bytes
 
     budget = free_bytes(device) if max_memory is None else max_memory
@@ -44,7 +48,8 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     name = str(half).removeprefix("torch.")
     tqdm.write(
         f"note: {needed / GIB:.2f} GiB of weights in float32 do not fit into {budget / GIB:.2f} GiB of memory; "
-        f"restoring in {name}, as --dtype {name} does",
+        f"restoring in {name}, as --dtype {name} does"
+        + ("" if has_bf16(device) or device.type != "cpu" else SLOW_HALF),
         file=sys.stderr,
     )
     return half

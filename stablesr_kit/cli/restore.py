@@ -67,7 +67,10 @@ def restore(
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
+        DtypeName,
+        typer.Option(
+            help="Precision; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 elsewhere."
+        ),
     ] = "auto",
     face: Annotated[
         Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
@@ -270,9 +273,11 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    from stablesr_kit.precision import has_bf16
+
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None, negative_prompt: str | None) -> None:

@@ -362,7 +362,7 @@ class CLIPIQA:
     def __init__(self, weights: Weights) -> None:
         from piq.feature_extractors.clip import build_model
 
-        from stablesr_kit.checkpoints.tokenizer import clip_tokenizer
+        from stablesr_kit.checkpoints.networks import clip_tokenizer
 
         state = read_torchscript(weights.need("RN50.pt"), CLIP_RN50_SHA256)
         self.network = build_model(state).float().eval()

@@ -13,7 +13,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, convert_checkpoint
-from stablesr_kit.checkpoints.prediction import measure_prediction, prediction_from_name
+from stablesr_kit.checkpoints.base import measure_prediction
+from stablesr_kit.checkpoints.detecting import prediction_from_name
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
 from tests.helpers import official_layout as official

@@ -23,19 +23,18 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
+from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, inspect_checkpoint
 from stablesr_kit.checkpoints.assembling import AssemblyOptions
 from stablesr_kit.checkpoints.base import BaseNetworks
 from stablesr_kit.checkpoints.canonical import section
-from stablesr_kit.checkpoints.detecting import Family
+from stablesr_kit.checkpoints.detecting import Family, Prediction
 from stablesr_kit.checkpoints.one_step import join, noise_predictor_hints
-from stablesr_kit.checkpoints.prediction import Prediction
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.imaging.canvas import Region
 from stablesr_kit.imaging.color_fix import adain_color_fix, wavelet_color_fix, ycbcr_color_fix
-from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge
 from stablesr_kit.pipelines.one_step import OneStepPipeline
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
 from stablesr_kit.tiling.latents import Aggregation, LatentTiling

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.parity.__main__ import SUITES
+from tests.parity.__main__ import check_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FILES = [
@@ -26,7 +26,7 @@ DRAWS = 2
 
 
 def results(suite: str, folder: Path) -> dict[str, bool]:
-    return {name: found <= tolerance for name, found, tolerance in SUITES[suite](folder)}
+    return {name: found <= tolerance for name, found, tolerance in check_folder(suite, folder)}
 
 
 def part_of(kept: Iterator[Path], folder: Path) -> Path:
