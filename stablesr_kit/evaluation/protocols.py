@@ -76,7 +76,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     for protocol in (
         Protocol(
             name="classic-sr",
-            source="the convention from Timofte et al. 2014 on: luma of BT.601, a border of the scale left out, inputs "
+            source="The convention from Timofte et al. 2014 on: luma of BT.601, a border of the scale left out, inputs "
             "by MATLAB's bicubic reduction",
             sets={"Set5": 5, "Set14": 14, "BSD100": 100, "Urban100": 100},
             layouts=(PAIRED,),
