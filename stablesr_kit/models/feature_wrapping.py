@@ -16,6 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.norms import use_large_group_norms
 
 RESIDUAL_SCALE = 0.2
 
@@ -57,6 +58,7 @@ class FusionLayer(nn.Module):
         self.merge = ResnetBlock2D(in_channels=2 * channels, out_channels=channels, **norm)
         self.rrdbs = nn.Sequential(*(RRDB(channels, growth_channels) for _ in range(num_rrdb)))
         self.refine = ResnetBlock2D(in_channels=channels, out_channels=channels, **norm)
+        use_large_group_norms(self)
 
     def forward(self, encoder_features: Tensor, decoder_features: Tensor) -> Tensor:
         """Correction (b, C, h, w) of two features (b, C, h, w)."""

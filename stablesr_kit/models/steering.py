@@ -7,7 +7,6 @@ that pipelines and threads may share the UNet, and gradient checkpointing, compi
 see a tuple in the place of a tensor.
 """
 
-from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.classes import change_class
 
 Modulation = Literal["spade", "sft"]
 
@@ -119,8 +119,8 @@ def make_steerable(unet: UNet2DConditionModel) -> None:
             )
     for name, block in blocks.items():
         block.sft_name = name.replace("_orig_mod.", "")
-        _change_class(block, SFTResnetBlock2D, name)
-    _change_class(unet.time_embedding, SFTTimestepEmbedding, "time_embedding")
+        change_class(block, SFTResnetBlock2D, name)
+    change_class(unet.time_embedding, SFTTimestepEmbedding, "time_embedding")
 
 
 def steered_prediction(
@@ -175,23 +175,3 @@ def residual_blocks(unet: UNet2DConditionModel) -> list[tuple[str, int, int]]:
         for part, block, level in parts
         for j, resnet in enumerate(block.resnets)
     ]
-
-
-def _change_class(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """Give the module a subclass of its class, whose forward is also what hooks put on before call. Raises ConfigError.
-
-    accelerate and diffusers put their hooks around the forward they find, keep that one, and leave it on the module
-    when the hooks are taken off.
-    """
-    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", [])
-    kept = [
-        (holder, key)
-        for holder in (vars(module), *(vars(reference) for reference in references))
-        for key in ("forward", "_old_forward", "original_forward")
-        if getattr(holder.get(key), "__func__", None) is type(module).forward
-    ]
-    if "forward" in vars(module) and not kept:
-        raise ConfigError(f"{name} of the UNet has a forward of its own, which cannot take SFT maps; remove it first")
-    module.__class__ = kind
-    for holder, key in kept:
-        holder[key] = MethodType(kind.forward, module)

@@ -38,6 +38,8 @@ from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
+from stablesr_kit.models.norms import to_channels_last
+from stablesr_kit.models.offloading import offload_groups_to_disk
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job
@@ -187,8 +189,8 @@ class StableSRPipeline(
         if (folder / "scheduler" / "scheduler_config.json").is_file():  # the one in use may be another
             pipeline._schedule = ModelSchedule.of_config(pipeline.scheduler.load_config(folder / "scheduler"))
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter, pipeline.cfw):
-            if network is not None:  # convolutions on the CPU are a fifth faster in this layout
-                network.to(memory_format=torch.channels_last)
+            if network is not None:
+                to_channels_last(network)
         return pipeline
 
     @classmethod
@@ -200,6 +202,25 @@ class StableSRPipeline(
             UnsafeCheckpointError: the file would run code.
         """
         return cls(**convert_checkpoint(checkpoint, **kwargs))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *args: Any,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in any pipeline; on disk every component gets a folder of its own in the one given."""
+        if offload_to_disk_path is None:
+            super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **kwargs)
+            return
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        offloaded = {name: network for name, network in networks.items() if name not in excluded}
+        offload_groups_to_disk(offloaded, offload_to_disk_path, onload_device, *args, **kwargs)
+        for name in networks.keys() & excluded:
+            networks[name].to(onload_device)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """As in any Stable Diffusion pipeline; what it has no use for is not passed over in silence.

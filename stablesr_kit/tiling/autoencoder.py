@@ -3,8 +3,8 @@
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -25,6 +25,7 @@ from stablesr_kit.models.feature_wrapping import (
     encode_with_features,
     scale_factor,
 )
+from stablesr_kit.models.precision import in_float32
 from stablesr_kit.tiling.feature_maps import CountingWorkspace, Workspace
 from stablesr_kit.tiling.scratch import Record, Scratch
 from stablesr_kit.tiling.walk import decoded, encoded, execution_device, in_use
@@ -187,17 +188,9 @@ class PictureCoder:
                 self.tile_px = tiled.tile_px = half
             _empty_cache()
 
-    @contextmanager
-    def _in_safe_precision(self) -> Iterator[None]:
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        dtypes = [(part, part.dtype) for part in (self.vae, self.cfw) if upcast and part is not None]
-        for part, _ in dtypes:
-            nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of every cast
-        try:
-            yield
-        finally:
-            for part, dtype in dtypes:
-                nn.Module.to(part, dtype)
+    def _in_safe_precision(self) -> AbstractContextManager[None]:
+        parts = [part for part in (self.vae, self.cfw) if part is not None]
+        return in_float32(*parts) if self.vae.config.force_upcast else nullcontext()
 
 
 class TiledAutoencoder:

@@ -378,7 +378,7 @@ def test_a_unet_that_had_hooks_of_every_kind_on_the_modules_that_change_is_steer
 def test_a_residual_block_with_a_forward_of_unknown_origin_is_refused() -> None:
     unet = tiny_unet()
     unet.mid_block.resnets[1].forward = lambda x, _temb: x
-    with pytest.raises(ConfigError, match="mid_block.resnets.1 of the UNet has a forward of its own.*remove it first"):
+    with pytest.raises(ConfigError, match="mid_block.resnets.1 has a forward of its own.*remove it first"):
         make_steerable(unet)
 
 
