@@ -3,8 +3,10 @@
 python training/generate_cfw_data.py --config configs/mini/cfw_data.yaml --train_data_dir DATA
 """
 
+import inspect
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +49,9 @@ def main(config: CFWDataConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    step = pipeline.scheduler.step
+    if "eta" in inspect.signature(step).parameters:
+        pipeline.scheduler.step = partial(step, eta=config.eta)
     pairs = open_pairs(config, config.seed)
 
     parts = TensorParts(Path(config.output_dir) / "samples.safetensors", config, Path(config.pretrained_model))
@@ -63,7 +68,6 @@ def main(config: CFWDataConfig) -> None:
                 scale=1,
                 w=0,
                 num_inference_steps=config.steps[part % len(config.steps)],
-                eta=config.eta,
                 generator=generator,
                 output_type="latent",
             ).images

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -84,4 +85,4 @@ def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
 
 def code_token_loss(logits: Tensor, indices: Tensor) -> Tensor:
     """Mean cross-entropy of the codes' numbers, indices (B, tokens), under logits (B, tokens, codebook size)."""
-    return F.cross_entropy(logits.float().transpose(1, 2), indices)
+    return F.cross_entropy(rearrange(logits.float(), "b tokens codes -> b codes tokens"), indices)
