@@ -267,12 +267,14 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     """The named precision, or the one that is fast and safe on the device."""
     import torch
 
+    from stablesr_kit.precision import has_bf16
+
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_bf16(device) else torch.float16
 
 
 def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None, negative_prompt: str | None) -> None:

@@ -1,4 +1,6 @@
-"""Keeping a codebook in use: codes that no latent is near to never learn, and most of a random codebook is such."""
+"""Codebooks: the losses of predicting codes, and how all codes are kept in use.
+
+A code that no latent is near never learns, and most codes of a random codebook are such."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from stablesr_kit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookOptions:
-    """Options of programs that train a codebook."""
+    """How the codebook is kept in use."""
 
     codebook_fit_steps: tuple[int, ...] = ()
     """Steps before which the codebook is fitted to latents of the data by k-means."""
@@ -33,11 +35,11 @@ def refresh_codebook(
     """Where the options say so, fit the codebook to latents, or move its dead codes onto them.
 
     find_latents: latents (N, C) of a number of pictures. What happens is a function of them, the codebook and the step,
-    so that processes that are given the same do the same. Raises ConfigError where they share out the codebook (FSDP).
+    so that processes that are given the same do the same. Raises ConfigError where FSDP shards the codebook.
     """
     if isinstance(codebook.weight, DTensor) and (options.codebook_fit_steps or options.codebook_revival_steps):
         raise ConfigError(
-            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shares out; "
+            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shards; "
             "use configs/accelerate/eight_gpus.yaml, or leave them out"
         )
     is_fitted = step in options.codebook_fit_steps
