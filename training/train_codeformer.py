@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
@@ -129,7 +130,7 @@ def main(config: CodeFormerConfig) -> None:
         weights = w - config.w_spread * draws.uniform().to(lq) if w > 0 else w
         output = restore(lq, weights, code_only=w == 0)
         feature = commitment_loss(output.lq_feat.float(), codes.float())
-        token = code_token_loss(output.logits, targets.flatten(1))
+        token = code_token_loss(output.logits, rearrange(targets, "b h w -> b (h w)"))
         loss = config.feature_weight * feature + config.token_weight * token
         accuracy = (output.indices == targets).float().mean()
         terms = {"feature": feature, "token": token, "accuracy": accuracy}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stablesr_kit.evaluation.quality import Quality
@@ -76,10 +77,9 @@ def main(config: VQGANConfig) -> None:
         first = run.step * run.samples_per_step
         with run.accelerator.autocast():
             latents = [
-                vqgan.encoder(images[first + i][None].to(run.accelerator.device))[0].float().flatten(2)[0].T
-                for i in range(count)
+                vqgan.encoder(images[first + i][None].to(run.accelerator.device))[0].float() for i in range(count)
             ]
-        return torch.cat(latents)
+        return rearrange(latents, "n 1 c h w -> (n h w) c")
 
     for _, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualOptions:
-    """Options of programs that can train with a perceptual loss."""
+    """The perceptual loss."""
 
     perceptual: Literal["none", "vgg", "lpips"] = "none"
     """The perceptual loss: vgg (feature reconstruction, Johnson et al. 2016), lpips (Zhang et al. 2018) or none."""

@@ -96,7 +96,7 @@ def feature_matching_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureLossOptions(PerceptualOptions):
-    """Options of programs whose networks make pictures."""
+    """The loss between pictures."""
 
     pixel_loss: PixelLoss = "l1"
     """Loss between pictures; reconstruction also weighs gradients, colour and brightness of areas. Published: l1."""

@@ -14,18 +14,18 @@ if TYPE_CHECKING:  # torch takes seconds to load, which programs that train noth
 
 WARMUP_PLATEAU_COSINE = "warmup_plateau_cosine"
 MULTISTEP = "multistep"
-"""Our own courses of the learning rate."""
+"""Our own learning-rate schedules."""
 
 TRACKERS = ("tensorboard", "wandb")
-"""What a run can be watched with."""
+"""Supported trackers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """Options that a program is composed of. A class that checks its own in __post_init__ hands on to the next one."""
+    """A group of options. A class that checks its own in __post_init__ calls the next one's."""
 
     def __post_init__(self) -> None:
-        """Nothing is left to check."""
+        """The last of the checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class LoaderOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions(CheckedOptions):
-    """How exactly networks compute."""
+    """Precision of the arithmetic."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of the networks' arithmetic under autocast; the weights stay in float32. auto takes bf16 where the
@@ -84,7 +84,7 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     gradient_accumulation_steps: int = 1
     """Batches whose gradients make one optimizer step."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third slower."""
     max_train_steps: int
     """Optimizer steps of the whole run; the learning rate's schedule ends there."""
     learning_rate: float = 1e-4
@@ -92,15 +92,15 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     scale_lr: bool = False
     """Multiply learning_rate by the number of samples of an optimizer step."""
     lr_scheduler: str = WARMUP_PLATEAU_COSINE
-    """Course of the learning rate: warmup_plateau_cosine, multistep, or a name of diffusers.get_scheduler."""
+    """Learning-rate schedule: warmup_plateau_cosine, multistep, or a name of diffusers.get_scheduler."""
     lr_warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     final_learning_rate: float = 0.0
     """Learning rate that warmup_plateau_cosine ends at."""
     lr_decay_fraction: float = 1.0
-    """Last part of the run over which warmup_plateau_cosine falls along a half cosine; 1 means from the warm-up on."""
+    """Fraction of the run, at its end, over which warmup_plateau_cosine falls; 1: from the warm-up on."""
     lr_milestones: tuple[int, ...] = ()
-    """Steps from which on multistep halves the learning rate once more."""
+    """Steps at which multistep halves the learning rate."""
     lr_num_cycles: int = 1
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
@@ -114,30 +114,30 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
     adam_epsilon: float = 1e-8
-    """What AdamW adds to the root of the mean squared gradients."""
+    """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this total norm."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is what is saved as the result; 0 keeps none."""
+    """Decay of the moving average of the weights (EMA), which is the result; 0: no average, the weights themselves."""
     checkpointing_steps: int = 1000
     """A checkpoint is written every so many steps, and at the end."""
     checkpoints_total_limit: int | None = 2
     """Older checkpoints beyond this number are deleted; None keeps all."""
     resume_from_checkpoint: str | None = "latest"
-    """Checkpoint folder to continue from; latest takes the newest whole one; None starts afresh."""
+    """Checkpoint folder to resume from; latest: the newest whole one; None: start from the beginning."""
     logging_steps: int = 50
     """The mean loss of every so many steps goes to the log."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Where losses, learning rate, samples per second and validation pictures are shown; tensorboard's files are in
     output_dir/logs."""
     tracker_project_name: str = "stablesr-kit"
-    """Name of the project there."""
+    """Project name in the tracker."""
     push_to_hub: bool = False
     """Upload the results, the model card and the records to the Hugging Face hub at the end; needs a login."""
     hub_model_id: str | None = None
-    """Repository there, NAME or OWNER/NAME; None takes the name of output_dir."""
+    """Repository on the hub, NAME or OWNER/NAME; None takes the name of output_dir."""
     hub_private: bool = False
-    """Whether the repository is private if it is made."""
+    """Whether a repository that is created is private."""
     allow_tf32: bool = False
     """Let GPUs since Ampere multiply float32 matrices with 10 bits of mantissa: faster, less exact."""
 

@@ -1,4 +1,4 @@
-"""Networks in training as folders that diffusers loads, and back, also where processes share their parameters."""
+"""Networks that a run trains: how they are saved as diffusers folders, averaged and loaded, under FSDP too."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ class SavedPart:
 
     @classmethod
     def of(cls, network: nn.Module, name: str, path: str) -> Self:
-        """The part of a network that no process has taken over yet."""
+        """The part of a network that accelerate has not prepared yet."""
         return cls(name=name, path=path, blueprint=copy.deepcopy(network.get_submodule(path)).to("meta"))
 
     def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
@@ -88,7 +88,7 @@ class SavedPart:
 
 
 def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
-    """Put the weights of folder/NAME + suffix of every part into the network; what is no part of it stays."""
+    """Load folder/NAME + suffix of every part into the network; other weights stay as they are."""
     state: dict[str, Any] = {}
     for part in parts:
         state |= part.read(folder / (part.name + suffix))
@@ -139,8 +139,8 @@ def load_network(kind: type[Network], folder: str, option: str) -> Network:
     return network
 
 
-def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
-    """Change a network that FSDP is about to share out so that it can, and so that loops may call what is frozen."""
+def prepare_for_fsdp(network: nn.Module, accelerator: Accelerator) -> None:
+    """Prepare a network for FSDP; frozen modules stay whole in every process, so that loops may call them."""
     network.to(accelerator.device)
     network.to(memory_format=torch.contiguous_format)
     frozen = [part for part in network.modules() if not any(weight.requires_grad for weight in part.parameters())]
@@ -149,16 +149,16 @@ def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """For the forward passes in the context, a network that was prepared is not trained, and waits for no gradients.
+    """Within the context, forward passes of a prepared network give it no gradients, and DDP waits for none.
 
-    It must be called as it was prepared, or its parameters are not there where processes share them.
+    It must be called as it was prepared, or FSDP has not gathered its parameters.
     """
     parameters = list(network.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
     with accelerator.no_sync(network):
         yield
-    # those it has now are others where processes share them: whole ones, until the next backward pass
+    # under FSDP its parameters are other objects now: whole ones, until the next backward pass
     for parameter in [*parameters, *network.parameters()]:
         parameter.requires_grad_(True)
 
@@ -168,7 +168,7 @@ class TrainedNetwork:
     """A network that the run steps. Every process must call the methods that copy, save or load."""
 
     parts: list[SavedPart]
-    """What of it checkpoints hold."""
+    """The parts that checkpoints hold."""
     prepared: nn.Module
     """The network as the loop must call it, so that its gradients are those of all processes."""
     optimizer: Optimizer | ZeroOptimizer
@@ -199,7 +199,7 @@ class TrainedNetwork:
             self.optimizer.save(folder, self.parts[0].name)
 
     def load(self, folder: Path, step: int) -> None:
-        """Take up what `save` has written after a step. Raises CheckpointError where it does not fit."""
+        """Load what `save` wrote after a step. Raises CheckpointError where it does not fit."""
         if self.ema is not None:
             load_parts(self.prepared, self.parts, folder, "_ema")
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters()]
@@ -214,7 +214,7 @@ class TrainedNetwork:
 
     @contextmanager
     def _averages_in(self) -> Iterator[None]:
-        """For the time of the context the network has its averaged weights."""
+        """Within the context the network has its averaged weights."""
         if self.ema is None:
             yield
             return
@@ -228,11 +228,11 @@ class TrainedNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolationOptions(CheckedOptions):
-    """How far the result goes from the network that the run started from."""
+    """Mixing the result with the network that the run started from."""
 
     trained_share: float = 1.0
-    """What is saved is this share of the trained network and the rest of the one it started from (network
-    interpolation, Wang et al. 2018, ESRGAN): between clean and textured."""
+    """Share of the trained network in the result; the rest is the network that the run started from (network
+    interpolation, Wang et al. 2018, ESRGAN). Between clean and textured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,6 +242,6 @@ class InterpolationOptions(CheckedOptions):
 
 @torch.no_grad()
 def interpolate(trained: nn.Module, first: nn.Module, options: InterpolationOptions) -> None:
-    """Make `trained` share * trained + (1 - share) * first, parameter by parameter; both have the same ones."""
+    """Set every parameter of `trained` to share * trained + (1 - share) * first, for networks of one class."""
     for parameter, before in zip(trained.parameters(), first.parameters(), strict=True):
         parameter.lerp_(before.to(parameter), 1 - options.trained_share)

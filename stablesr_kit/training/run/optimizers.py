@@ -1,4 +1,4 @@
-"""The optimizer that the options of a run name."""
+"""The optimizer and the learning-rate schedule that the options of a run name."""
 
 import math
 from collections.abc import Callable, Iterable

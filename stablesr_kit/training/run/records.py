@@ -42,7 +42,7 @@ class StepRecords:
         return means_of(recent)
 
     def close(self) -> None:
-        """Nothing can be added any more."""
+        """Close the file."""
         self.stream.close()
 
 

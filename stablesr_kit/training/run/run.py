@@ -32,7 +32,7 @@ from stablesr_kit.training.data.batches import SampleDraws, Share, SharedBatches
 from stablesr_kit.training.run.card import model_card
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.hub import open_repository, upload
-from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, make_shareable, save_network
+from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, prepare_for_fsdp, save_network
 from stablesr_kit.training.run.optimizers import build_optimizer, learning_rate_schedule
 from stablesr_kit.training.run.records import StepRecords
 from stablesr_kit.training.run.state import (
@@ -174,7 +174,7 @@ class TrainingRun:
         groups = resting_groups(network) if self.zero_stage is not None and self.some_rest else trained
         optimizer = build_optimizer(config, groups, betas=betas, weight_decay=weight_decay)
         if self.accelerator.is_fsdp2:
-            make_shareable(network, self.accelerator)
+            prepare_for_fsdp(network, self.accelerator)
         saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
         if self.zero_stage is None:
             prepared, stepped = self.accelerator.prepare(network, optimizer)

@@ -44,14 +44,14 @@ class BegunStage:
 
 
 class Continuation(NamedTuple):
-    """What becomes of every stage of a chain."""
+    """Which stages of a chain are skipped, resumed, or begin anew."""
 
     kept: list[BegunStage]
-    """Records of the first stages: those that are finished, and perhaps one to go on with."""
+    """The first stages: those that are finished, and perhaps one to resume."""
     reasons: dict[int, str]
     """Why each stage that was begun before begins anew, by its place in the chain from 0."""
     outdated: list[Path]
-    """Folders of checkpoints to put away first, or training would go on from them."""
+    """Folders of checkpoints to rename first, or training would resume from them."""
 
 
 def find_continuation(stages: Sequence[Stage], records: Sequence[BegunStage]) -> Continuation:

@@ -25,11 +25,11 @@ SMALLEST_PX = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(CheckedOptions):
-    """Options of programs that show what their network does while it is trained."""
+    """Validation while training."""
 
     validation_steps: int = 0
-    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end; 0:
-    never."""
+    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end.
+    0: never."""
     num_validation_images: int = 4
     """How many pictures are made, the first ones by name."""
     niqe_statistics: str | None = None
@@ -46,10 +46,10 @@ class ValidationOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoValidationOptions(ValidationOptions):
-    """Options of programs whose network gives back the picture that it gets."""
+    """Photographs for validation, which the network reconstructs."""
 
     validation_hq_dir: str | None = None
-    """Folder of good photographs that are not trained on."""
+    """Folder of photographs that are not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,12 +59,12 @@ class PhotoValidationOptions(ValidationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationValidationOptions(ValidationOptions):
-    """Options of programs whose network restores pictures."""
+    """Photographs for validation, which the network restores."""
 
     validation_lq_dir: str | None = None
     """Folder of damaged photographs."""
     validation_hq_dir: str | None = None
-    """Folder of what they should become, under the same names; None: there is nothing to compare them with."""
+    """Folder of their ground truth, under the same names; None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,15 +77,15 @@ class Example(NamedTuple):
 
     name: str
     lq: Tensor
-    """What the network gets."""
+    """The input of the network."""
     hq: Tensor | None
-    """What it should make of it, if that is known."""
+    """The ground truth, if there is one."""
     latent: Tensor | None = None
     """The sample (1, C, h, w) between the two, for fusion layers."""
 
 
 def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Example]:
-    """The first photographs, cut around their middle to sides that are multiples; they are what they should become.
+    """The first photographs, center-cropped to sides divisible by `multiple`; each is its own ground truth.
 
     Raises ImageError where there are none, ConfigError for one that is too small.
     """
@@ -104,7 +104,7 @@ def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Examp
 
 
 def restoration_examples(options: RestorationValidationOptions) -> list[Example]:
-    """The first damaged photographs, and what they should become where that is given.
+    """The first damaged photographs, with their ground truth where it is given.
 
     Raises ImageError where there are none, ConfigError for one that is too small.
     """
@@ -151,7 +151,7 @@ Measure = Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
 
 
 class Validation:
-    """Makes and measures the pictures of a run.
+    """Makes and measures the validation pictures of a run.
 
     part: which of the networks, by the name it is saved under, makes them. They are written to
     output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to output_dir/validation/metrics.jsonl.
@@ -175,7 +175,7 @@ class Validation:
         self.records: StepRecords | None = None
 
     def resume(self, step: int) -> None:
-        """Begin after a step, 0 for a run that starts; what was recorded of later ones is forgotten.
+        """Start after a step, 0 for a new run; records of later steps are dropped.
 
         Only the main process calls it.
         """
