@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stablesr_kit.errors import JobError
-from stablesr_kit.imaging.files import replacing
 from stablesr_kit.pipelines.coding import Generators
+from stablesr_kit.storage import replacing_file
 from stablesr_kit.tiling.latents import LatentTiling
 from stablesr_kit.tiling.scratch import saved_bytes
 
@@ -68,7 +68,7 @@ class SamplingState:
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave the older one. Raises OutputError."""
-        with replacing(path) as part:
+        with replacing_file(path) as part:
             part.write_bytes(saved_bytes(vars(self)))
 
     @classmethod

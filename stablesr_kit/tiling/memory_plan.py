@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from stablesr_kit.errors import ConfigError, JobError
-from stablesr_kit.imaging.files import replacing
 from stablesr_kit.imaging.tiles import cover
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.storage import replacing_file
 from stablesr_kit.tiling.autoencoder import WINDOW, TilingMode
 from stablesr_kit.tiling.canvas_attention import attention_flops
 from stablesr_kit.tiling.costs import (
@@ -84,7 +84,7 @@ class MemoryPlan:
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave the older one. Raises OutputError."""
-        with replacing(path) as part:
+        with replacing_file(path) as part:
             part.write_text(json.dumps(asdict(self)))
 
     @classmethod
