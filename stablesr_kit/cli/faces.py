@@ -201,6 +201,7 @@ def restore_photo(
     import torch
 
     from stablesr_kit.imaging.canvas import View
+    from stablesr_kit.imaging.neutral import neutral_like
     from stablesr_kit.pipelines.pictures import pixel_bands, to_image
 
     picture = read_job(job)
@@ -217,7 +218,8 @@ def restore_photo(
             reports.append(face_report)
             if save_crops:
                 write_crops(crops, len(reports), face)
-        bands = pixel_bands(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), output_dtype(job.target, picture))
+        restored = neutral_like(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), View(lq))
+        bands = pixel_bands(restored, output_dtype(job.target, picture))
         write_bands(job.target, bands, height, width, picture)
     tell_faces(job.source, stage, reports, is_given=given is not None)
 

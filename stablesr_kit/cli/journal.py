@@ -71,7 +71,7 @@ class Journal:
         if not all(map(_is_whole, results)):
             return False
         for one in made:
-            then = {name: one.get(name) for name in {*self.settings, *one} if name in self.settings}
+            then = {name: one.get(name) for name in self.settings}
             refuse_other_settings(results[0], then, self.settings)
         return True
 

@@ -98,6 +98,8 @@ class Restorer:
         if self.stages:  # which take a picture whole
             check_result(job, pixels, psutil.virtual_memory().total / BYTES_PER_PIXEL, "give a smaller --scale")
         tell_changes(job, picture)
+        if picture.height * picture.width <= MAX_PIXELS:  # so that nothing is begun with a damaged one
+            picture = picture.holding(picture.pixels)
         with self.journal.in_progress(job.source, job.target, restoring.resume) as state:
             options = {**restoring.options, "post_stages": self.stages, "team": self.team}
             call = resumable(self.pipeline, state, seeded(restoring.seed), options)
@@ -125,9 +127,12 @@ def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "
     quieten_libraries()
 
     from stablesr_kit import StableSRPipeline
+    from stablesr_kit.pipelines.loading import only_variant
 
     with loading(model):
-        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        folder = find_model(model)
+        options = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
+        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(folder, **options)
         return pipeline.to(device)
 
 
@@ -203,8 +208,7 @@ def restore_file(
     from stablesr_kit.pipelines.pictures import pixel_bands, to_canvas
 
     with naming(job, less=LESS_MEMORY):
-        is_held = picture.height * picture.width <= MAX_PIXELS
-        image = to_canvas(picture, None if is_held else scratch)
+        image = to_canvas(picture, None if picture.height * picture.width <= MAX_PIXELS else scratch)
         restored = call(image)
         _, height, width = restored.shape
         dtype = output_dtype(job.target, picture)

@@ -44,6 +44,11 @@ def is_neutral(image: Readable) -> bool:
     return bool((total / pixels).abs().max() <= TINT) and stray <= STRAY_SHARE * pixels
 
 
+def neutral_like(restored: Readable, lq: Readable) -> Readable:
+    """The restored image, without colours if the picture that it was made from, of any size, has none."""
+    return Neutral(restored) if is_neutral(lq) else restored
+
+
 @dataclass(frozen=True)
 class Neutral:
     """The image (3, H, W) without colours: its luma in all three channels, where it is read."""

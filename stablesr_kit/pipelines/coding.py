@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, View, assembled, bands
+from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
@@ -197,6 +198,8 @@ class ImageCoding(DiffusionPipeline):
     ) -> list[Image.Image] | list[Readable] | np.ndarray | Tensor:
         """Restored images (3, H, W) as an output type says, after the post-stages, which take them whole.
 
+        What is made of a grey picture is grey, see `imaging.neutral`.
+
         given: the LQ images (3, h, w), one per restored one.
         """
         if post_stages:
@@ -204,6 +207,7 @@ class ImageCoding(DiffusionPipeline):
             for stage in post_stages:
                 whole = stage(whole, lq)
             restored = [View(one) for one in whole.split(1)]
+        restored = [neutral_like(*pair) for pair in zip(restored, given, strict=True)]
         if output_type == "canvas":
             return restored
         if output_type == "pil":
