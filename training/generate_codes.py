@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.degradations.filtering import resize
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.storage import replacing_file

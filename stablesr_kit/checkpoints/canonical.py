@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -50,12 +51,9 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
     """
     notes = []
     content: Mapping[str, object] = raw.content
-    for wrapper in WRAPPERS:
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping):
-            content = inner
-            notes.append(f"weights found under {wrapper!r}")
-            break
+    while (wrapper := _wrapper(content)) is not None:
+        content = cast(Mapping[str, object], content[wrapper])
+        notes.append(f"weights found under {wrapper!r}")
     parts = {prefix: part for key, prefix in PARTS.items() if isinstance(part := content.get(key), Mapping)}
     if parts:
         content = {f"{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items()}
@@ -65,6 +63,16 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
             f"{raw.path.name} holds no tensors by name; found {', '.join(map(str, content)) or 'nothing'}"
         )
     return section(raw.path, tensors, use_ema=use_ema, notes=tuple(notes))
+
+
+def _wrapper(content: Mapping[str, object]) -> str | None:
+    """The key under which the weights are: a known one, or that of the only mapping beside which there is no tensor."""
+    inner = [key for key, value in content.items() if isinstance(value, Mapping) and key not in PARTS]
+    for key in WRAPPERS:
+        if key in inner:
+            return key
+    is_alone = len(inner) == 1 and not any(isinstance(value, Tensor) for value in content.values())
+    return inner[0] if is_alone and not any(key in PARTS for key in content) else None
 
 
 def section(

@@ -22,7 +22,8 @@ from stablesr_kit.errors import CheckpointError, ConfigError, ImageError
 from stablesr_kit.evaluation.protocols import Pair
 from stablesr_kit.evaluation.resampling import Array, Pixels, reduction_matrices, resize_bicubic_matlab
 from stablesr_kit.imaging.canvas import Region, regions
-from stablesr_kit.imaging.files import list_images, read_picture
+from stablesr_kit.imaging.finding import find_pictures
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.storage import sha256
 
 Settings = Mapping[str, float | int | str]
@@ -226,7 +227,7 @@ def _load_results(folder: Path) -> Restore:
 
     def restore(given: Given, _: Settings) -> Pixels:
         place = folder / given.set if (folder / given.set).is_dir() else folder
-        files = {file.stem: file for file in list_images([place])}
+        files = {file.stem: file for file in find_pictures(place).pictures}
         stems = (given.pair.name, given.pair.lq.stem)
         begun = [stem for stem in files if stem.startswith(given.pair.name)]
         found = next((stem for stem in stems if stem in files), begun[0] if len(begun) == 1 else None)

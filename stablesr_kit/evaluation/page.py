@@ -16,7 +16,7 @@ from stablesr_kit.evaluation.methods import TRUTH
 from stablesr_kit.evaluation.metrics import METRICS
 from stablesr_kit.evaluation.report import Inquiry
 from stablesr_kit.evaluation.runner import AS_GIVEN, Evaluation, Task
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.reading import read_picture
 
 PICTURES_PER_SET, PICTURES_PER_STUDY = 12, 2
 """Shown in the page; all are in the folder beside it."""

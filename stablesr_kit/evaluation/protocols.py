@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.evaluation.metrics import Channel
-from stablesr_kit.imaging.files import list_images
+from stablesr_kit.imaging.finding import find_pictures
 
 
 class Layout(NamedTuple):
@@ -226,7 +226,7 @@ def _read_set(data: Path, name: str, layout: Layout, protocol: Protocol, limit: 
 
 def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
     try:
-        files = list_images([folder])
+        files = find_pictures(folder).pictures
     except ImageError as error:
         problems.append(str(error))
         return {}

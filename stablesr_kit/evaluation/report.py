@@ -18,7 +18,7 @@ from stablesr_kit.evaluation.protocols import PictureSet, Protocol, published
 from stablesr_kit.evaluation.resampling import Pixels
 from stablesr_kit.evaluation.runner import AS_GIVEN, Evaluation, Record, Task
 from stablesr_kit.evaluation.studies import SEED_VALUES, Point, Study, seed_maps
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.storage import replacing_file, sha256
 from stablesr_kit.version import __version__
 

@@ -25,7 +25,7 @@ from stablesr_kit.evaluation.metrics import METRICS, Measure, MeasureSet, Metric
 from stablesr_kit.evaluation.protocols import Pair, PictureSet, Protocol
 from stablesr_kit.evaluation.resampling import Pixels, reduce_blurred, resize_bicubic_matlab
 from stablesr_kit.imaging.degradations import find_preset, make_pair
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from stablesr_kit.storage import replacing_file, sha256
 from stablesr_kit.version import __version__

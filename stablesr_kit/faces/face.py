@@ -39,6 +39,8 @@ class Face:
     """Confidence of the detector, 0 to 1; 1 for a face given by hand."""
     landmarks: Points
     """(5, 2): left eye, right eye, nose, left and right corner of the mouth, left and right as seen in the picture."""
+    turned: int = 0
+    """Degrees, counterclockwise, that the picture was turned by when the face was found."""
     landmarks_from: LandmarkSource = "detector"
     """Who placed the landmarks; "template" means an upright face that fills the box was assumed."""
 

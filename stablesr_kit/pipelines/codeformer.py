@@ -15,6 +15,8 @@ from torch.nn.functional import interpolate
 
 from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelNotFoundError
+from stablesr_kit.imaging.canvas import View, assembled
+from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
 from stablesr_kit.models.precision import in_float32
@@ -221,6 +223,8 @@ class CodeFormerPipeline(DiffusionPipeline):
                 if hidden is not None:
                     m = interpolate(hidden[i], (height, width), mode="nearest")
                     output = (1 - m) * resize_bicubic(face, height, width) + m * output
+                if task != "colorize":
+                    output = assembled(neutral_like(View(output), View(face)))
                 results.append(output)
 
         self.maybe_free_model_hooks()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+from stablesr_kit.faces.detect.turned import SURE, detect_turned
 from stablesr_kit.faces.face import Box, Face, FaceDetector, LandmarkSource, Only, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, to_enlarged
 from stablesr_kit.faces.identity import FaceEmbedder, identity_distance
@@ -63,6 +64,8 @@ class FaceReport:
     """In pixels of the photo before it was enlarged."""
     detector: str
     """Who found the face; "given" for one given by hand."""
+    turned: int
+    """Degrees, counterclockwise, that the photo was turned by when the face was found: 0, 90, 180 or 270."""
     landmarks_from: LandmarkSource
     """Who placed the landmarks."""
     w: float | None
@@ -167,11 +170,17 @@ class FaceRefinement:
         return refined.to(images.device, images.dtype)
 
     def find(self, pixels: NDArray[np.uint8]) -> list[Face]:
-        """The faces of pixels (H, W, 3), RGB, that would be restored."""
+        """The faces of pixels (H, W, 3), RGB, that would be restored.
+
+        Where none is sure, as in the scan of a portrait that lies on its side, the pixels are turned by quarters, and
+        the turn with the surest face counts.
+        """
         height, width = pixels.shape[:2]
-        return select_faces(
-            self.detector.detect(pixels), height, width, min_eye_distance=self.min_eye_distance, only=self.only
-        )
+        faces = self.detector.detect(pixels)
+        if all(face.score < SURE for face in faces):
+            turns = [detect_turned(self.detector, pixels, quarters) for quarters in (1, 2, 3)]
+            faces = max([faces, *turns], key=lambda found: max((face.score for face in found), default=0.0))
+        return select_faces(faces, height, width, min_eye_distance=self.min_eye_distance, only=self.only)
 
     @torch.no_grad()
     def refine(
@@ -253,6 +262,7 @@ class FaceRefinement:
             score=face.score,
             eye_distance=face.eye_distance,
             detector="given" if is_given else self.detector.name,
+            turned=face.turned,
             landmarks_from=face.landmarks_from,
             w=w,
             identity_distance=float(restored.identity_distance),

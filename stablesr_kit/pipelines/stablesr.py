@@ -35,6 +35,7 @@ from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region, View, assembled, bands
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
+from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
@@ -907,6 +908,8 @@ class StableSRPipeline(
     ) -> Images:
         """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
 
+        What is made of a grey picture is grey, see `imaging.neutral`.
+
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """
         restored = [
@@ -918,6 +921,7 @@ class StableSRPipeline(
             for stage in post_stages:
                 images = stage(images, lq_images)
             restored = [View(one) for one in images.split(1)]
+        restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
         if output_type == "canvas":
             return restored
         if output_type == "pil":
