@@ -13,7 +13,10 @@ from tests.helpers.training_runs import losses, run_program, run_programs, tiny,
 
 FORMS = {
     "lora": ["--trained_parts", "[unet, adapter]", "--lora_rank", "2", "--w", "[0.0]", "--student_every", "2"],
-    "consistency": ["--consistency_weight", "1.0", "--distribution_weight", "0", "--pixel_weight", "0"],
+    "consistency": [
+        *("--trained_parts", "[unet, adapter]", "--consistency_weight", "1.0", "--distribution_weight", "0"),
+        *("--pixel_weight", "0", "--flat_weights", "[0, 0]", "--adversarial_weight", "0"),  # nothing is decoded
+    ],
     "fusion": ["--trained_parts", "[cfw]", "--w", "[1.0]", "--velocity_every", "0", "--distribution_weight", "0"],
 }
 """Flags of each form."""
