@@ -1,5 +1,6 @@
 """Students of few steps in every form: LoRA on a frozen base, consistency, several steps; what they end as."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
-from tests.helpers.training_runs import losses, run_program, run_programs, tiny, weights, working_folder
+from tests.helpers.training_runs import losses, run_program, tiny, weights, working_folder
 
 FORMS = {
     "lora": ["--trained_parts", "[unet, adapter]", "--lora_rank", "2", "--w", "[0.0]", "--student_every", "2"],
@@ -23,22 +24,10 @@ FORMS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(photo_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder, with a tiny pipeline and pairs."""
     with working_folder(tmp_path_factory.mktemp("few_step"), "TRAIN_DATA") as folder:
-        run_programs(
-            [
-                tiny("train_autoencoder", "autoencoder"),
-                tiny("cache_latents", "latents"),
-                tiny("train_prior", "prior"),
-                tiny("train_stablesr", "stablesr"),
-                tiny("assemble_pipeline", "pipeline"),
-                tiny("generate_cfw_data", "cfw_data"),
-                tiny("train_cfw", "cfw"),
-                tiny("assemble_pipeline", "pipeline", "--pretrained_cfw", "runs/tiny/cfw/cfw"),
-                tiny("cache_pairs", "pairs"),
-            ]
-        )
+        shutil.copytree(photo_runs, folder / "runs")
         yield folder
 
 
