@@ -70,7 +70,7 @@ def main(config: AutoencoderConfig) -> None:
     network = Reconstruction(vae.to(memory_format=torch.channels_last).train())
     reconstruct = run.train(network, {"vae": "vae"})
     examples = photo_examples(config, multiple=vae_scale_factor(vae))
-    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics, config.metric_weights))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

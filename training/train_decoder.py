@@ -65,7 +65,7 @@ def main(config: DecoderConfig) -> None:
     decode = run.train(Decoding(vae), {"vae": "vae"})
     adversary = Adversary(run, config)
     examples = photo_examples(config, multiple=vae_scale_factor(vae))
-    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics, config.metric_weights))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
