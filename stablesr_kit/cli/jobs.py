@@ -218,6 +218,7 @@ def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Pictu
         max_pixels=MAX_STREAMED_PIXELS if is_huge_allowed else MAX_PIXELS,
         advice="scale or crop it first" if is_huge_allowed else HUGE_ADVICE,
     )
+    check_result(job, picture.height * picture.width * scale * scale, MAX_STREAMED_PIXELS, "give a smaller --scale")
     check_output(job.target, picture, scaled_size(picture.height, picture.width, scale))
     return picture
 
