@@ -121,7 +121,7 @@ def _cell(name: str, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         {one["metrics"][name]["mean"] for one in rows if name in one["metrics"] and one["method"] != TRUTH},
         reverse=metric.better == "higher",
     )
-    place = ranked.index(mean["mean"]) if mean["mean"] in ranked and len(ranked) > 1 else None
+    place = ranked.index(mean["mean"]) if mean["mean"] in ranked and len(ranked) > 1 else -1
     kind = {0: " best", 1: " second"}.get(place, "")
     interval = ""
     if mean["low"] is not None:
@@ -168,7 +168,9 @@ def _studies(report: Mapping[str, Any]) -> Iterator[str]:
             level = [
                 row
                 for row in report["rows"]
-                if row["set"] == name and row["method"] not in (*taking, TRUTH) and study in ("w", "steps", "seeds")
+                if row["set"] == name
+                and row["method"] not in (*taking, TRUTH)
+                and study in ("w", "steps", "seeds", "losses")
             ]
             yield f"<h3>{_text(name)}</h3>"
             if study == "kernel-mismatch":
