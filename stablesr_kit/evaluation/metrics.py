@@ -623,8 +623,8 @@ class Metric:
     """Makes what measures a picture. Raises ImportError or StableSRKitError where that cannot be had."""
     load_set: Callable[[MetricSettings], MeasureSet] | None = None
     """The same for what measures whole sets: results and truths, in the same order."""
-    extra: str = "evaluate"
-    """The extra of the package that it needs."""
+    install: str = "pip install 'stablesr-kit[evaluate]'"
+    """What installs the packages that it needs."""
     digits: int = 4
 
 
@@ -655,6 +655,9 @@ def _load_features(distance: Callable[[Array, Array], float], settings: MetricSe
 
     return measure
 
+
+_INSTALL_PYIQA = "pip install 'stablesr-kit[pyiqa]', whose licence does not allow commercial use"
+_INSTALL_OCR = "pip install 'stablesr-kit[ocr]', then pip install --no-deps rapidocr-onnxruntime"
 
 METRICS: Mapping[str, Metric] = {
     "psnr": Metric(
@@ -701,14 +704,14 @@ METRICS: Mapping[str, Metric] = {
         better="higher",
         against="nothing",
         digits=2,
-        extra="pyiqa",
+        install=_INSTALL_PYIQA,
         load=partial(_load_alone, partial(PyIQA, name="musiq")),
     ),
     "maniqa": Metric(
         title="MANIQA",
         better="higher",
         against="nothing",
-        extra="pyiqa",
+        install=_INSTALL_PYIQA,
         load=partial(_load_alone, partial(PyIQA, name="maniqa-pipal")),
     ),
     "seam-energy": Metric(
@@ -726,7 +729,7 @@ METRICS: Mapping[str, Metric] = {
         title="Landmark distance", better="lower", against="truth", digits=2, load=lambda _: _paired(landmark_distance)
     ),
     "ocr-f1": Metric(
-        title="OCR F1", better="higher", against="truth", extra="ocr", load=lambda _: _paired(OCRAgreement())
+        title="OCR F1", better="higher", against="truth", install=_INSTALL_OCR, load=lambda _: _paired(OCRAgreement())
     ),
     "fid": Metric(title="FID", better="lower", against="truth", digits=2, load_set=partial(_load_features, fid)),
     "kid": Metric(title="KID", better="lower", against="truth", load_set=partial(_load_features, kid)),

@@ -112,7 +112,7 @@ def load_metrics(names: Iterable[str], settings: MetricSettings) -> Loaded:
             elif metric.load_set is not None:
                 set_measures[name] = metric.load_set(settings)
         except ImportError as error:
-            absent[name] = f"needs the package {error.name}; pip install 'stablesr-kit[{metric.extra}]'"
+            absent[name] = f"needs the package {error.name}; {metric.install}"
         except StableSRKitError as error:
             absent[name] = " ".join(str(error).split())
     identity = [*(version_of(name) for name in METRIC_PACKAGES), *settings.weights.hashes(), __version__]

@@ -338,6 +338,16 @@ def test_faces_are_measured_as_faces(tmp_path: Path) -> None:
     assert len(report["studies"]["w"]["rows"]) == 10
 
 
+def test_the_losses_study_compares_what_is_called_as_the_losses_are(pairs: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    methods = [f"adversarial={model},steps=1", f"mse={model},steps=2", "known=nonblind"]
+    arguments = [word for method in methods for word in ("--method", method)]
+    stablesr("evaluate", pairs, "--protocol", "classic-sr", *arguments, "--limit", 1, "--study", "losses", "-o", out)
+    rows = report_of(out)["studies"]["losses"]["rows"]
+    assert [(row["method"], row["at"]) for row in rows] == [(name, {"loss": name}) for name in ("mse", "adversarial")]
+    assert rows[0]["metrics"] == row_of(report_of(out), "mse")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
