@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from stablesr_kit.evaluation.metrics import PristineStatistics, niqe, psnr, ssim
 from stablesr_kit.imaging.degradations import degrade, find_preset
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image

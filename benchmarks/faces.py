@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.timing import compare
 from stablesr_kit.checkpoints.codeformer import load_official_faces
+from stablesr_kit.spaces import unit_to_image
 from tests.helpers.official_weights import fill, full_size_shapes
 
 Restore = Callable[[Tensor, float], Tensor]
@@ -46,7 +47,7 @@ def peer(weights: Mapping[str, Tensor]) -> Restore:
 
 
 def measure(ours: Restore, theirs: Restore, batch: int, repeats: int) -> dict[str, float]:
-    faces = torch.rand(batch, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    faces = unit_to_image(torch.rand(batch, 3, 512, 512, generator=torch.Generator().manual_seed(0)))
     times = compare(lambda: ours(faces, 0.5), lambda: theirs(faces, 0.5), repeats)
     return {
         "faces_per_s": batch / times["stablesr_s"],

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+from stablesr_kit.models.steering import make_steerable
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
 SD21_UNET: dict[str, Any] = {
@@ -27,9 +27,10 @@ SD21_VAE: dict[str, Any] = {
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def unet_and_adapter(dtype: torch.dtype) -> tuple[SFTUNet2DConditionModel, StableSRAdapter]:
+def unet_and_adapter(dtype: torch.dtype) -> tuple[UNet2DConditionModel, StableSRAdapter]:
     """919 M parameters with their SFT layers counted, and 52 M of the time-aware encoder."""
-    unet = random_weights(lambda: SFTUNet2DConditionModel(**SD21_UNET), dtype)
+    unet = random_weights(lambda: UNet2DConditionModel(**SD21_UNET), dtype)
+    make_steerable(unet)
     return unet, random_weights(lambda: StableSRAdapter.from_unet(unet), dtype)
 
 

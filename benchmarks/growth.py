@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from stablesr_kit.imaging.canvas import View
 from stablesr_kit.pipelines.pictures import to_pil
+from stablesr_kit.spaces import unit_to_image
 
 FULL = (4096, 6144)
 START = (64, 64)
@@ -81,7 +82,7 @@ def size_of(megapixels: float) -> tuple[int, int]:
 def measured(height: int, width: int, options: list[str]) -> Run:
     """The command for a result of this size, on a picture made for it."""
     coarse = torch.rand(1, 3, max(height // 64, 2), max(width // 64, 2), generator=torch.Generator().manual_seed(0))
-    picture = F.interpolate(coarse, (height // 4, width // 4), mode="bilinear") * 2 - 1
+    picture = unit_to_image(F.interpolate(coarse, (height // 4, width // 4), mode="bilinear"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in.png")
         to_pil(View(picture)).save(source)

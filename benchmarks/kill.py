@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from stablesr_kit.errors import JobError
-from stablesr_kit.pipelines.sampling_state import SamplingState
+from stablesr_kit.pipelines.job import SamplingState
 
 LAST_MOMENT = 0.97  # of the undisturbed run: later the job may be faster than its kill
 POLL_S = 0.02

@@ -11,15 +11,13 @@ import json
 from dataclasses import asdict
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from benchmarks.full_size import SD21_UNET, SD21_VAE
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.tiling.memory_plan import GIB, MemoryPlan, Planner
-from stablesr_kit.tiling.planner import LARGEST_BATCH, VAE_TILES_PX, tilings
+from stablesr_kit.tiling.memory import GIB, Plan, Planner, Tiling
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
                 "max_memory_gib": arguments.max_memory,
                 "dtype": arguments.dtype,
                 "steps": arguments.steps,
-                "tiling": plan.tiling and asdict(plan.tiling),
+                "grid": plan.grid and asdict(plan.grid),
                 "vae_tile_px": plan.vae_tile_px,
                 "peak_gib": round(plan.peak_bytes / GIB, 3),
                 "tflops": round(plan.flops / 1e12),
@@ -51,19 +49,14 @@ def main() -> None:
     )
 
 
-def full_size_plan(height: int, width: int, budget_bytes: int, dtype: torch.dtype, steps: int) -> MemoryPlan:
+def full_size_plan(height: int, width: int, budget_bytes: int, dtype: torch.dtype, steps: int) -> Plan:
     """The plan with CFW for a result of height x width pixels."""
     with torch.device("meta"):
         vae = AutoencoderKL(**SD21_VAE)
-        unet = SFTUNet2DConditionModel(**SD21_UNET)
+        unet = UNet2DConditionModel(**SD21_UNET)
         networks = vae, unet, StableSRAdapter.from_unet(unet), ControllableFeatureWrapping.from_vae(vae)
     return Planner(*(nn.Module.to(network, dtype) for network in networks)).plan(
-        height,
-        width,
-        tilings(unet, height // 8, width // 8, 8, batch_size=LARGEST_BATCH),
-        steps,
-        budget_bytes,
-        vae_tiles_px=VAE_TILES_PX,
+        height, width, Tiling(max_memory=budget_bytes), torch.device("cuda"), steps=steps, flops_per_second=1e12
     )
 
 

@@ -36,9 +36,8 @@ from stablesr_kit import StableSRPipeline
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise
 from stablesr_kit.imaging.canvas import Region, View, assembled
 from stablesr_kit.imaging.resizing import resize_bicubic
-from stablesr_kit.imaging.tiles import merge
-from stablesr_kit.tiling.latents import Aggregation
-from stablesr_kit.tiling.planner import choose_tiling, tile_multiple
+from stablesr_kit.tiling.latents import Aggregation, choose_grid, merge, tile_multiple
+from stablesr_kit.tiling.memory import Tiling
 
 SEED = 0
 DRAWS = 999
@@ -85,25 +84,22 @@ def added_by_restoring(
     restored = pipeline(
         picture,
         num_inference_steps=steps,
-        tile_px=tile_px,
-        overlap_px=overlap_px,
-        tile_jitter=jitter,
+        tiling=Tiling(tile_px=tile_px, overlap_px=overlap_px, jitter=jitter),
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
     ).images
-    padded = pipeline.pad(View(restored))
-    size = padded.shape[1] // pipeline.vae_scale_factor, padded.shape[2] // pipeline.vae_scale_factor
+    enlarged, canvas = pipeline.prepare_image(View(picture))
+    size = canvas.shape[1] // pipeline.vae_scale_factor, canvas.shape[2] // pipeline.vae_scale_factor
     seed = CanvasNoise.from_generator(torch.Generator().manual_seed(SEED), 1).seeds[0]
     aggregation = Aggregation(
         size,
-        choose_tiling(pipeline.unet, *size, pipeline.vae_scale_factor, tile_px, overlap_px),
+        choose_grid(pipeline.unet, *size, pipeline.vae_scale_factor, tile_px, overlap_px),
         tile_multiple(pipeline.unet),
         torch.device("cpu"),
         torch.float32,
         jitter_seed=seed if jitter else None,
     )
-    enlarged = assembled(pipeline.upsample(View(picture))).clamp(0, 1)
-    return restored - enlarged, aggregation.regions(pipeline.num_timesteps - 1)
+    return restored - assembled(enlarged).clamp(0, 1), aggregation.regions(pipeline.num_timesteps - 1)
 
 
 def seam_energy(image: Tensor, tiles: list[Region], pixels_per_latent: int) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def measure_step(dtype: torch.dtype, latent: int, branches: int, repeats: int) -
     lq_latent = torch.randn(1, 4, latent, latent, dtype=dtype)
     x = torch.randn(branches, 4, latent, latent, dtype=dtype)
     context = torch.randn(branches, 77, 1024, dtype=dtype)
-    return compare(lambda: unet(x, 500, context, sft=adapter(lq_latent, 500)), lambda: unet(x, 500, context), repeats)
+    return compare(
+        lambda: unet(x, 500, context, timestep_cond=adapter(lq_latent, 500)), lambda: unet(x, 500, context), repeats
+    )
 
 
 def measure_decode(dtype: torch.dtype, latent: int, repeats: int) -> dict[str, float]:

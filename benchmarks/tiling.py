@@ -27,6 +27,8 @@ from benchmarks.memory import in_fresh_process, peak_rss_mb, rss_mb
 from benchmarks.timing import seconds
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.imaging.canvas import Canvas
+from stablesr_kit.models.feature_wrapping import scale_factor
+from stablesr_kit.spaces import unit_to_image
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder, TilingMode
 
 Method = Literal["exact", "approximate", "diffusers"]
@@ -93,7 +95,7 @@ def tiled(name: VaeName, method: Method, size: tuple[int, int], tile_px: int, re
         if method == "diffusers":
             vae.enable_tiling()
             vae.tile_sample_min_size = tile_px
-            vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)
+            vae.tile_latent_min_size = tile_px // scale_factor(vae)
             found.extend((vae.encode(image).latent_dist.parameters, vae.decode(z).sample))
         else:
             coder = TiledAutoencoder(vae, tile_px=tile_px, mode=method)
@@ -144,7 +146,7 @@ def growth_point(mode: TilingMode, megapixels: int, tile_px: int, folder: Path) 
 def smooth_picture(height: int, width: int) -> Tensor:
     """Random colours (1, 3, height, width) in [-1, 1] that change over some 32 pixels, the same for the same size."""
     coarse = torch.rand(1, 3, height // 32 + 2, width // 32 + 2, generator=torch.Generator().manual_seed(0))
-    return F.interpolate(coarse, (height, width), mode="bilinear") * 2 - 1
+    return unit_to_image(F.interpolate(coarse, (height, width), mode="bilinear"))
 
 
 def autoencoder(name: VaeName) -> AutoencoderKL:

@@ -11,7 +11,8 @@ import typer
 from PIL import Image
 
 from stablesr_kit import FaceRefinement
-from stablesr_kit.imaging.files import Picture, read_picture, write_picture
+from stablesr_kit.imaging.reading import as_picture, read_picture
+from stablesr_kit.imaging.writing import write_picture
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 
 
@@ -42,7 +43,7 @@ def main(
         distances = ", ".join(f"{face.identity_distance:.2f}" for face in restored)
         typer.echo(f"w {fidelity:g}: identity distance {distances}")
     sheet = Image.fromarray(np.concatenate(columns, axis=1).round().clip(0, 255).astype(np.uint8))
-    write_picture(output, sheet, Picture(rgb=sheet))
+    write_picture(output, sheet, as_picture(sheet))
     typer.echo(f"written: {output}")
 
 

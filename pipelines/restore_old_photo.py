@@ -11,7 +11,8 @@ import typer
 from PIL import Image
 
 from stablesr_kit import FaceRefinement, StableSRPipeline
-from stablesr_kit.imaging.files import Picture, read_picture, write_picture
+from stablesr_kit.imaging.reading import as_picture, read_picture
+from stablesr_kit.imaging.writing import write_picture
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 
 
@@ -47,7 +48,7 @@ def main(
     sheet = Image.new("RGB", (3 * result.width, result.height))
     for i, column in enumerate((before, without_faces, result)):
         sheet.paste(column, (i * result.width, 0))
-    write_picture(output, sheet, Picture(rgb=picture.rgb, is_grey=picture.is_grey))
+    write_picture(output, sheet, as_picture(sheet.convert("L") if picture.is_grey else sheet))
     for report in stage.reports[0]:
         typer.echo(
             f"{tuple(map(round, report.box))}: {report.action}, identity distance {report.identity_distance:.2f}"

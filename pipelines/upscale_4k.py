@@ -10,7 +10,8 @@ import torch
 import typer
 
 from stablesr_kit import StableSRPipeline
-from stablesr_kit.imaging.files import read_picture, write_picture
+from stablesr_kit.imaging.reading import read_picture
+from stablesr_kit.imaging.writing import write_picture
 
 
 def main(

@@ -11,7 +11,8 @@ import typer
 from PIL import Image
 
 from stablesr_kit import StableSRPipeline
-from stablesr_kit.imaging.files import Picture, read_picture, write_picture
+from stablesr_kit.imaging.reading import as_picture, read_picture
+from stablesr_kit.imaging.writing import write_picture
 
 
 def main(
@@ -34,7 +35,7 @@ def main(
     sheet = Image.new("RGB", (width * len(columns), height))
     for i, column in enumerate(columns):
         sheet.paste(column, (i * width, 0))
-    write_picture(output, sheet, Picture(rgb=picture.rgb))
+    write_picture(output, sheet, as_picture(picture.rgb))
     typer.echo(f"written: {output}")
 
 

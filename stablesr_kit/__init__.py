@@ -11,21 +11,25 @@ from stablesr_kit.version import __version__
 if TYPE_CHECKING:
     from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler
     from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-    from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
     from stablesr_kit.models.time_aware_encoder import StableSRAdapter
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
+    from stablesr_kit.pipelines.job import Job
+    from stablesr_kit.pipelines.one_step import OneStepPipeline
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
+    from stablesr_kit.tiling.memory import Tiling
 
 __all__ = [
     "CodeFormerPipeline",
     "ControllableFeatureWrapping",
     "FaceRefinement",
-    "SFTUNet2DConditionModel",
+    "Job",
+    "OneStepPipeline",
     "SpacedDDIMScheduler",
     "SpacedDDPMScheduler",
     "StableSRAdapter",
     "StableSRPipeline",
+    "Tiling",
     "__version__",
 ]
 
@@ -33,11 +37,13 @@ _HOMES = {
     "CodeFormerPipeline": "stablesr_kit.pipelines.codeformer",
     "ControllableFeatureWrapping": "stablesr_kit.models.feature_wrapping",
     "FaceRefinement": "stablesr_kit.pipelines.face_refinement",
-    "SFTUNet2DConditionModel": "stablesr_kit.models.sft_unet",
+    "Job": "stablesr_kit.pipelines.job",
+    "OneStepPipeline": "stablesr_kit.pipelines.one_step",
     "SpacedDDIMScheduler": "stablesr_kit.diffusion.spaced",
     "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",
     "StableSRAdapter": "stablesr_kit.models.time_aware_encoder",
     "StableSRPipeline": "stablesr_kit.pipelines.stablesr",
+    "Tiling": "stablesr_kit.tiling.memory",
 }
 
 

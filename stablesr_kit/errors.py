@@ -42,3 +42,19 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# torch's allocators, the C++ library, and oneDNN, whose convolutions on the CPU say no more than that
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "could not execute a primitive",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch.OutOfMemoryError of accelerators, MemoryError or RuntimeError of the CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(report in text for report in _OUT_OF_MEMORY)

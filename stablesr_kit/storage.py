@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -103,6 +104,16 @@ def unwritable(path: Path, error: BaseException, advice: str = _ADVICE) -> Outpu
             there = next(place for place in path.absolute().parents if place.is_dir())
             told += f", {shutil.disk_usage(there).free / 2**20:.0f} MB are free there"
     return OutputError(f"{told}; {advice}")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        content = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+        return hashlib.sha256(content.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finish(file: Path, mode: int, is_synced: bool = True) -> None:

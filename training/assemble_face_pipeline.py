@@ -10,7 +10,8 @@ import torch
 
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
-from stablesr_kit.training.run.config import ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import ProgramConfig
 from stablesr_kit.training.run.networks import load_network, save_small_pipeline
 
 

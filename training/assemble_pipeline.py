@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
-from stablesr_kit.training.run.config import ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import ProgramConfig
 from stablesr_kit.training.run.networks import load_network, save_small_pipeline
 from stablesr_kit.training.small.unet import build_small_scheduler
 

@@ -17,14 +17,15 @@ from stablesr_kit.training.data.computed import TensorParts
 from stablesr_kit.training.data.crops import report_skipped
 from stablesr_kit.training.data.options import PairOptions
 from stablesr_kit.training.data.pairs import open_pairs
-from stablesr_kit.training.run.config import LoaderOptions, ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import LoaderOptions, PrecisionOptions, ProgramConfig
 from stablesr_kit.training.run.networks import load_network
 
 logger = logging.getLogger("cache_latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(LoaderOptions, PairOptions, ProgramConfig):
+class CacheConfig(PrecisionOptions, LoaderOptions, PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_vae: str
@@ -54,7 +55,7 @@ def main(config: CacheConfig) -> None:
     for crop, (_, pair) in zip(missing, tqdm(loader, mininterval=10), strict=True):
         # the good crop once, then its degraded versions, as one batch
         images = torch.cat([pair.hq[:1], pair.lq])
-        with torch.autocast(device.type, torch.bfloat16):
+        with config.autocast(device):
             z = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean
         latents = to_latent(z.float(), vae).half().cpu()
         parts.add(crop, {"hq": latents[:1], "lq": latents[None, 1:]})

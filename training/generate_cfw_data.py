@@ -3,8 +3,10 @@
 python training/generate_cfw_data.py --config configs/mini/cfw_data.yaml --train_data_dir DATA
 """
 
+import inspect
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,17 +14,18 @@ from tqdm import tqdm
 
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.seeds import torch_stream
-from stablesr_kit.spaces import image_to_pixels
+from stablesr_kit.spaces import image_to_pixels, image_to_unit
 from stablesr_kit.training.data.batches import make_loader
 from stablesr_kit.training.data.computed import TensorParts
 from stablesr_kit.training.data.crops import report_skipped
 from stablesr_kit.training.data.options import PairOptions
 from stablesr_kit.training.data.pairs import open_pairs
-from stablesr_kit.training.run.config import LoaderOptions, ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import LoaderOptions, PrecisionOptions, ProgramConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFWDataConfig(LoaderOptions, PairOptions, ProgramConfig):
+class CFWDataConfig(PrecisionOptions, LoaderOptions, PairOptions, ProgramConfig):
     """Options of this program."""
 
     pretrained_model: str
@@ -46,6 +49,9 @@ def main(config: CFWDataConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    step = pipeline.scheduler.step
+    if "eta" in inspect.signature(step).parameters:  # of DDIM alone: a call has no argument for it
+        pipeline.scheduler.step = partial(step, eta=config.eta)
     pairs = open_pairs(config, config.seed)
 
     parts = TensorParts(Path(config.output_dir) / "samples.safetensors", config, Path(config.pretrained_model))
@@ -56,13 +62,12 @@ def main(config: CFWDataConfig) -> None:
     loader = make_loader(pairs, batches, config.dataloader_num_workers)
     for part, (_, (lq, hq)) in zip(missing, tqdm(loader, mininterval=10), strict=True):
         generator = torch_stream(config.seed, starts[part])
-        with torch.autocast(device.type, torch.bfloat16):
+        with config.autocast(device):
             latents = pipeline(
-                (lq + 1) / 2,
+                image_to_unit(lq),
                 scale=1,
                 w=0,
                 num_inference_steps=config.steps[part % len(config.steps)],
-                eta=config.eta,
                 generator=generator,
                 output_type="latent",
             ).images

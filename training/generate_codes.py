@@ -16,13 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.degradations.resizing import resize
-from stablesr_kit.imaging.files import read_picture
+from stablesr_kit.imaging.degradations.filtering import resize
+from stablesr_kit.imaging.reading import read_picture
 from stablesr_kit.models.vqgan import VQGAN
 from stablesr_kit.spaces import pixels_to_image
+from stablesr_kit.storage import replacing_file
 from stablesr_kit.training.data.faces import codes_key
 from stablesr_kit.training.data.sources import list_photos
-from stablesr_kit.training.run.config import ProgramConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import ProgramConfig
 from stablesr_kit.training.run.networks import load_network
 
 
@@ -56,8 +58,8 @@ def main(config: CodesConfig) -> None:
     if accelerator.is_main_process:
         output = Path(config.output_dir)
         config.save(output / "config.yaml")
-        save_file(codes, output / "codes.safetensors.unfinished")
-        (output / "codes.safetensors.unfinished").rename(output / "codes.safetensors")
+        with replacing_file(output / "codes.safetensors") as part:
+            save_file(codes, part)
 
 
 def read_face(path: Path, size: int) -> Tensor:

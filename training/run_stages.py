@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablesr_kit.errors import ConfigError, StableSRKitError
-from stablesr_kit.training.run.config import ProgramConfig, given_options, launch
+from stablesr_kit.training.run.command_line import given_options, launch
+from stablesr_kit.training.run.config import ProgramConfig
 from stablesr_kit.training.run.stages import BegunStage, Stage, find_continuation, put_away, read_journal, write_journal
 
 logger = logging.getLogger("run_stages")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -19,7 +20,8 @@ from stablesr_kit.seeds import stream
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_codebook
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
 
@@ -87,7 +89,7 @@ def main(config: StartConfig) -> None:
         first = run.step * run.samples_per_step
         with run.accelerator.autocast():
             latents = [graft.encode(features[first + i][0][None].to(mean.device)).float() for i in range(count)]
-        return torch.cat([latent.flatten(2)[0].T for latent in latents])
+        return rearrange(latents, "n 1 c h w -> (n h w) c")
 
     for _, (given, wanted) in run.batches(features):
         is_quantized = run.step >= config.quantization_start

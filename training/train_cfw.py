@@ -19,8 +19,9 @@ from stablesr_kit.models.feature_wrapping import (
 from stablesr_kit.spaces import from_latent
 from stablesr_kit.training.data.computed import RestoredCrops
 from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
-from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions, PixelLoss
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, ValidationOptions, sample_examples
@@ -45,9 +46,8 @@ class CFWConfig(AdversarialOptions, InterpolationOptions, PictureLossOptions, Va
     """RRDBs per untrained fusion layer."""
     growth_channels: int = 16
     """Growth of the dense blocks of untrained fusion layers."""
-    pixel_loss: str = "reconstruction"
-    """Loss between pictures: l1, mse, or reconstruction, which also weighs gradients, colour and brightness of areas.
-    StableSR: l1."""
+    pixel_loss: PixelLoss = "reconstruction"
+    """Loss between pictures; reconstruction also weighs gradients, colour and brightness of areas. StableSR: l1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,6 @@ def main(config: CFWConfig) -> None:
     else:
         cfw = load_network(ControllableFeatureWrapping, config.pretrained_cfw, "pretrained_cfw")
     if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
         cfw.enable_gradient_checkpointing()
     levels = tuple(cfw.config.levels)
     decode = run.train(FusedDecoding(vae, cfw.to(memory_format=torch.channels_last).train()), {"cfw": "cfw"})
@@ -98,7 +97,7 @@ def main(config: CFWConfig) -> None:
         return decode_with_features(vae, cfw, from_latent(example.latent, vae), features, 1.0)
 
     examples = sample_examples(config, config.validation_samples)
-    run.validate(config, "cfw", examples, restored, Quality(config.niqe_statistics))
+    run.validate(config, "cfw", examples, restored, Quality(config.niqe_statistics, config.metric_weights))
 
     for _, (lq, latent, hq) in run.batches(crops):
         lq, hq = lq.to(memory_format=torch.channels_last), hq.to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
@@ -23,7 +24,8 @@ from stablesr_kit.training.data.options import DegradedPhotoOptions
 from stablesr_kit.training.losses.adversarial import VQGANAdversary, VQGANAdversaryOptions
 from stablesr_kit.training.losses.codebooks import code_token_loss, commitment_loss
 from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
@@ -113,7 +115,13 @@ def main(config: CodeFormerConfig) -> None:
         faces = pipeline(image_to_pixels(example.lq), w=config.w, output_type="pt", return_dict=False)[0]
         return unit_to_image(faces)
 
-    run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "codeformer",
+        restoration_examples(config),
+        restored,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     for draws, (strong, mild, hq, targets) in run.batches(faces):
         w = config.fidelity(run.step)
@@ -128,7 +136,7 @@ def main(config: CodeFormerConfig) -> None:
         weights = w - config.w_spread * draws.uniform().to(lq) if w > 0 else w
         output = restore(lq, weights, code_only=w == 0)
         feature = commitment_loss(output.lq_feat.float(), codes.float())
-        token = code_token_loss(output.logits, targets.flatten(1))
+        token = code_token_loss(output.logits, rearrange(targets, "b h w -> b (h w)"))
         loss = config.feature_weight * feature + config.token_weight * token
         accuracy = (output.indices == targets).float().mean()
         terms = {"feature": feature, "token": token, "accuracy": accuracy}

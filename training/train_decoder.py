@@ -10,11 +10,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from stablesr_kit.evaluation.quality import Quality
+from stablesr_kit.spaces import vae_scale_factor
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
 from stablesr_kit.training.losses.pictures import reconstruction_loss
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import PhotoValidationOptions, photo_examples, reconstructed
@@ -62,8 +64,8 @@ def main(config: DecoderConfig) -> None:
         vae.enable_gradient_checkpointing()
     decode = run.train(Decoding(vae), {"vae": "vae"})
     adversary = Adversary(run, config)
-    examples = photo_examples(config, multiple=2 ** (len(vae.config.block_out_channels) - 1))
-    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
+    examples = photo_examples(config, multiple=vae_scale_factor(vae))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics, config.metric_weights))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

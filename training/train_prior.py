@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+from stablesr_kit.models.steering import make_steerable
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.training.data.computed import CachedLatents
 from stablesr_kit.training.losses.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small.unet import build_small_adapter, build_small_unet
@@ -48,10 +49,10 @@ def main(config: PriorConfig) -> None:
     schedule = noise_schedule("v_prediction")
 
     if config.pretrained_unet is None:
-        stock_unet = build_small_unet(config.block_out_channels)
+        unet = build_small_unet(config.block_out_channels)
     else:
-        stock_unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
-    unet = SFTUNet2DConditionModel.from_unet(stock_unet)
+        unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
+    make_steerable(unet)
     if config.pretrained_adapter is None:
         adapter = build_small_adapter(unet, config.adapter_channels)
     else:
@@ -72,7 +73,7 @@ def main(config: PriorConfig) -> None:
         is_unconditional = run.step % config.unconditional_every == 0
         sft = None if is_unconditional else adapt(lq.to(memory_format=torch.channels_last), task.timestep)
         context = no_text.expand(len(hq), -1, -1)
-        prediction = predict(task.x, task.timestep, context, sft=sft, return_dict=False)[0]
+        prediction = predict(task.x, task.timestep, context, timestep_cond=sft, return_dict=False)[0]
         loss = task.loss(prediction)
 
         run.backward(loss)

@@ -7,18 +7,18 @@ Pairs are degraded on the fly from photographs and encoded, or read from the lat
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from stablesr_kit.checkpoints.foundations import foundation_of_folder
+from stablesr_kit.checkpoints.base import base_of_folder
 from stablesr_kit.checkpoints.networks import embed_empty_prompt
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+from stablesr_kit.models.steering import make_steerable
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
@@ -28,7 +28,8 @@ from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_ski
 from stablesr_kit.training.data.pair_queue import PairQueueOptions, QueuedDegradation
 from stablesr_kit.training.data.pairs import DegradedCrops, PairedCrops, open_pairs
 from stablesr_kit.training.losses.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
@@ -45,8 +46,8 @@ class StableSRConfig(DenoisingOptions, PairQueueOptions, RestorationValidationOp
     """Folder of the UNet, where there is no pretrained_model."""
     pretrained_vae: str | None = None
     """Folder of the autoencoder, where there is no pretrained_model; cached latents need none."""
-    prediction_type: str = "v_prediction"
-    """What the UNet of pretrained_unet predicts: epsilon or v_prediction."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    """What the UNet of pretrained_unet predicts."""
     pretrained_adapter: str | None = None
     """Folder of an adapter to start from; None builds an untrained one."""
     adapter_channels: tuple[int, ...] | None = (64, 96, 128)
@@ -76,6 +77,7 @@ def main(config: StableSRConfig) -> None:
     if isinstance(data, RandomCrops):
         queue = QueuedDegradation(config, config.seed, config.train_batch_size, run.accelerator)
     unet, vae, schedule, no_text = frozen_parts(config)
+    make_steerable(unet)
     vae = vae if config.latents is None or config.validation_steps else None
 
     # only the adapter is trained, through the UNet
@@ -107,7 +109,13 @@ def main(config: StableSRConfig) -> None:
         lq = image_to_pixels(example.lq)[0]
         return unit_to_image(pipeline(lq, height=height, width=width, generator=generator, output_type="pt").images)
 
-    run.validate(config, "adapter", restoration_examples(config), restored, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "adapter",
+        restoration_examples(config),
+        restored,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     for draws, batch in run.batches(data):
         lq, hq = batch if queue is None else queue(batch)
@@ -125,7 +133,7 @@ def main(config: StableSRConfig) -> None:
         sft = adapt(lq.to(memory_format=torch.channels_last), task.timestep).to(unet.dtype)
         with run.accelerator.autocast():
             context = no_text.expand(len(hq), -1, -1)
-            prediction = unet(task.x.to(unet.dtype), task.timestep, context, sft=sft, return_dict=False)[0]
+            prediction = unet(task.x.to(unet.dtype), task.timestep, context, timestep_cond=sft, return_dict=False)[0]
         loss = task.loss(prediction)
 
         run.backward(loss)
@@ -136,21 +144,21 @@ def main(config: StableSRConfig) -> None:
     run.finish({"adapter": run.averaged("adapter")})
 
 
-def frozen_parts(config: StableSRConfig) -> tuple[SFTUNet2DConditionModel, AutoencoderKL | None, Any, Any]:
+def frozen_parts(config: StableSRConfig) -> tuple[UNet2DConditionModel, AutoencoderKL | None, Any, Any]:
     """UNet, autoencoder, noise schedule, and the empty prompt's embedding where a text encoder makes one."""
     if config.pretrained_model is not None:
-        foundation = foundation_of_folder(Path(config.pretrained_model), torch.float32)
-        assert foundation.prediction is not None  # a folder has a scheduler
+        base = base_of_folder(Path(config.pretrained_model), torch.float32)
+        assert base.prediction is not None  # a folder has a scheduler
         no_text = None
-        if foundation.text_encoder is not None:
-            no_text = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
-        return foundation.unet, foundation.vae, noise_schedule(foundation.prediction.type), no_text
+        if base.text_encoder is not None:
+            no_text = embed_empty_prompt(base.text_encoder, base.tokenizer)
+        return base.unet, base.vae, noise_schedule(base.prediction.type), no_text
     assert config.pretrained_unet is not None  # the options see to it
-    stock_unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
+    unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
     vae = None
     if config.pretrained_vae is not None:
         vae = load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae")
-    return SFTUNet2DConditionModel.from_unet(stock_unet), vae, noise_schedule(config.prediction_type), None
+    return unet, vae, noise_schedule(config.prediction_type), None
 
 
 def open_data(config: StableSRConfig, share: Share) -> CachedLatents | DegradedCrops | PairedCrops | RandomCrops:

@@ -4,11 +4,12 @@ accelerate launch training/train_vqgan.py --config configs/official/vqgan_512.ya
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from stablesr_kit.errors import ConfigError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.models.vqgan import VQGAN, GumbelQuantizer
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
@@ -16,7 +17,8 @@ from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.adversarial import VQGANAdversary, VQGANAdversaryOptions
 from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_codebook
 from stablesr_kit.training.losses.pictures import PictureLoss, PictureLossOptions
-from stablesr_kit.training.run.config import RunConfig, launch
+from stablesr_kit.training.run.command_line import launch
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, PhotoValidationOptions, photo_examples
@@ -46,8 +48,8 @@ class VQGANConfig(
     """Number of codes."""
     code_channels: int = 256
     """Width of a code."""
-    quantization: str = "nearest"
-    """How codes are chosen: nearest or gumbel."""
+    quantization: Literal["nearest", "gumbel"] = "nearest"
+    """How codes are chosen."""
     gumbel_annealing_steps: int = 160_000
     """Steps over which Gumbel's temperature falls from 1 towards 0, at least 1/16."""
     codebook_weight: float = 1.0
@@ -69,16 +71,21 @@ def main(config: VQGANConfig) -> None:
     reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
     picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
-    run.validate(config, "vqgan", photo_examples(config, vqgan.factor), reconstructed, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "vqgan",
+        photo_examples(config, vqgan.factor),
+        reconstructed,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     def find_latents(count: int) -> Tensor:
         first = run.step * run.samples_per_step
         with run.accelerator.autocast():
             latents = [
-                vqgan.encoder(images[first + i][None].to(run.accelerator.device))[0].float().flatten(2)[0].T
-                for i in range(count)
+                vqgan.encoder(images[first + i][None].to(run.accelerator.device))[0].float() for i in range(count)
             ]
-        return torch.cat(latents)
+        return rearrange(latents, "n 1 c h w -> (n h w) c")
 
     for _, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
@@ -111,9 +118,7 @@ def reconstructed(vqgan: VQGAN, example: Example) -> Tensor:
 
 
 def build_vqgan(config: VQGANConfig) -> VQGAN:
-    """Untrained, by the options. Raises ConfigError for another quantization."""
-    if config.quantization not in ("nearest", "gumbel"):
-        raise ConfigError(f"quantization={config.quantization!r} must be nearest or gumbel")
+    """Untrained, by the options."""
     return VQGAN(
         image_size=config.image_size or config.resolution,
         base_channels=config.base_channels,

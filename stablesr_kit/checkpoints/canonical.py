@@ -1,21 +1,28 @@
 """Bring every way the same weights are stored to one form: sections with the official names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
-from stablesr_kit.checkpoints.key_maps import PREFIXES, Section
+from stablesr_kit.checkpoints.key_maps import IGNORED, PREFIXES, Section
 from stablesr_kit.checkpoints.reading import RawCheckpoint
 from stablesr_kit.errors import CheckpointError
 
-WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict")
+WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict", "net_g_ema", "net_g")
 """Where training programs put the weights, in order of preference."""
+
+PARTS = {"state_dict_unet": "unet.", "state_dict_vae": "vae."}
+"""Where OSEDiff and PiSA-SR put the LoRAs of each network, and what we put before their names."""
 
 WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile put into names."""
+
+NAMED = 12
+"""How many names an error message lists. All of them are in a note on the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +51,12 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
     """
     notes = []
     content: Mapping[str, object] = raw.content
-    for wrapper in WRAPPERS:
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping):
-            content = inner
-            notes.append(f"weights found under {wrapper!r}")
-            break
+    while (wrapper := _wrapper(content)) is not None:
+        content = cast(Mapping[str, object], content[wrapper])
+        notes.append(f"weights found under {wrapper!r}")
+    parts = {prefix: part for key, prefix in PARTS.items() if isinstance(part := content.get(key), Mapping)}
+    if parts:
+        content = {f"{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items()}
     tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(
@@ -58,12 +65,23 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
     return section(raw.path, tensors, use_ema=use_ema, notes=tuple(notes))
 
 
+def _wrapper(content: Mapping[str, object]) -> str | None:
+    """The key under which the weights are: a known one, or that of the only mapping beside which there is no tensor."""
+    inner = [key for key, value in content.items() if isinstance(value, Mapping) and key not in PARTS]
+    for key in WRAPPERS:
+        if key in inner:
+            return key
+    is_alone = len(inner) == 1 and not any(isinstance(value, Tensor) for value in content.values())
+    return inner[0] if is_alone and not any(key in PARTS for key in content) else None
+
+
 def section(
     path: Path, tensors: Mapping[str, Tensor], *, use_ema: bool = False, notes: tuple[str, ...] = ()
 ) -> Checkpoint:
     """Tensors by name, sorted into sections."""
     tensors = {WRAPPED_MODULE.sub("", name): tensor for name, tensor in tensors.items()}
-    if "encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors:
+    is_noise_predictor = "encoder.time_embedding.linear_1.weight" in tensors
+    if not is_noise_predictor and ("encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors):
         tensors = {_full_vae_name(name): tensor for name, tensor in tensors.items()}
         notes = (*notes, "an autoencoder's names without prefix")
     if use_ema:
@@ -84,6 +102,22 @@ def section_of(name: str) -> Section:
         if name.startswith(PREFIXES[part]):
             return part
     return "other"
+
+
+def left_over(names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
+    """The full names that no reason allows to ignore."""
+    reasons = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED, *ignored)))
+    return [name for name in names if not reasons.fullmatch(name)]
+
+
+def complain(problem: str, names: list[str]) -> None:
+    """Raise a `CheckpointError` that names them, if there are any."""
+    if not names:
+        return
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    error = CheckpointError(f"{problem}: {', '.join(names[:NAMED])}{more}")
+    error.add_note("\n".join(names))
+    raise error
 
 
 def _full_vae_name(name: str) -> str:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablesr_kit.checkpoints import key_maps, plans
-from stablesr_kit.checkpoints.assembling import Options, assemble
+from stablesr_kit.checkpoints import key_maps
+from stablesr_kit.checkpoints.assembling import AssemblyOptions, Recipes, assemble, face_recipes, renamed_recipes
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, section
 from stablesr_kit.checkpoints.detecting import Config, Family, Hints, detect, face_config
 from stablesr_kit.checkpoints.reading import read_checkpoint
@@ -40,28 +40,28 @@ def convert_face_checkpoint(
         CheckpointError: it is of another family, or a tensor is missing, left over or of another shape.
     """
     file = canonicalize(read_checkpoint(checkpoint, tensors_only=tensors_only))
-    return build_face_network(file, hints=hints, options=Options(dtype, tuple(ignore)))
+    return build_face_network(file, hints=hints, options=AssemblyOptions(dtype, tuple(ignore)))
 
 
 def load_official_faces(tensors: Mapping[str, Tensor], hints: Hints | None = None) -> FaceNetwork:
     """The network of one official module's state dict."""
-    return build_face_network(section(Path("official module"), tensors), hints=hints, options=Options())
+    return build_face_network(section(Path("official module"), tensors), hints=hints, options=AssemblyOptions())
 
 
 class _Kind(NamedTuple):
     network: type[CodeFormer] | type[VQGAN] | type[VQGANDiscriminator]
     modules: Callable[[Config], key_maps.Modules]
-    plan: Callable[[Iterable[str], key_maps.Modules], plans.Plan] = plans.faces
+    recipes: Callable[[Iterable[str], key_maps.Modules], Recipes] = face_recipes
 
 
 _KINDS: Mapping[Family, _Kind] = {
     "codeformer": _Kind(CodeFormer, key_maps.codeformer_modules),
     "vqgan": _Kind(VQGAN, key_maps.vqgan_modules),
-    "vqgan discriminator": _Kind(VQGANDiscriminator, lambda _: key_maps.discriminator_modules(), plans.renaming),
+    "vqgan discriminator": _Kind(VQGANDiscriminator, lambda _: key_maps.discriminator_modules(), renamed_recipes),
 }
 
 
-def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Options) -> FaceNetwork:
+def build_face_network(file: Checkpoint, *, hints: Hints | None, options: AssemblyOptions) -> FaceNetwork:
     """As `convert_face_checkpoint`, from a file already read."""
     hints = hints or Hints()
     found = detect(file, hints)
@@ -74,7 +74,7 @@ def build_face_network(file: Checkpoint, *, hints: Hints | None, options: Option
         )
     return assemble(
         lambda: kind.network(**config),
-        lambda ours: kind.plan(ours, kind.modules(config)),
+        lambda ours: kind.recipes(ours, kind.modules(config)),
         names,
         what=kind.network.__name__,
         options=options,

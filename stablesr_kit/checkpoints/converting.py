@@ -7,30 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import Options, complain, left_over
-from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, section
-from stablesr_kit.checkpoints.detecting import Detection, Hints, detect
-from stablesr_kit.checkpoints.foundations import Foundation, foundation_of_checkpoint, foundation_of_folder
-from stablesr_kit.checkpoints.key_maps import PREFIXES
-from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
-from stablesr_kit.checkpoints.prediction import (
+from stablesr_kit.checkpoints.assembling import AssemblyOptions
+from stablesr_kit.checkpoints.base import (
+    BaseNetworks,
+    base_of_checkpoint,
+    build_base,
+    measure_prediction,
+    read_base,
+    trained_size_px,
+)
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over, section
+from stablesr_kit.checkpoints.detecting import (
     ASSUMED,
+    ONE_STEP,
+    Detection,
+    Hints,
     Prediction,
     PredictionType,
-    measure_prediction,
+    detect,
     prediction_from_name,
 )
+from stablesr_kit.checkpoints.key_maps import PREFIXES
+from stablesr_kit.checkpoints.networks import build_adapter, build_cfw, build_vae, embed_empty_prompt
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 
 logger = logging.getLogger(__name__)
-
-STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
 
 SLOTS: Mapping[str, str] = {
     "stablesr": "give it as the checkpoint",
@@ -39,6 +46,7 @@ SLOTS: Mapping[str, str] = {
     "stable diffusion": "give it as base (--base) of a web-UI extract",
     "autoencoder": "StableSR takes its own; for w above 0 give vqgan_cfw_00011.ckpt as cfw (--cfw)",
     "diffusers weights": "give the pipeline folder they belong to as base (--base)",
+    **dict.fromkeys(ONE_STEP, "give it alone, and its Stable Diffusion as base (--base)"),
     "lora": "load it with pipeline.load_lora_weights",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }
@@ -78,13 +86,10 @@ def convert_checkpoint(
     """
     main = canonicalize(read_checkpoint(checkpoint, tensors_only=tensors_only), use_ema=use_ema)
     cfw_file = canonicalize(read_checkpoint(cfw, tensors_only=tensors_only)) if cfw else None
-    base_file = None
-    if base is not None and not Path(base).is_dir():
-        base_file = canonicalize(read_checkpoint(base, tensors_only=tensors_only), use_ema=use_ema)
     return convert(
         main,
         cfw=cfw_file,
-        base=base_file or (Path(base) if base else None),
+        base=read_base(base, tensors_only=tensors_only, use_ema=use_ema) if base else None,
         prediction_type=prediction_type,
         hints=hints,
         ignore=ignore,
@@ -142,78 +147,64 @@ def convert(
     hints = hints or Hints()
     if hints.latent_size is None and "768" in main.path.name:
         hints = replace(hints, latent_size=96)
-    options = Options(dtype, tuple(ignore))
+    options = AssemblyOptions(dtype, tuple(ignore))
     found = detect(main, hints)
     if found.adapter is None:
         raise CheckpointError(f"{main.path.name} is {found.description}, not StableSR; {_slot(found)}")
-    foundation = _foundation(main, found, base, hints, options)
-    prediction = _prediction(prediction_type, foundation, [main, *([base] if isinstance(base, Checkpoint) else [])])
+    networks = _base_networks(main, found, base, hints, options)
+    prediction = _prediction(prediction_type, networks, [main, *([base] if isinstance(base, Checkpoint) else [])])
     embeds = None
-    if foundation.text_encoder is not None:
-        embeds = embed_empty_prompt(foundation.text_encoder, foundation.tokenizer)
-    fusion, vae = _fusion_and_vae(main, found, cfw, foundation.vae, hints, options)
+    if networks.text_encoder is not None:
+        embeds = embed_empty_prompt(networks.text_encoder, networks.tokenizer)
+    fusion, vae = _fusion_and_vae(main, found, cfw, networks.vae, hints, options)
     complain(f"{main.path.name}: not understood", left_over(main.sections.get("other", {}), options.ignore))
     return {
         "vae": vae,
-        "unet": foundation.unet,
-        "adapter": build_adapter(main, found.adapter, foundation.unet, embeds, options),
+        "unet": networks.unet,
+        "adapter": build_adapter(main, found.adapter, networks.unet, embeds, options),
         "scheduler": SpacedDDPMScheduler(prediction_type=prediction.type),
         "cfw": fusion,
-        "text_encoder": foundation.text_encoder,
-        "tokenizer": foundation.tokenizer,
+        "text_encoder": networks.text_encoder,
+        "tokenizer": networks.tokenizer,
         "default_steps": 4 if "turbo" in main.path.name else 200,  # what the authors use
-        "min_size_px": _trained_size_px(foundation.unet, vae),
+        "min_size_px": trained_size_px(networks.unet, vae),
     }
-
-
-def _trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
-    """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
-    if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
-        return 0
-    side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    return side
 
 
 def _slot(found: Detection) -> str:
     return SLOTS.get(found.family, "expected stablesr_000117.ckpt, one of its relatives, or a web-UI extract of them")
 
 
-def _foundation(
-    main: Checkpoint, found: Detection, base: Checkpoint | Path | None, hints: Hints, options: Options
-) -> Foundation:
+def _base_networks(
+    main: Checkpoint, found: Detection, base: Checkpoint | Path | None, hints: Hints, options: AssemblyOptions
+) -> BaseNetworks:
     """The frozen networks below the adapter of `main`."""
     if found.unet is not None:
         if base is not None:
             raise CheckpointError(f"{main.path.name} holds its own Stable Diffusion; leave base (--base) out")
-        return foundation_of_checkpoint(main, found, options)
+        return base_of_checkpoint(main, found, options)
     if base is None:
         raise CheckpointError(
             f"{main.path.name} is {found.description}: it holds the adapter alone; give the Stable Diffusion 2.1 it "
             "belongs to as base (--base), a checkpoint or a diffusers folder"
         )
-    if isinstance(base, Path):
-        return foundation_of_folder(base, options.dtype)
-    base_found = detect(base, hints)
-    if base_found.unet is None or base_found.adapter is not None:
-        raise CheckpointError(f"{base.path.name} is {base_found.description}, not a Stable Diffusion to stand on")
-    complain(f"{base.path.name}: not understood", left_over(base.sections.get("other", {}), options.ignore))
-    return foundation_of_checkpoint(base, base_found, options)
+    return build_base(base, hints, options)
 
 
-def _prediction(given: PredictionType | None, foundation: Foundation, files: list[Checkpoint]) -> Prediction:
+def _prediction(given: PredictionType | None, networks: BaseNetworks, files: list[Checkpoint]) -> Prediction:
     """What the UNet predicts, by the strongest evidence there is; contradictions are named."""
     if given is not None:
         return Prediction(given, "given", is_certain=True)
     by_name = next(filter(None, (prediction_from_name(file.path.name) for file in files)), None)
-    if foundation.prediction is not None:
-        if by_name is not None and by_name.type != foundation.prediction.type:
+    if networks.prediction is not None:
+        if by_name is not None and by_name.type != networks.prediction.type:
             raise CheckpointError(
                 f"the checkpoint is for a {by_name.type} model {by_name.source}, but the base predicts "
-                f"{foundation.prediction.type} {foundation.prediction.source}; give the base it belongs to, or "
+                f"{networks.prediction.type} {networks.prediction.source}; give the base it belongs to, or "
                 "prediction_type (--prediction-type)"
             )
-        return foundation.prediction
-    measured = measure_prediction(foundation.unet)
+        return networks.prediction
+    measured = measure_prediction(networks.unet)
     if measured is not None and by_name is not None and measured.type != by_name.type:
         logger.warning("%s says %s, but the UNet is %s", files[0].path.name, by_name.type, measured)
     prediction = measured or by_name or ASSUMED
@@ -227,7 +218,7 @@ def _fusion_and_vae(
     cfw: Checkpoint | None,
     vae: AutoencoderKL | None,
     hints: Hints,
-    options: Options,
+    options: AssemblyOptions,
 ) -> tuple[ControllableFeatureWrapping | None, AutoencoderKL]:
     """The fusion layers, and the autoencoder to use with them."""
     if cfw is None:

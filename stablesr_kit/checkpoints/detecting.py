@@ -1,5 +1,9 @@
-"""What a checkpoint is, and every hyperparameter that its names and shapes tell."""
+"""What a checkpoint is, and every hyperparameter that its names and shapes tell.
 
+Nothing here takes diffusers or transformers, whose import costs more than reading a file of 5 GB.
+"""
+
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from stablesr_kit.checkpoints.canonical import Checkpoint
-from stablesr_kit.checkpoints.detecting_faces import codeformer_config, discriminator_config, vqgan_config
-from stablesr_kit.checkpoints.lookups import first, indices, shape
 from stablesr_kit.errors import CheckpointError
 
 Family = Literal[
@@ -20,6 +22,10 @@ Family = Literal[
     "autoencoder",
     "diffusers weights",
     "unsupported diffusion",
+    "pisa-sr",
+    "osediff",
+    "hypir",
+    "invsr",
     "lora",
     "codeformer",
     "vqgan",
@@ -31,11 +37,18 @@ Family = Literal[
     "unknown",
 ]
 
+ONE_STEP: tuple[Family, ...] = ("pisa-sr", "osediff", "hypir", "invsr")
+"""Restorers of one step or a few, which stand on a Stable Diffusion that is given beside them."""
+
 Config = dict[str, Any]
 
 SIGNATURES: tuple[tuple[Family, str, str], ...] = (
     ("unsupported diffusion", "a Stable Diffusion XL or refiner checkpoint", r"^conditioner\.embedders\."),
     ("unsupported diffusion", "a ControlNet checkpoint", r"^control_model\."),
+    ("pisa-sr", "PiSA-SR, a one-step restorer", r"^unet\..+\.lora_A\.default_\w+_pix\.weight$"),
+    ("osediff", "OSEDiff, a one-step restorer", r"^unet\..+\.lora_A\.default_\w+\.weight$"),
+    ("hypir", "HYPIR, a one-step restorer", r"^(down_blocks|mid_block|up_blocks)\..+\.lora_A\.default\.weight$"),
+    ("invsr", "the noise predictor of InvSR, a restorer of one to five steps", r"^encoder\.time_embedding\.linear_1\."),
     ("lora", "a LoRA", r"(\.lora_(down|up|A|B)\.|^lora_(unet|te)_)"),
     ("codeformer", "a CodeFormer checkpoint (face restoration)", r"^idx_pred_layer\.1\.weight$"),
     ("vqgan", "a VQGAN of CodeFormer (faces)", r"^quantize\.embed(ding)?\."),
@@ -47,6 +60,40 @@ SIGNATURES: tuple[tuple[Family, str, str], ...] = (
     ("diffusers weights", "weights of one diffusers model", r"^(encoder\.)?(down_blocks\.|conv_norm_out\.)"),
 )
 """Checkpoints without the sections of Stable Diffusion: (family, description, a name that gives it away)."""
+
+RELEASED_LATENT_SIZE = 16
+RELEASED_HEADS = 8
+BLOCK_KINDS: Mapping[str, str] = {
+    "conv1.weight": "residual",
+    "proj_out.weight": "attention",
+    "conv.weight": "downsampling",
+}
+"""What a tensor of a block says of it; the other blocks are single layers."""
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+PREDICTIONS: Mapping[str, PredictionType] = {
+    r"v[-_]?pred": "v_prediction",
+    r"768": "v_prediction",
+    r"turbo": "epsilon",
+    r"512": "epsilon",
+    r"stablesr_000117": "epsilon",
+}
+"""What published file names say, the first that matches: Stable Diffusion 2 and StableSR at 768 px are v models."""
+
+
+class Prediction(NamedTuple):
+    """What the UNet predicts, and how that is known."""
+
+    type: PredictionType
+    source: str
+    is_certain: bool
+
+    def __str__(self) -> str:
+        return f"{self.type} ({'' if self.is_certain else 'assumed: '}{self.source})"
+
+
+ASSUMED = Prediction("epsilon", "give prediction_type (--prediction-type) if it predicts the velocity", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +127,13 @@ class Hints:
     """Side of the latents the model was trained on; 96 for the 768v models, 16 for the VQGAN of faces, else 64."""
     codeformer_heads: int | None = None
     """Attention heads of CodeFormer; 8 in every release."""
+    noise_predictor_head_channels: int | None = None
+    """Channels per attention head of InvSR's noise predictor; 64 in every release."""
+    noise_predictor_groups: int | None = None
+    """Groups of its group norms; 32 in every release."""
 
 
-class Level(NamedTuple):
+class NetworkLevel(NamedTuple):
     """One resolution of a network that halves its input level by level."""
 
     channels: int
@@ -151,6 +202,14 @@ def face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Co
         return vqgan_config(names, hints.latent_size)
     if family == "vqgan discriminator":
         return discriminator_config(names)
+    return None
+
+
+def prediction_from_name(name: str) -> Prediction | None:
+    """What the name of a released file, or one like it, says."""
+    for pattern, prediction in PREDICTIONS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return Prediction(prediction, f"by the file name {name}", True)
     return None
 
 
@@ -263,19 +322,110 @@ def text_config(text: Mapping[str, Tensor], hints: Hints) -> Config:
     }
 
 
-def _levels(part: Mapping[str, Tensor], what: str) -> list[Level]:
+def _levels(part: Mapping[str, Tensor], what: str) -> list[NetworkLevel]:
     """Levels of an LDM-like network, in the order of `input_blocks`."""
     shape(part, "input_blocks.0.0.weight", what)
-    levels = [Level(0, 0, False)]
+    levels = [NetworkLevel(0, 0, False)]
     for n in range(1, 1 + max(indices(part, r"^input_blocks\.(\d+)\."))):
         if f"input_blocks.{n}.0.op.weight" in part:
-            levels.append(Level(0, 0, False))
+            levels.append(NetworkLevel(0, 0, False))
         else:
             channels = shape(part, f"input_blocks.{n}.0.out_layers.3.weight", what)[0]
             has_attention = f"input_blocks.{n}.1.norm.weight" in part
-            levels[-1] = Level(channels, levels[-1].layers + 1, has_attention)
+            levels[-1] = NetworkLevel(channels, levels[-1].layers + 1, has_attention)
     if len({level.layers for level in levels}) != 1:
         raise CheckpointError(
             f"{what} has {[level.layers for level in levels]} blocks per level; expected the same number"
         )
     return levels
+
+
+def codeformer_config(names: Mapping[str, Tensor], heads: int | None = None) -> Config:
+    """Arguments of CodeFormer. heads: None means those of the released models; no shape tells them."""
+    what = "CodeFormer"
+    positions, dim = shape(names, "position_emb", what)
+    latent_size = math.isqrt(positions)
+    if latent_size**2 != positions:
+        raise CheckpointError(f"{what} has {positions} positions, expected the number of a square")
+    config = vqgan_config(names, latent_size)
+    if config.pop("quantization") != "nearest":
+        raise CheckpointError(f"{what} has a Gumbel quantizer, expected the nearest one")
+    return config | {
+        "dim": dim,
+        "num_heads": heads or RELEASED_HEADS,
+        "num_layers": 1 + max(indices(names, r"^ft_layers\.(\d+)\."), default=-1),
+        "fuse_sizes": tuple(sorted(indices(names, r"^fuse_convs_dict\.(\d+)\.scale\.0\.weight$"))),
+    }
+
+
+def vqgan_config(names: Mapping[str, Tensor], latent_size: int | None = None) -> Config:
+    """Arguments of VQGAN. latent_size: side of the latent, of which the picture's is a multiple; None means 16."""
+    what = "the VQGAN"
+    is_gumbel = "quantize.embed.weight" in names
+    codes = shape(names, "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", what)
+    base_channels = shape(names, "encoder.blocks.0.weight", what)[0]
+    levels = _vqgan_levels(names, what)
+    image_size = (latent_size or RELEASED_LATENT_SIZE) * 2 ** (len(levels) - 1)
+    widths = [shape(names, f"encoder.blocks.{blocks[0]}.conv1.weight", what)[0] for blocks, _ in levels]
+    depths = {len(blocks) for blocks, _ in levels}
+    if len(depths) != 1 or any(width % base_channels for width in widths):
+        raise CheckpointError(f"{what} has levels of {sorted(depths)} blocks and widths {widths} over {base_channels}")
+    return {
+        "image_size": image_size,
+        "base_channels": base_channels,
+        "channel_multipliers": tuple(width // base_channels for width in widths),
+        "layers_per_block": depths.pop(),
+        "attention_resolutions": tuple(image_size // 2**i for i, (_, is_attended) in enumerate(levels) if is_attended),
+        "codebook_size": codes[0],
+        "code_channels": codes[1],
+        "quantization": "gumbel" if is_gumbel else "nearest",
+    }
+
+
+def _vqgan_levels(names: Mapping[str, Tensor], what: str) -> list[tuple[list[int], bool]]:
+    """Of each level of the encoder: the numbers of its residual blocks, and whether attention follows them."""
+    kinds: dict[int, str] = {}
+    for name in names:
+        block = re.fullmatch(r"encoder\.blocks\.(\d+)\.(.+)", name)
+        if block and block[2] in BLOCK_KINDS:
+            kinds[int(block[1])] = BLOCK_KINDS[block[2]]
+    body = sorted(kinds)[:-3]  # the middle is a residual block, attention, and a residual block
+    levels: list[tuple[list[int], bool]] = [([], False)]
+    for number in body:
+        blocks, _ = levels[-1]
+        if kinds[number] == "residual":
+            blocks.append(number)
+        elif kinds[number] == "attention":
+            levels[-1] = (blocks, True)
+        else:
+            levels.append(([], False))
+    if not all(blocks for blocks, _ in levels):
+        raise CheckpointError(f"{what} has a level without residual blocks; the file is incomplete")
+    return levels
+
+
+def discriminator_config(names: Mapping[str, Tensor]) -> Config:
+    """Arguments of VQGANDiscriminator."""
+    base_channels, in_channels = shape(names, "main.0.weight", "the discriminator")[:2]
+    norms = indices(names, r"^main\.(\d+)\.running_mean$")
+    return {"in_channels": in_channels, "base_channels": base_channels, "num_layers": len(norms)}
+
+
+def indices(names: Mapping[str, Tensor], pattern: str) -> set[int]:
+    """The numbers that the pattern's first group finds."""
+    return {int(match[1]) for match in (re.search(pattern, name) for name in names) if match}
+
+
+def first(names: Mapping[str, Tensor], pattern: str, otherwise: str) -> str:
+    """The first name that the pattern finds. Raises `CheckpointError` with the text `otherwise` if there is none."""
+    for name in names:
+        if re.search(pattern, name):
+            return name
+    raise CheckpointError(otherwise)
+
+
+def shape(part: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
+    """Shape of a tensor that every network called `what` has. Raises `CheckpointError` if it is absent."""
+    if name not in part:
+        raise CheckpointError(f"{what} lacks {name}; the file is incomplete or of another family")
+    return tuple(part[name].shape)

@@ -13,11 +13,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import left_over
-from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize
-from stablesr_kit.checkpoints.detecting import Config, Detection, Hints, detect
+from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
+from stablesr_kit.checkpoints.detecting import (
+    ONE_STEP,
+    Config,
+    Detection,
+    Hints,
+    Prediction,
+    detect,
+    prediction_from_name,
+)
 from stablesr_kit.checkpoints.key_maps import TITLES, Section
-from stablesr_kit.checkpoints.prediction import Prediction, prediction_from_name
 from stablesr_kit.checkpoints.reading import RawCheckpoint, read_checkpoint
 from stablesr_kit.errors import CheckpointError
 
@@ -27,7 +33,9 @@ USES: Mapping[str, str] = {
     "cfw": "stablesr convert STABLESR.ckpt --cfw {name} -o DIR",
     "stable diffusion": "stablesr convert EXTRACT --base {name} -o DIR",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "stablesr convert --codeformer {name} -o DIR"),
+    **dict.fromkeys(ONE_STEP, "stablesr convert {name} --base STABLE_DIFFUSION -o DIR"),
     "pipeline": "stablesr restore PHOTO -o OUT --model {name}",
+    "one-step pipeline": "stablesr restore PHOTO -o OUT --model {name}",
     "face pipeline": "stablesr faces PHOTO -o OUT --model {name}",
     "base": "stablesr convert EXTRACT --base {name} -o DIR",
 }
@@ -122,6 +130,10 @@ def _missing(found: Detection) -> list[str]:
     needs = []
     if found.family == "stablesr extract":
         needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds the adapter alone")
+    if found.family in ONE_STEP:
+        from stablesr_kit.checkpoints.one_step import SYSTEMS  # beside diffusers, whose import takes seconds
+
+        needs.append(f"{SYSTEMS[found.family].base} (--base)")
     if found.family == "cfw":
         needs.append("a StableSR checkpoint: it holds the decoder's part alone")
     if found.adapter is not None and found.cfw is None:
@@ -171,9 +183,7 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
         dtypes=tuple(sorted({dtype for header in headers.values() for file in header for dtype in file})),
         parts={name: sum(sum(file.values()) for file in files) for name, files in headers.items()},
         configs={name: config for name in headers if (config := _json(folders[name] / "config.json"))},
-        prediction=Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
-        if "prediction_type" in scheduler
-        else None,
+        prediction=_prediction_of_folder(index or {}, scheduler),
         command=command.format(name=folder) if command else None,
         missing=tuple(f"{name}, which is absent" for name in needed if name not in folders),
         notes=(),
@@ -181,11 +191,21 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
     )
 
 
+def _prediction_of_folder(index: dict[str, Any], scheduler: dict[str, Any]) -> Prediction | None:
+    if "prediction" in index:  # of a one-step restorer, which may predict another thing than its base
+        return Prediction(index["prediction"], "by its config", is_certain=True)
+    if "prediction_type" in scheduler:
+        return Prediction(scheduler["prediction_type"], "by its scheduler", is_certain=True)
+    return None
+
+
 def _pipeline_kind(names: list[str], index: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
     """Kind of a pipeline folder with these components, the components it needs, and what it is called."""
     if "codeformer" in names:
         return "face pipeline", (), f"a CodeFormer pipeline folder, made to {index.get('task', 'restore')} faces"
     needed = ("unet", "vae", "scheduler")
+    if index.get("_class_name") == "OneStepPipeline":
+        return "one-step pipeline", needed, "a folder of a restorer of one step or a few"
     if "adapter" in names:
         return "pipeline", needed, "a StableSR pipeline folder"
     kind = "base" if all(name in names for name in needed) else "unknown"

@@ -1,34 +1,48 @@
 """Each network of a pipeline from the sections of a checkpoint."""
 
+import gzip
+import itertools
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stablesr_kit.checkpoints import key_maps, plans
-from stablesr_kit.checkpoints.assembling import Network, Options, assemble
+from stablesr_kit.checkpoints import key_maps
+from stablesr_kit.checkpoints.assembling import (
+    AssemblyOptions,
+    Network,
+    adapter_recipes,
+    assemble,
+    clip_recipes,
+    open_clip_recipes,
+    renamed_recipes,
+)
 from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Config
 from stablesr_kit.checkpoints.key_maps import PREFIXES, TITLES, Modules, Section
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel, residual_blocks
+from stablesr_kit.models.steering import residual_blocks
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 
+VOCABULARY = "assets/clip/bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SIZE = 49408
 
-def build_unet(checkpoint: Checkpoint, config: Config, options: Options) -> SFTUNet2DConditionModel:
+
+def build_unet(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> UNet2DConditionModel:
     """The UNet without SPADE; its keys are those of the stock class."""
-    return _renamed(SFTUNet2DConditionModel, key_maps.unet_modules, checkpoint, "unet", config, options)
+    return _renamed(UNet2DConditionModel, key_maps.unet_modules, checkpoint, "unet", config, options)
 
 
-def build_vae(checkpoint: Checkpoint, config: Config, options: Options) -> AutoencoderKL:
+def build_vae(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> AutoencoderKL:
     """The autoencoder without fusion layers."""
     return _renamed(AutoencoderKL, key_maps.vae_modules, checkpoint, "vae", config, options)
 
 
-def build_cfw(checkpoint: Checkpoint, config: Config, options: Options) -> ControllableFeatureWrapping:
+def build_cfw(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> ControllableFeatureWrapping:
     """The fusion layers."""
     return _renamed(ControllableFeatureWrapping, key_maps.fusion_modules, checkpoint, "fusion", config, options)
 
@@ -36,9 +50,9 @@ def build_cfw(checkpoint: Checkpoint, config: Config, options: Options) -> Contr
 def build_adapter(
     checkpoint: Checkpoint,
     config: Config,
-    unet: SFTUNet2DConditionModel,
+    unet: UNet2DConditionModel,
     empty_prompt_embeds: Tensor | None,
-    options: Options,
+    options: AssemblyOptions,
 ) -> StableSRAdapter:
     """Time-aware encoder and SFT layers, for the UNet they were trained with."""
     length = 0 if empty_prompt_embeds is None else empty_prompt_embeds.shape[1]
@@ -46,7 +60,7 @@ def build_adapter(
     full_config = config | {"sft_blocks": blocks}
     return assemble(
         lambda: StableSRAdapter.from_unet(unet, prompt_length=length, **config),
-        lambda names: plans.adapter(names, full_config, dict(unet.config)),
+        lambda names: adapter_recipes(names, full_config, dict(unet.config)),
         {
             PREFIXES[part] + name: tensor
             for part in ("encoder", "spade")
@@ -58,7 +72,7 @@ def build_adapter(
     )
 
 
-def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Options) -> CLIPTextModel:
+def build_text_encoder(checkpoint: Checkpoint, config: Config, options: AssemblyOptions) -> CLIPTextModel:
     """CLIP's text encoder up to the layer that Stable Diffusion reads."""
     text = checkpoint.sections["text"]
     is_open_clip = "model.ln_final.weight" in text
@@ -67,12 +81,44 @@ def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Options)
         options = options._replace(ignore=(*options.ignore, unused))
     return assemble(
         lambda: CLIPTextModel(CLIPTextConfig(**config)),
-        plans.open_clip_text if is_open_clip else lambda names: plans.clip_text(names, text),
+        open_clip_recipes if is_open_clip else lambda names: clip_recipes(names, text),
         text,
         what="text encoder",
         prefix=PREFIXES["text"],
         options=options,
     )
+
+
+def clip_tokenizer(*, pads_with_zero: bool, length: int) -> CLIPTokenizer:
+    """Tokenizer of every CLIP text encoder with 49408 tokens.
+
+    pads_with_zero: as open_clip and Stable Diffusion 2 pad, which is with the token "!"; else with the end token, as
+        Stable Diffusion 1 does. As in their published tokenizers, a "!" in a prompt is then that same token.
+    length: tokens of every prompt.
+    """
+    alphabet = list(byte_alphabet().values())
+    merges_wanted = VOCABULARY_SIZE - 2 * len(alphabet) - 2
+    with resources.files("stablesr_kit").joinpath(VOCABULARY).open("rb") as packed:
+        lines = gzip.decompress(packed.read()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in map(str.split, itertools.islice(lines, 1, 1 + merges_wanted))]
+    words = alphabet + [f"{letter}</w>" for letter in alphabet] + [left + right for left, right in merges]
+    tokens = [*words, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        pad_token="!" if pads_with_zero else "<|endoftext|>",
+        model_max_length=length,
+    )
+
+
+def byte_alphabet() -> dict[int, str]:
+    """A printable character for each byte, in the order of CLIP's vocabulary (Radford et al. 2019, GPT-2).
+
+    Printable bytes of Latin-1 stand for themselves, the others follow as the characters from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 @torch.no_grad()
@@ -82,13 +128,19 @@ def embed_empty_prompt(text_encoder: CLIPTextModel, tokenizer: Any | None = None
     Without a tokenizer the padding is that of the text encoder's config: zeros for open_clip, else <end>.
     """
     config = text_encoder.config
-    if tokenizer is None:
-        tokens = torch.full((1, config.max_position_embeddings), config.pad_token_id)
-        tokens[0, :2] = torch.tensor([config.bos_token_id, config.eos_token_id])
-    else:
-        length = tokenizer.model_max_length
-        tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
+    if tokenizer is not None:
+        return embed_prompt("", text_encoder, tokenizer)
+    tokens = torch.full((1, config.max_position_embeddings), config.pad_token_id)
+    tokens[0, :2] = torch.tensor([config.bos_token_id, config.eos_token_id])
     return text_encoder(tokens)[0]
+
+
+@torch.no_grad()
+def embed_prompt(text: str, text_encoder: CLIPTextModel, tokenizer: Any) -> Tensor:
+    """Embedding (1, tokens, channels) of a text, padded or cut to the full length."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
 def _renamed(
@@ -97,12 +149,12 @@ def _renamed(
     checkpoint: Checkpoint,
     section: Section,
     config: Config,
-    options: Options,
+    options: AssemblyOptions,
 ) -> Network:
     """A network each of whose tensors is one of theirs under another name."""
     return assemble(
         lambda: network(**config),
-        lambda names: plans.renaming(names, modules(config)),
+        lambda names: renamed_recipes(names, modules(config)),
         checkpoint.sections[section],
         what=TITLES[section],
         prefix=PREFIXES[section],

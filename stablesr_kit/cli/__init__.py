@@ -8,6 +8,7 @@ import typer
 from stablesr_kit.cli.convert import convert, inspect
 from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
+from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.version import __version__
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (restore, faces, convert, inspect, degrade, doctor):
+for command in (restore, faces, convert, inspect, degrade, evaluate, doctor):
     app.command()(command)
 
 

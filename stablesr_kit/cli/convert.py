@@ -33,13 +33,21 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")],
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="CKPT", help="An official StableSR checkpoint, or a web-UI extract of one."),
+        typer.Argument(
+            metavar="CKPT",
+            help="An official StableSR checkpoint, a web-UI extract of one, or PiSA-SR, OSEDiff, HYPIR-SD2, InvSR.",
+        ),
     ] = None,
     cfw: Annotated[
         Path | None, typer.Option(metavar="CKPT", help="The autoencoder with feature wrapping; without it w is 0.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="CKPT|DIR", help="For an extract: the Stable Diffusion it belongs to.")
+        Path | None,
+        typer.Option(metavar="CKPT|DIR", help="For all but a StableSR checkpoint: the Stable Diffusion it belongs to."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="For InvSR of another size: the arguments of its noise predictor."),
     ] = None,
     codeformer: Annotated[
         Path | None,
@@ -56,15 +64,19 @@ def convert(
 ) -> None:
     """Turn official checkpoints into a pipeline folder.
 
-    The folder is what `stablesr restore --model DIR` and `StableSRPipeline.from_pretrained` take. That of a CodeFormer
+    The folder is what `stablesr restore --model DIR` and `StableSRPipeline.from_pretrained` take. PiSA-SR, OSEDiff,
+    HYPIR and InvSR become a folder of `OneStepPipeline`, with their licence in it. The folder of a CodeFormer
     alone is for `stablesr faces --model DIR` and `CodeFormerPipeline.from_pretrained`; with CKPT it becomes DIR/faces,
     where `stablesr restore --face codeformer` looks. A VQGAN or discriminator becomes the folder of a network.
     """
     if checkpoint is None and codeformer is None:
         usage_error("nothing is given to convert; give an official StableSR checkpoint, or --codeformer PTH, or both")
-    for option, value in (("--cfw", cfw), ("--base", base), ("--prediction-type", prediction_type)):
+    of_stablesr = {"--cfw": cfw, "--prediction-type": prediction_type}
+    for option, value in {**of_stablesr, "--base": base, "--config": config}.items():
         if checkpoint is None and value is not None:
-            usage_error(f"{option} belongs to a StableSR checkpoint, and none is given; give it, or leave {option} out")
+            usage_error(
+                f"{option} belongs to a diffusion checkpoint, and none is given; give it, or leave {option} out"
+            )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         usage_error(f"-o {output} exists; choose a new or an empty folder")
     for pattern in ignore or ():
@@ -76,9 +88,22 @@ def convert(
         quieten_libraries()
 
         from stablesr_kit import StableSRPipeline
+        from stablesr_kit.checkpoints import inspect_checkpoint
+        from stablesr_kit.checkpoints.one_step import SYSTEMS
 
         models: dict[str, Savable] = {}
-        if checkpoint is not None:
+        kind = None if checkpoint is None else inspect_checkpoint(checkpoint, tensors_only=tensors_only).kind
+        system = SYSTEMS.get(kind)
+        if checkpoint is not None and system is not None:
+            for option, value in of_stablesr.items():
+                if value is not None:
+                    usage_error(f"{option} belongs to StableSR, and {checkpoint.name} is {kind}; leave it out")
+            if base is None:
+                usage_error(f"{checkpoint.name} is {kind}; give its base, {system.base}, as --base")
+            models["."] = convert_one_step_file(checkpoint, base, config, tensors_only, ignore or ())
+        elif checkpoint is not None:
+            if config is not None:
+                usage_error(f"--config belongs to InvSR, and {checkpoint.name} is not; leave it out")
             models["."] = StableSRPipeline.from_original(
                 checkpoint,
                 cfw=cfw,
@@ -93,6 +118,8 @@ def convert(
         with replacing_folder(output) as folder:
             for place, model in models.items():
                 model.save_pretrained(folder / place)
+    if system is not None:
+        typer.echo(f"licence: {system.licence}")
     typer.echo(f"converted: {output}")
 
 
@@ -101,6 +128,17 @@ class Savable(Protocol):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], /) -> object:
         """Write its files into a folder."""
+
+
+def convert_one_step_file(
+    path: Path, base: Path, config: Path | None, tensors_only: bool, ignore: Sequence[str]
+) -> Savable:
+    """A pipeline of one step or a few. Raises CheckpointError."""
+    from stablesr_kit import OneStepPipeline
+    from stablesr_kit.checkpoints.one_step import noise_predictor_hints
+
+    hints = None if config is None else noise_predictor_hints(config)
+    return OneStepPipeline.from_original(path, base=base, hints=hints, tensors_only=tensors_only, ignore=ignore)
 
 
 def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], is_alone: bool) -> Savable:

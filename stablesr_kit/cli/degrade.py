@@ -1,16 +1,17 @@
 """`stablesr degrade`: good pictures in, the pictures a restorer is trained and judged on out."""
 
+import os
 import zlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, plan, read_job, run
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, read_job, run
 from stablesr_kit.cli.processes import share_of
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.files import Picture, write_picture
+from stablesr_kit.imaging.writing import output_dtype, write_bands
 
 
 def _print_presets(is_asked: bool) -> None:
@@ -58,7 +59,7 @@ def degrade(
     try:
         if jobs:
             with failing_in_one_line():
-                make_folder(jobs[0].target.parent)
+                make_folder(jobs[0].folder)
             run(share_of(jobs), lambda job: degrade_file(job, preset, seed, scale), report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
@@ -74,33 +75,27 @@ def degrade_file(job: Job, preset: str, seed: int, scale: int) -> None:
     """
     import numpy as np
     import torch
-    from PIL import Image
 
+    from stablesr_kit.imaging.canvas import View
     from stablesr_kit.imaging.degradations import find_preset, make_pair
-    from stablesr_kit.imaging.degradations.resizing import resize
-    from stablesr_kit.spaces import image_to_pixels, pixels_to_image
+    from stablesr_kit.imaging.degradations.filtering import resize
+    from stablesr_kit.pipelines.pictures import pixel_bands, to_image
 
     picture = read_job(job)
-    height, width = picture.rgb.height // scale, picture.rgb.width // scale
+    height, width = picture.height // scale, picture.width // scale
     if min(height, width) < 1:
-        raise ImageError(f"{job.source}: {picture.rgb.height}x{picture.rgb.width} px is too small for --scale {scale}")
-    cut = (0, 0, width * scale, height * scale)
-    image = pixels_to_image(np.asarray(picture.rgb.crop(cut)))
+        raise ImageError(f"{job.source}: {picture.height}x{picture.width} px is too small for --scale {scale}")
+    pixels = picture.pixels[: height * scale, : width * scale]
     # a generator of torch takes 32 bits of its seed
-    mixed = np.random.SeedSequence((seed, zlib.crc32(job.source.name.encode()))).generate_state(1)[0]
+    mixed = np.random.SeedSequence((seed, zlib.crc32(os.fsencode(job.source.name)))).generate_state(1)[0]
     try:
-        lq, hq = make_pair(image, find_preset(preset), torch.Generator().manual_seed(int(mixed)))
+        lq, hq = make_pair(to_image(pixels[..., :3]), find_preset(preset), torch.Generator().manual_seed(int(mixed)))
     except ImageError as error:
         raise ImageError(f"{job.source}: {error}") from error
     if scale > 1:
         lq = resize(lq, (height, width), "bicubic", antialias=True)
-    whole = Picture(
-        rgb=picture.rgb.crop(cut),
-        alpha=None if picture.alpha is None else picture.alpha.crop(cut),
-        is_grey=picture.is_grey,
-        icc_profile=picture.icc_profile,
-        exif=picture.exif,
-    )
-    write_picture(job.target, Image.fromarray(image_to_pixels(lq)[0]), whole)
-    if job.companion:
-        write_picture(job.companion, Image.fromarray(image_to_pixels(hq)[0]), whole)
+    whole = picture.holding(pixels)
+    dtype = output_dtype(job.target, picture)
+    for path, image in ((job.target, lq), (job.companion, hq)):
+        if path is not None:
+            write_bands(path, pixel_bands(View(image), dtype), image.shape[2], image.shape[3], whole)

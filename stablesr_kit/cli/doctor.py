@@ -86,10 +86,13 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    from stablesr_kit.precision import has_bf16
+
+    own = "bfloat16" if has_bf16(torch.device("cpu")) else "no bfloat16 of its own: float32 is used"
+    yield Finding("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {own}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: float16 is used"
+        bf16 = "bfloat16" if has_bf16(torch.device("cuda", index)) else "no bfloat16: float16 is used"
         yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {bf16}")
     if torch.backends.mps.is_available():
         yield Finding("mps", "available")

@@ -44,12 +44,13 @@ def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
     quieten_libraries()
 
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
+    from stablesr_kit.pipelines.loading import only_variant
 
     with loading(model):
         path = find_face_model(model)
         if path.is_file():
             return CodeFormerPipeline.from_original(path).to(device)
-        return CodeFormerPipeline.from_pretrained(path, use_safetensors=True).to(device)
+        return CodeFormerPipeline.from_pretrained(path, use_safetensors=True, variant=only_variant(path)).to(device)
 
 
 def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"], is_given: bool = False) -> None:
@@ -66,6 +67,7 @@ def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceRep
         action = f"{report.action}, left alone" if report.action == "too large" else report.action
         strength = "" if report.w is None else f" with w {report.w:g}"
         found = "given" if is_given else f"found by {report.detector}"
+        found += f" with the photo turned by {report.turned} degrees" if report.turned else ""
         found += ", taken as upright" if report.landmarks_from == "template" else ""
         tqdm.write(
             f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "

@@ -12,11 +12,12 @@ import typer
 from PIL import Image
 
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_aligned, tell_faces
+from stablesr_kit.cli.jobs import Job, Report, check_result, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, check_result, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.restore import choose_device, choose_dtype
 from stablesr_kit.cli.restorer import load_pipeline
-from stablesr_kit.imaging.files import Picture, read_picture, write_picture
+from stablesr_kit.imaging.reading import as_picture, read_picture
+from stablesr_kit.imaging.writing import check_output, output_dtype, write_bands, write_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,7 +154,7 @@ def faces(
         from stablesr_kit.pipelines.face_refinement import FaceRefinement
 
         with failing_in_one_line():
-            make_folder(jobs[0].target.parent)
+            make_folder(jobs[0].folder)
             torch_device = choose_device(device)
             work: Callable[[Job], None]
             if mode == "whole":
@@ -199,16 +200,19 @@ def restore_photo(
     import numpy as np
     import torch
 
-    from stablesr_kit.pipelines.pictures import to_image
-    from stablesr_kit.spaces import image_to_pixels
+    from stablesr_kit.imaging.canvas import View
+    from stablesr_kit.imaging.neutral import neutral_like
+    from stablesr_kit.pipelines.coding import scaled_size
+    from stablesr_kit.pipelines.pictures import pixel_bands, to_image
 
     picture = read_job(job)
-    result_pixels = picture.rgb.width * picture.rgb.height * upscale * upscale
+    result_pixels = picture.width * picture.height * upscale * upscale
     check_result(job, result_pixels, psutil.virtual_memory().total / _BYTES_PER_PIXEL, "give a smaller --upscale")
+    check_output(job.target, picture, scaled_size(picture.height, picture.width, upscale))
     crops = job.target.with_name(f"{job.target.stem}_faces")
     with naming(job, less="give a smaller --upscale or --background none"):
-        lq = to_image(picture.rgb)
-        height, width = (max(round(side * upscale), 1) for side in lq.shape[2:])
+        lq = to_image(picture.pixels[..., :3])
+        height, width = scaled_size(picture.height, picture.width, upscale)
         given = place_by_hand(np.asarray(picture.rgb), stage.detector, by_hand.get(job.source.name))
         canvas = enlarge(lq, height, width)[0].permute(1, 2, 0).contiguous().numpy()
         reports: list[FaceReport] = []
@@ -216,8 +220,9 @@ def restore_photo(
             reports.append(face_report)
             if save_crops:
                 write_crops(crops, len(reports), face)
-        pixels = image_to_pixels(torch.from_numpy(canvas).permute(2, 0, 1)[None])[0]
-    write_picture(job.target, Image.fromarray(pixels), picture)
+        restored = neutral_like(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), View(lq))
+        bands = pixel_bands(restored, output_dtype(job.target, picture))
+        write_bands(job.target, bands, height, width, picture)
     tell_faces(job.source, stage, reports, is_given=given is not None)
 
 
@@ -229,7 +234,8 @@ def restore_aligned(
     with naming(job, less="give smaller pictures"):
         restored = pipeline([picture.rgb], w=w, task=_TASKS[mode], mask=hole, return_dict=False)[0][0]
     if mode == "colorize":  # a grey file's result has colours, in no grey profile
-        picture = replace(picture, is_grey=False, icc_profile=None if picture.is_grey else picture.icc_profile)
+        profile = None if picture.is_grey else picture.metadata.icc_profile
+        picture = replace(picture, is_grey=False, metadata=replace(picture.metadata, icc_profile=profile))
     write_picture(job.target, restored, picture)
     tell_aligned(job.source, _TASKS[mode], w, picture.rgb, restored, hole)
 
@@ -286,4 +292,4 @@ def write_crops(folder: Path, number: int, face: "RestoredFace") -> None:
     make_folder(folder)
     for name, levels in (("lq", face.aligned), ("restored", face.restored)):
         crop = Image.fromarray(levels.round().clip(0, 255).astype(uint8))
-        write_picture(folder / f"{number:03d}_{name}.png", crop, Picture(rgb=crop))
+        write_picture(folder / f"{number:03d}_{name}.png", crop, as_picture(crop))

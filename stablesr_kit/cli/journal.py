@@ -1,7 +1,8 @@
-"""What became of which picture, written beside the results, so that a stopped run is continued and not repeated.
+"""What became of which picture, so that a stopped run is continued and not repeated.
 
-A folder of results holds a folder `.stablesr`: the journal, one line of JSON per finished result, and for each result
-in progress a lock and the state it can be continued from. Whoever deletes it loses nothing but that.
+While there is unfinished work, a folder of results holds a folder `.stablesr`: the journal, one line of JSON per
+finished result, and for each result in progress a lock and the state it can be continued from. When all is done it is
+gone, and a result is known by the provenance that is written in its file.
 """
 
 import hashlib
@@ -15,10 +16,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stablesr_kit.errors import JobError, OutputError
-from stablesr_kit.imaging.files import replacing
+from stablesr_kit.errors import ImageError, JobError, OutputError
+from stablesr_kit.imaging.metadata import read_provenance
+from stablesr_kit.imaging.reading import MAX_STREAMED_PIXELS, open_picture
+from stablesr_kit.storage import replacing_file
 
 JOBS_FOLDER = ".stablesr"
+LONGEST_STATE_NAME = 240  # of the 255 bytes that a name may have
 
 Settings = Mapping[str, str | float | int | bool | None]
 
@@ -35,34 +39,50 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
         self.jobs_folder = folder / JOBS_FOLDER
         self.path = self.jobs_folder / "journal.jsonl"
         self.settings = dict(settings)
         self._finished = {tuple(record["results"]): record for record in _read_records(self.path)}
 
     def is_finished(self, source: Path, results: Sequence[Path]) -> bool:
-        """Whether the results are there, byte by byte what was made of the source as it is now.
+        """Whether the results are there, made of the source as it is now.
+
+        They are, if they are byte by byte what the journal says, or if that is written in them and all of them decodes.
 
         Raises:
             JobError: they are, but were made with other settings.
         """
-        record = self._finished.get(tuple(path.name for path in results))
-        if record is None or not all(path.is_file() for path in results):
+        if not all(path.is_file() for path in results):
             return False
+        record = self._finished.get(tuple(map(self._name, results)))
         try:
-            if any(sha256(path) != record["results"][path.name] for path in results):
-                return False
-            if sha256(source) != record["source"]:
+            if record is not None:
+                is_made = all(sha256(path) == record["results"][self._name(path)] for path in results)
+                if not is_made or sha256(source) != record["source"]:
+                    return False
+                refuse_other_settings(results[0], record["settings"], self.settings)
+                return True
+            made = [read_provenance(path) or {} for path in results]
+            if any("source" not in one for one in made) or any(one["source"] != sha256(source) for one in made):
                 return False
         except OSError:  # what cannot be read says so where it is restored
             return False
-        refuse_other_settings(results[0], record["settings"], self.settings)
+        if not all(map(_is_whole, results)):
+            return False
+        for one in made:
+            then = {name: one.get(name) for name in self.settings}
+            refuse_other_settings(results[0], then, self.settings)
         return True
+
+    def provenance(self, source: Path) -> dict[str, Any]:
+        """What is written in a result, by which it is known again."""
+        return {**self.settings, "source": sha256(source)}
 
     def finish(self, source: Path, results: Sequence[Path]) -> None:
         """Record that the results are complete. Raises OutputError."""
         record = {
-            "results": {path.name: sha256(path) for path in results},
+            "results": {self._name(path): sha256(path) for path in results},
             "source": sha256(source),
             "settings": self.settings,
         }
@@ -77,6 +97,13 @@ class Journal:
             raise OutputError(
                 f"{self.path}: cannot be written ({error.strerror}); the result is there, but --resume will repeat it"
             ) from error
+
+    def close(self) -> None:
+        """Remove what is not needed when all is done; the work of other processes in this folder stays."""
+        with suppress(OSError):
+            if all(path == self.path for path in self.jobs_folder.iterdir()):
+                self.path.unlink(missing_ok=True)
+                self.jobs_folder.rmdir()
 
     def remove_stale_locks(self) -> None:
         """Delete the locks of processes that were killed; those of running processes stay."""
@@ -93,8 +120,11 @@ class Journal:
         Raises:
             JobError: another process has it, or the state to resume is of another picture or of other settings.
         """
-        state = self.jobs_folder / f"{result.name}.job"
-        path = self.jobs_folder / f"{result.name}.lock"
+        name = self._name(result)
+        if os.sep in name or len(os.fsencode(name)) > LONGEST_STATE_NAME:
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+        state = self.jobs_folder / f"{name}.job"
+        path = self.jobs_folder / f"{name}.lock"
         lock = FileLock(path, blocking=False)
         try:
             self.jobs_folder.mkdir(exist_ok=True)
@@ -111,6 +141,10 @@ class Journal:
             path.unlink(missing_ok=True)  # before the release: afterwards it may be another's
             lock.release()
 
+    def _name(self, result: Path) -> str:
+        """Of a result in or below the folder, whatever the folder is called by another process."""
+        return os.path.relpath(result, self.folder)
+
     def _open_state(self, state: Path, source: Path, result: Path, resume: bool) -> None:
         """Make the folder of a state, or check that it is of this picture and these settings."""
         path = state / "job.json"
@@ -123,7 +157,7 @@ class Journal:
                 return
             shutil.rmtree(state, ignore_errors=True)
             state.mkdir()
-            with replacing(path) as part:
+            with replacing_file(path) as part:
                 part.write_text(json.dumps(made_from))
         except ValueError as error:
             raise JobError(f"{path}: cannot be read ({error}); start again without --resume") from error
@@ -131,6 +165,16 @@ class Journal:
             raise
         except OSError as error:
             raise OutputError(f"{error.filename}: {error.strerror}; check the file, or choose another place") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all of a result decodes."""
+    try:
+        for _ in open_picture(path, max_pixels=MAX_STREAMED_PIXELS).bands():
+            pass
+    except ImageError:
+        return False
+    return True
 
 
 def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) -> None:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
     from stablesr_kit import StableSRPipeline
-    from stablesr_kit.tiling.memory_plan import MemoryPlan
+    from stablesr_kit.tiling.memory import Plan, Tiling
+
+
+SLOW_HALF = "; this processor computes it through float32, about three times slower"
 
 
 def parse_max_memory(text: str | None) -> int | None:
@@ -21,10 +24,10 @@ def parse_max_memory(text: str | None) -> int | None:
     if text is None:
         return None
 
-    from stablesr_kit.pipelines.planning import parsed_bytes
+    from stablesr_kit.tiling.memory import Tiling
 
     try:
-        return parsed_bytes(text)
+        return Tiling(max_memory=text).allowed_bytes()
     except ConfigError:
         usage_error(f"--max-memory {text!r} is not a size; give one such as 6GB or 500MB")
 
@@ -34,7 +37,8 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     import torch
 
     from stablesr_kit.pipelines.loading import parameter_count
-    from stablesr_kit.tiling.memory_plan import GIB, RESERVE, free_bytes
+    from stablesr_kit.precision import has_bf16
+    from stablesr_kit.tiling.memory import GIB, RESERVE, free_bytes
 
     budget = free_bytes(device) if max_memory is None else max_memory
     needed = parameter_count(model) * dtype.itemsize
@@ -44,38 +48,46 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     name = str(half).removeprefix("torch.")
     tqdm.write(
         f"note: {needed / GIB:.2f} GiB of weights in float32 do not fit into {budget / GIB:.2f} GiB of memory; "
-        f"restoring in {name}, as --dtype {name} does",
+        f"restoring in {name}, as --dtype {name} does"
+        + ("" if has_bf16(device) or device.type != "cpu" else SLOW_HALF),
         file=sys.stderr,
     )
     return half
 
 
 def plan_for(
-    pipeline: "StableSRPipeline", height: int, width: int, options: dict[str, Any], saved: Path
-) -> "MemoryPlan | None":
+    pipeline: "StableSRPipeline", height: int, width: int, tiling: "Tiling", options: dict[str, Any], saved: Path
+) -> "Plan | None":
     """The plan for a result of height x width pixels, told if there are tiles; None if there is nothing to plan.
 
-    options: of `pipeline.plan`. saved: a file with the plan that a stopped run began with, which is kept to whatever
-    is free now, so that the picture is the same; it is written if it is not there.
+    options: of the call. saved: a file with the plan that a stopped run began with, which is kept to whatever is free
+    now, so that the picture is the same; it is written if it is not there.
 
     Raises:
         JobError: the stopped run was allowed another amount of memory.
     """
-    from stablesr_kit.tiling.memory_plan import MemoryPlan
+    from stablesr_kit.tiling.memory import Plan
 
     if saved.exists():
-        plan = MemoryPlan.load(saved)
-        if plan.max_memory != options["max_memory"]:
+        plan = Plan.load(saved)
+        if plan.max_memory != tiling.allowed_bytes():
             raise JobError(
-                f"begun with {_limit(plan.max_memory)} (now {_limit(options['max_memory'])}); "
+                f"begun with {_limit(plan.max_memory)} (now {_limit(tiling.allowed_bytes())}); "
                 "give the same, or start this picture again without --resume"
             )
-    elif pipeline.leaves_choice(height, width, **options):
-        plan = pipeline.plan(height, width, **options)
+    elif pipeline.needs_plan(height, width, tiling):
+        plan = pipeline.plan(
+            height,
+            width,
+            w=options["w"],
+            num_inference_steps=options["num_inference_steps"],
+            guidance_scale=options["guidance_scale"],
+            tiling=tiling,
+        )
         plan.save(saved)
     else:
         return None
-    if plan.tiling is not None or plan.vae_tile_px is not None:
+    if plan.grid is not None or plan.vae_tile_px is not None:
         tqdm.write(str(plan), file=sys.stderr)
     return plan
 

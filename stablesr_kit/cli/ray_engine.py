@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from stablesr_kit.cli.jobs import Job, Report, make_folder
 from stablesr_kit.cli.messages import usage_error
-from stablesr_kit.cli.picture_files import Job, Report
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model
 from stablesr_kit.errors import StableSRKitError
 
@@ -21,7 +21,11 @@ class RayRestorer:
         """Row of a job -> its number, and the line that says why there is no result."""
         try:
             companion = Path(row["companion"]) if row["companion"] else None
-            self.restorer(Job(source=Path(row["source"]), target=Path(row["target"]), companion=companion))
+            job = Job(
+                source=Path(row["source"]), target=Path(row["target"]), companion=companion, folder=Path(row["folder"])
+            )
+            make_folder(job.target.parent)
+            self.restorer(job)
         except StableSRKitError as error:
             return {"index": row["index"], "error": str(error)}
         return {"index": row["index"], "error": ""}
@@ -50,6 +54,7 @@ def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: i
             "source": str(job.source.resolve()),
             "target": str(job.target.resolve()),
             "companion": str(job.companion.resolve()) if job.companion else "",
+            "folder": str(job.folder.resolve()),
         }
         for index, job in enumerate(jobs)
     ]

@@ -2,24 +2,24 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
+from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, plan, run
 from stablesr_kit.cli.journal import Journal, sha256
 from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
-from stablesr_kit.cli.picture_files import Job, Report, finish, make_folder, plan, run
-from stablesr_kit.cli.processes import local_index, share_of, team_of_all
+from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
-from stablesr_kit.errors import JobError
+from stablesr_kit.errors import JobError, StableSRKitError
 
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import StableSRPipeline, Tiling
     from stablesr_kit.tiling.team import Team
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -67,7 +67,10 @@ def restore(
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision; auto is bfloat16 (or float16) on CUDA, float32 elsewhere.")
+        DtypeName,
+        typer.Option(
+            help="Precision; auto is bfloat16 where the device computes in it, else float16 on CUDA, float32 elsewhere."
+        ),
     ] = "auto",
     face: Annotated[
         Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
@@ -90,6 +93,13 @@ def restore(
     workers: Annotated[int | None, typer.Option(help="Of --engine ray.", show_default="as the cluster allows")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    provenance: Annotated[
+        bool,
+        typer.Option(
+            "--provenance/--no-provenance",
+            help="Write into each result how it was made; without, --resume knows none of a run that was finished.",
+        ),
+    ] = True,
 ) -> None:
     """Restore and enlarge pictures.
 
@@ -101,12 +111,13 @@ def restore(
     first = parse_start(start)
     tile_px = parse_tile(tile, tile_overlap)
     allowed = parse_max_memory(max_memory)
-    check_numbers(scale, w, steps, guidance_scale)
+    check_numbers(scale, w, steps, guidance_scale, seed)
     if workers is not None and (workers < 1 or engine != "ray"):
         usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
     check_face_w(face_w, "--face-w")
     face_model = choose_face_model(codeformer, beside=model) if face == "codeformer" else None
     report = Report("restored")
+    journal = None
     jobs = plan(inputs, output, "_compare" if compare else None, report)
     team = team_of_all() if len(jobs) == 1 else None
     if team is None:
@@ -125,15 +136,12 @@ def restore(
         "guidance_scale": guidance_scale,
         "start": first,
         "color_fix": color_fix,
-        "tile_px": tile_px,
-        "overlap_px": tile_overlap,
-        "vae_mode": mode,
-        "vae_attention": attention,
     }
+    tiles = {"tile_px": tile_px, "overlap_px": tile_overlap, "vae_mode": mode, "vae_attention": attention}
     try:
         if jobs:
             with failing_in_one_line():
-                make_folder(jobs[0].target.parent)
+                make_folder(jobs[0].folder)
                 torch_device = choose_device(device)
                 torch_dtype = choose_dtype(dtype, torch_device)
                 if dtype == "auto":
@@ -142,30 +150,35 @@ def restore(
                     team.tell(torch_dtype)
                 settings = {
                     "version": __version__,
-                    "model": sha256(find_model(model)),
+                    "model_sha256": sha256(find_model(model)),
                     "device": torch_device.type,
                     "dtype": str(torch_dtype).removeprefix("torch."),
                     "seed": seed,
                     **options,
+                    **tiles,
                 }
                 if face_model is not None:
                     settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
-                journal = Journal(jobs[0].target.parent, settings)
+                journal = Journal(jobs[0].folder, settings)
                 journal.remove_stale_locks()
                 jobs = unfinished(jobs, journal, report) if resume else jobs
+                if len(jobs) == 1:  # what it cannot have shows before a model is loaded
+                    jobs = possible(jobs[0], huge, scale, report)
         if jobs:
             restoring = Restoring(
-                folder=jobs[0].target.parent,
+                folder=jobs[0].folder,
                 settings=settings,
                 model=model,
                 device=torch_device,
                 dtype=torch_dtype,
                 seed=seed,
-                options={**options, "max_memory": allowed},
+                options=options,
+                tiling=tiling_of(tiles, allowed),
                 face_model=face_model,
                 face_w=face_w,
                 is_huge_allowed=huge,
                 resume=resume,
+                has_provenance=provenance,
             )
             if engine == "ray":
                 from stablesr_kit.cli.ray_engine import run_on_ray
@@ -182,6 +195,8 @@ def restore(
     if team is not None:
         team.tell(None)
     finish(report)
+    if journal is not None and is_first():
+        journal.close()
 
 
 def assist(team: "Team", model: str, device: "torch.device") -> None:
@@ -217,7 +232,7 @@ def parse_tile(tile: str, overlap: int | None) -> Literal["auto", "none"] | int:
     return int(tile)
 
 
-def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: float) -> None:
+def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: float, seed: int) -> None:
     """Refuse numbers no model can work with, before one is loaded."""
     if not (math.isfinite(scale) and scale > 0):
         usage_error(f"--scale {scale} must be a positive number; 4 is usual")
@@ -227,6 +242,15 @@ def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: flo
         usage_error(f"--steps {steps} must be at least 1; leave it out for the model's own number")
     if not math.isfinite(guidance_scale):
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
+    if not -(2**63) <= seed < 2**64:
+        usage_error(f"--seed {seed} must be of 64 bits, such as 0 to {2**64 - 1}")
+
+
+def tiling_of(tiles: dict[str, Any], max_memory: int | None) -> "Tiling":
+    """The `tiling` of a pipeline call."""
+    from stablesr_kit import Tiling
+
+    return Tiling(**tiles, max_memory=max_memory)
 
 
 def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
@@ -237,6 +261,16 @@ def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
         usage_error(str(error))
     report.skipped += len(jobs) - len(left)
     return left
+
+
+def possible(job: Job, is_huge_allowed: bool, scale: float, report: Report) -> list[Job]:
+    """The job, unless its picture cannot be read or its result not be written, which is reported."""
+    try:
+        open_job(job, is_huge_allowed, scale)
+    except StableSRKitError as error:
+        report.fail(error)
+        return []
+    return [job]
 
 
 def choose_device(name: str) -> "torch.device":
@@ -261,12 +295,15 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     """The named precision, or the one that is fast and safe on the device."""
     import torch
 
+    from stablesr_kit.precision import has_bf16
+
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None, negative_prompt: str | None) -> None:

@@ -1,41 +1,34 @@
 """What a process of `stablesr restore` holds, and what it does with each picture."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+import numpy as np
+import psutil
 
 from stablesr_kit.cli.face_stage import load_face_model, tell_faces
+from stablesr_kit.cli.jobs import Job, check_result, naming, open_job, tell_changes
 from stablesr_kit.cli.journal import Journal, Settings
 from stablesr_kit.cli.memory_limits import plan_for
 from stablesr_kit.cli.messages import loading, quieten_libraries
-from stablesr_kit.cli.picture_files import Job, naming
-from stablesr_kit.cli.streamed_files import open_job, write_streamed
-from stablesr_kit.imaging.files import Picture, side_by_side, write_picture
-from stablesr_kit.imaging.streams import StreamedPicture
+from stablesr_kit.imaging.metadata import Metadata
+from stablesr_kit.imaging.reading import MAX_PIXELS, Picture, Pixels
+from stablesr_kit.imaging.writing import output_dtype, write_bands
 
 if TYPE_CHECKING:
     import torch
 
     from stablesr_kit import FaceRefinement, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
-    from stablesr_kit.pipelines.checking import OutputType
+    from stablesr_kit.tiling.memory import Tiling
     from stablesr_kit.tiling.team import Team
 
-PLANNED = (
-    "w",
-    "num_inference_steps",
-    "guidance_scale",
-    "tile_px",
-    "overlap_px",
-    "vae_mode",
-    "vae_attention",
-    "max_memory",
-)
 LESS_MEMORY = "restore with a smaller --tile or --scale"
+BYTES_PER_PIXEL = 48
+"""Of a result that is held whole, at the peak: three floats as an image, as rows of pixels and as levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +38,10 @@ class Restoring:
     folder: of the results and their journal.
     settings: as `Journal` takes them.
     model: name or folder.
-    options: of a pipeline's call.
+    options: of a pipeline's call, and tiling: its tiles and memory.
     face_model: name or folder of what refines faces, at fidelity face_w; None: nothing does.
     resume: continue what is in progress.
+    has_provenance: write into each result how it was made.
     """
 
     folder: Path
@@ -57,10 +51,12 @@ class Restoring:
     dtype: "torch.dtype"
     seed: int
     options: dict[str, Any]
+    tiling: "Tiling"
     face_model: str | None
     face_w: float
     is_huge_allowed: bool
     resume: bool
+    has_provenance: bool
 
 
 class Restorer:
@@ -88,13 +84,26 @@ class Restorer:
         """Restore, write and record a picture. Raises StableSRKitError, beginning with the file."""
         restoring = self.restoring
         show_steps(self.pipeline, job, self.is_below_another_bar)
-        picture = open_job(job, restoring.options["scale"], restoring.is_huge_allowed)
+        picture = open_job(job, restoring.is_huge_allowed, restoring.options["scale"])
+        if self.stages:  # which take a picture whole
+            pixels = picture.height * picture.width * restoring.options["scale"] ** 2
+            check_result(job, pixels, psutil.virtual_memory().total / BYTES_PER_PIXEL, "give a smaller --scale")
+        tell_changes(job, picture)
+        if picture.height * picture.width <= MAX_PIXELS:  # so that nothing is begun with a damaged one
+            picture = picture.holding(picture.pixels)
         with self.journal.in_progress(job.source, job.target, restoring.resume) as state:
-            options = {**restoring.options, "post_stages": self.stages, "team": self.team}
-            restore_file(job, picture, resumable(self.pipeline, state, seeded(restoring.seed), options), state)
+            options = {**restoring.options, "post_stages": self.stages}
+            call = resumable(self.pipeline, state, seeded(restoring.seed), restoring.tiling, options, self.team)
+            restore_file(job, picture, call, state, self.provenance(job) if restoring.has_provenance else None)
             for stage in self.stages:
                 tell_faces(job.source, stage, stage.reports[0])
             self.journal.finish(job.source, job.results)
+
+    def provenance(self, job: Job) -> dict[str, Any]:
+        """What a result says of how it was made: for people first, then all that a later run compares."""
+        steps = self.restoring.options["num_inference_steps"] or self.pipeline.config.default_steps
+        said = {"software": "stablesr-kit", "model": Path(self.restoring.model).name, "steps": steps}
+        return said | self.journal.provenance(job.source)
 
 
 def find_model(model: str) -> Path:
@@ -109,9 +118,12 @@ def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "
     quieten_libraries()
 
     from stablesr_kit import StableSRPipeline
+    from stablesr_kit.pipelines.loading import only_variant
 
     with loading(model):
-        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        folder = find_model(model)
+        options = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
+        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(folder, **options)
         return pipeline.to(device)
 
 
@@ -141,56 +153,81 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
 
 
 def resumable(
-    pipeline: "StableSRPipeline", folder: Path, generator: "torch.Generator", options: dict[str, Any]
-) -> Callable[["Image.Image | Readable", "OutputType"], Any]:
+    pipeline: "StableSRPipeline",
+    folder: Path,
+    generator: "torch.Generator",
+    tiling: "Tiling",
+    options: dict[str, Any],
+    team: "Team | None",
+) -> "Callable[[Readable], Readable]":
     """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
-    from stablesr_kit.pipelines.coding import scaled_size
-    from stablesr_kit.pipelines.sampling_state import SamplingState
+    from stablesr_kit import Job as PipelineJob
+    from stablesr_kit.pipelines.job import SamplingState
+    from stablesr_kit.pipelines.stablesr import result_size
 
     saved = folder / "sampling.pt"
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         # A tiled call draws its noise by position and takes nothing more from the generator.
         SamplingState.after(
-            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.tiling, pipeline.vae_tile_px
+            step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.grid, pipeline.vae_tile_px
         ).save(saved)
         return tensors
 
-    def call(image: "Image.Image | Readable", output_type: "OutputType") -> Any:
-        state = SamplingState.load(saved) if saved.exists() else None
-        planned = {name: options[name] for name in PLANNED}
-        size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
-        plan = plan_for(pipeline, *scaled_size(*size, options["scale"]), planned, folder / "plan.json")
-        return pipeline(
+    def call(image: "Readable") -> "Readable":
+        result = result_size(*image.shape[1:], options["scale"])
+        restored: Readable = pipeline(
             image,
             generator=generator,
-            state=state,
-            plan=plan,
-            record=folder,
-            output_type=output_type,
+            tiling=tiling,
+            job=PipelineJob(
+                plan=plan_for(pipeline, *result, tiling, options, folder / "plan.json"),
+                state=SamplingState.load(saved) if saved.exists() else None,
+                record=folder,
+                team=team,
+            ),
+            output_type="canvas",
             callback_on_step_end=save,
             **options,
         ).images[0]
+        return restored
 
     return call
 
 
 def restore_file(
     job: Job,
-    picture: Picture | StreamedPicture,
-    call: Callable[["Image.Image | Readable", "OutputType"], Any],
+    picture: Picture,
+    call: "Callable[[Readable], Readable]",
     scratch: Path,
+    provenance: dict[str, Any] | None,
 ) -> None:
     """Restore and write; unfinished files are in `scratch`. Raises StableSRKitError, beginning with the file."""
-    if isinstance(picture, StreamedPicture):
-        from stablesr_kit.pipelines.pictures import to_canvas
+    from stablesr_kit.imaging.resizing import resized
+    from stablesr_kit.pipelines.pictures import pixel_bands, to_canvas
 
-        with naming(job, less=LESS_MEMORY):
-            restored = call(to_canvas(picture, scratch), "canvas")
-            write_streamed(job, restored, picture, scratch)
-        return
     with naming(job, less=LESS_MEMORY):
-        restored = call(picture.rgb, "pil")
-    write_picture(job.target, restored, picture, scratch)
-    if job.companion:
-        write_picture(job.companion, side_by_side(picture, restored), Picture(rgb=picture.rgb), scratch)
+        image = to_canvas(picture, None if picture.height * picture.width <= MAX_PIXELS else scratch)
+        restored = call(image)
+        _, height, width = restored.shape
+        dtype = output_dtype(job.target, picture)
+        write_bands(job.target, pixel_bands(restored, dtype), height, width, picture, scratch, provenance)
+        if job.companion:
+            plain = replace(picture, has_alpha=False, is_grey=False, metadata=Metadata())
+            pairs = side_by_side(resized(image, height, width), restored, dtype)
+            write_bands(job.companion, pairs, height, 2 * width + gap_beside(width), plain, scratch, provenance)
+
+
+def side_by_side(left: "Readable", right: "Readable", dtype: type[np.unsignedinteger]) -> Iterator[Pixels]:
+    """Rows of two images of one size, with white between them."""
+    from stablesr_kit.pipelines.pictures import pixel_bands
+
+    gap = gap_beside(right.shape[2])
+    for ones, others in zip(pixel_bands(left, dtype), pixel_bands(right, dtype), strict=True):
+        white = np.full((len(ones), gap, 3), np.iinfo(dtype).max, dtype)
+        yield np.concatenate([ones, white, others], axis=1)
+
+
+def gap_beside(width: int) -> int:
+    """Pixels between a picture of this width and another."""
+    return max(width // 100, 1)

@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablesr_kit.faces.geometry import shown_in
-from stablesr_kit.faces.grey import LUMA
-from stablesr_kit.faces.paste import oval
+from stablesr_kit.faces.paste import LUMA, oval
 
 # Side of the pictures compared: what a bad photograph still shows of a face, and what restoring must not move.
 _COMPARED_PX = 32

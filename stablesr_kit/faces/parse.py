@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.spaces import levels_to_image
 
 # Classes of the CelebAMask order that do not belong to the face: background, hat, necklace, neck, cloth.
 OUTSIDE_CLASSES = (0, 14, 16, 17, 18)
@@ -54,8 +55,7 @@ class ParseNetParser:
     def parse(self, faces: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Classes (N, 512, 512) in the CelebAMask order of aligned faces (N, S, S, 3), RGB in 8-bit levels."""
         resized = np.stack([cv2.resize(face, (_PARSED_PX, _PARSED_PX)) for face in faces])
-        image = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self._device) / 127.5 - 1
-        logits = self._network(image)[0]
+        logits = self._network(levels_to_image(resized).to(self._device))[0]
         labels: NDArray[np.uint8] = logits.argmax(1).to(torch.uint8).cpu().numpy()
         return labels
 

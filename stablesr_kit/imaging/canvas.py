@@ -155,6 +155,7 @@ class Canvas:
         dtype: what it stores; values are converted when they are written.
         folder: where the file is; None keeps the values in memory.
         name: of a file that stays, and whose values, if it is there, are those of the canvas.
+        device: of values in memory; a canvas on "meta" has a shape and no values.
 
     Raises:
         OutputError: there can be no file in that folder.
@@ -169,6 +170,7 @@ class Canvas:
         dtype: torch.dtype = torch.float32,
         folder: Path | None = None,
         name: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if min(channels, height, width) < 1:
             raise ValueError(f"a canvas of {channels} x {height} x {width} is asked for, expected at least one each")
@@ -178,7 +180,7 @@ class Canvas:
         self._values: Tensor | None = None
         self._file: IO[bytes] | None = None
         if folder is None:
-            self._values = torch.zeros(height, width, channels, dtype=dtype)
+            self._values = torch.zeros(height, width, channels, dtype=dtype, device=device)
             return
         try:
             if name is None:

@@ -1,8 +1,8 @@
 """Give a restored picture the colours of the picture it was made from; always of the whole picture, never per tile.
 
-Both fixes take and return images, (B, 3, H, W) or read by regions, float, in [-1, 1] or beyond: results are not
+The fixes take and return images, (B, 3, H, W) or read by regions, float, in [-1, 1] or beyond: results are not
 clamped. They compute in float32 and return the dtype of the image. Wang et al. 2023 (StableSR), section 3.4, describes
-both.
+the first two; the third is that of InvSR (Yue et al. 2025).
 """
 
 from typing import Literal
@@ -14,10 +14,11 @@ from torch import Tensor
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Readable, Region, View, assembled, bands
 
-ColorFix = Literal["wavelet", "adain", "none"]
+ColorFix = Literal["wavelet", "adain", "ycbcr", "none"]
 
 LEVELS = 5
 REACH = 2**LEVELS - 1  # pixels that a low frequency comes from, on each side
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def color_fixed(image: Readable, reference: Readable, method: ColorFix) -> Readable:
@@ -26,9 +27,11 @@ def color_fixed(image: Readable, reference: Readable, method: ColorFix) -> Reada
         return WaveletFixed(image, reference)
     if method == "adain":
         return AdainFixed(image, reference)
+    if method == "ycbcr":
+        return YCbCrFixed(image, reference)
     if method == "none":
         return image
-    raise ImageError(f"color_fix={method!r} is not known; use 'wavelet', 'adain' or 'none'")
+    raise ImageError(f"color_fix={method!r} is not known; use 'wavelet', 'adain', 'ycbcr' or 'none'")
 
 
 def wavelet_color_fix(image: Tensor, reference: Tensor) -> Tensor:
@@ -41,6 +44,12 @@ def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
     """`AdainFixed` of a batch (B, 3, H, W)."""
     _check_same_shape(image, reference)
     return torch.cat([assembled(AdainFixed(*pair)) for pair in _pairs(image, reference)])
+
+
+def ycbcr_color_fix(image: Tensor, reference: Tensor) -> Tensor:
+    """`YCbCrFixed` of a batch (B, 3, H, W)."""
+    _check_same_shape(image, reference)
+    return torch.cat([assembled(YCbCrFixed(*pair)) for pair in _pairs(image, reference)])
 
 
 class WaveletFixed:
@@ -81,6 +90,25 @@ class AdainFixed:
             value.to(image.device) for value in (self.mean, self.std, self.reference_mean, self.reference_std)
         )
         return ((image.float() - mean) / std * reference_std + reference_mean).to(image.dtype)
+
+
+class YCbCrFixed:
+    """The luma of the image with the chroma of the reference, pixel by pixel.
+
+    Red, green and blue change by the same where luma alone changes, whatever the range and the offset of Y, Cb and Cr.
+    """
+
+    def __init__(self, image: Readable, reference: Readable) -> None:
+        self.image, self.reference = image, reference
+        self.shape = image.shape
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, 3, h, w) of a region."""
+        image = self.image.read(region)
+        single = image.float()
+        reference = self.reference.read(region).to(single)
+        luma = torch.einsum("bchw,c->bhw", single - reference, single.new_tensor(LUMA))
+        return (reference + luma[:, None]).to(image.dtype)
 
 
 def wavelet_decomposition(image: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:

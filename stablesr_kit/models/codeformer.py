@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -167,11 +168,12 @@ class CodeFormer(ModelMixin, ConfigMixin):
         if code_only:
             return CodeFormerOutput(None, logits, lq_feat, indices)
 
-        codes = self.vqgan.quantizer.lookup(indices)
+        # the decoder, and what is fused into it, may be kept in a higher precision than the rest
+        codes = self.vqgan.quantizer.lookup(indices).to(self.vqgan.decoder.dtype)
         if detach_codes:
             codes = codes.detach()
         if adain:
-            codes = match_statistics(codes, lq_feat)
+            codes = match_statistics(codes, lq_feat.to(codes.dtype))
         fusions = {
             level: partial(self.fusions[self.fused_levels[level]], tap.detach(), w=w) for level, tap in taps.items()
         }
@@ -194,7 +196,7 @@ class CodeTransformerLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.attention = CodeAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
@@ -202,8 +204,34 @@ class CodeTransformerLayer(nn.Module):
         """Tokens (B, N, dim); positions (N, dim), or one set per sample."""
         values = self.norm1(tokens)
         queries = values + positions
-        tokens = tokens + self.attention(queries, queries, values, need_weights=False)[0]
+        tokens = tokens + self.attention(queries, values)
         return tokens + self.mlp(self.norm2(tokens))
+
+
+class CodeAttention(nn.Module):
+    """Attention with the names and numbers of nn.MultiheadAttention.
+
+    That one reads the weights of `out_proj` without calling it, so that offloading leaves them where they are.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, values: Tensor) -> Tensor:
+        """What each token gathers, (B, N, dim), of queries, which are the keys too, and values, both (B, N, dim)."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((queries, queries, values), weights, biases, strict=True)
+        )
+        gathered: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return gathered
 
 
 class ControllableFeatureTransform(nn.Module):
@@ -225,7 +253,7 @@ class ControllableFeatureTransform(nn.Module):
 
     def forward(self, features: Tensor, h: Tensor, w: float | Tensor) -> Tensor:
         """Decoder features (B, C, H, W), with the encoder's of the same shape fused in; w as in CodeFormer."""
-        merged = self.merge(torch.cat([features, h], dim=1))
+        merged = self.merge(torch.cat([features.to(h.dtype), h], dim=1))
         correction = torch.addcmul(self.shift(merged), h, self.scale(merged))
         if isinstance(w, Tensor):
             return torch.addcmul(h, w.to(h).view(-1, 1, 1, 1), correction)

@@ -1,6 +1,10 @@
 """Controllable feature wrapping (CFW): the LQ picture's fidelity in the decoder (Wang et al. 2023, eq. 5)."""
 
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import Lock, get_ident
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +13,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.norms import use_large_group_norms
 
 RESIDUAL_SCALE = 0.2
 
@@ -52,6 +58,7 @@ class FusionLayer(nn.Module):
         self.merge = ResnetBlock2D(in_channels=2 * channels, out_channels=channels, **norm)
         self.rrdbs = nn.Sequential(*(RRDB(channels, growth_channels) for _ in range(num_rrdb)))
         self.refine = ResnetBlock2D(in_channels=channels, out_channels=channels, **norm)
+        use_large_group_norms(self)
 
     def forward(self, encoder_features: Tensor, decoder_features: Tensor) -> Tensor:
         """Correction (b, C, h, w) of two features (b, C, h, w)."""
@@ -124,7 +131,31 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
         return decoder_features + w * correction
 
 
-@apply_forward_hook
+def check_autoencoder(vae: AutoencoderKL, cfw: ControllableFeatureWrapping | None) -> None:
+    """Raises ConfigError if the autoencoder is of another class, or the fusion layers were made for another one."""
+    bare = getattr(vae, "_orig_mod", vae)  # torch.compile wraps the module
+    if not isinstance(bare, AutoencoderKL):
+        raise ConfigError(
+            f"{type(bare).__name__} is given as vae, expected AutoencoderKL, whose latents the UNet knows and whose "
+            "features CFW fuses"
+        )
+    if cfw is None:
+        return
+    widths = dict(enumerate(vae.config.block_out_channels))
+    for level, width in zip(cfw.config.levels, cfw.config.channels, strict=True):
+        if widths.get(level) != width:
+            raise ConfigError(
+                f"a cfw of another autoencoder is given: it fuses {width} channels at level {level}, this autoencoder "
+                f"has widths {tuple(widths.values())}; give the cfw that was trained with it, or none"
+            )
+
+
+def scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent position along a side: every level but the last halves the picture."""
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
 def encode_with_features(
     vae: AutoencoderKL, image: Tensor, levels: tuple[int, ...]
 ) -> tuple[DiagonalGaussianDistribution, dict[int, Tensor]]:
@@ -132,40 +163,107 @@ def encode_with_features(
 
     image: (b, 3, H, W) in [-1, 1], H and W multiples of the autoencoder's factor. Features: level -> (b, C,
     H / 2**level, W / 2**level), taken after the level's residual blocks.
+
+    Raises:
+        ConfigError: the autoencoder would encode in tiles of its own, or its encoder is compiled.
     """
-    encoder = vae.encoder
-    features = {}
-    h = encoder.conv_in(image)
-    for level, block in enumerate(encoder.down_blocks):
-        for resnet in block.resnets:
-            h = resnet(h, None)
-        if level in levels:
-            features[level] = h
-        for downsampler in block.downsamplers or ():
-            h = downsampler(h)
-    h = encoder.mid_block(h)
-    moments = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(h)))
-    if vae.quant_conv is not None:
-        moments = vae.quant_conv(moments)
-    return DiagonalGaussianDistribution(moments), features
+    if not levels:
+        return vae.encode(image).latent_dist, {}
+    _check_whole(vae, image, vae.tile_sample_min_size)
+    slices: dict[int, list[Tensor]] = {level: [] for level in levels}
+    with _after_levels(vae, "encode", levels, lambda level, h: slices[level].append(h)):
+        posterior = vae.encode(image).latent_dist
+    features = {level: parts[0] if len(parts) == 1 else torch.cat(parts) for level, parts in slices.items() if parts}
+    _check_seen({level: len(maps) for level, maps in features.items()}, levels, len(image))
+    return posterior, features
 
 
-@apply_forward_hook
 def decode_with_features(
     vae: AutoencoderKL, cfw: ControllableFeatureWrapping, z: Tensor, features: dict[int, Tensor], w: float
 ) -> Tensor:
     """Image (b, 3, H, W), about [-1, 1], of the raw code z (b, C, h, w), with the LQ picture's features wrapped in.
 
     w: 0 is the plain decode (realism), 1 what the fusion layers were trained for (fidelity); above 1 extrapolates.
+
+    Raises:
+        ConfigError: the autoencoder would decode in tiles of its own, its decoder is compiled, or it checkpoints
+            gradients, of which a second pass would lack the features.
     """
-    decoder = vae.decoder
-    h = z if vae.post_quant_conv is None else vae.post_quant_conv(z)
-    h = decoder.mid_block(decoder.conv_in(h))
-    for level, block in zip(reversed(range(len(decoder.up_blocks))), decoder.up_blocks, strict=True):
-        for resnet in block.resnets:
-            h = resnet(h, temb=None)
-        if level in cfw.config.levels:
-            h = cfw(level, features[level].to(cfw.dtype), h.to(cfw.dtype), w).to(h.dtype)
-        for upsampler in block.upsamplers or ():
-            h = upsampler(h)
-    return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))
+    _check_whole(vae, z, vae.tile_latent_min_size)
+    if torch.is_grad_enabled() and vae.decoder.gradient_checkpointing:
+        raise ConfigError(
+            "the autoencoder checkpoints gradients, which repeats its decoding without the features of CFW; "
+            "call vae.disable_gradient_checkpointing()"
+        )
+    levels = tuple(cfw.config.levels)
+    seen = dict.fromkeys(levels, 0)
+
+    def wrap(level: int, h: Tensor) -> Tensor:
+        encoder_features = features[level][seen[level] : seen[level] + len(h)]  # the autoencoder may slice the batch
+        seen[level] += len(h)
+        wrapped: Tensor = cfw(level, encoder_features.to(cfw.dtype), h.to(cfw.dtype), w)
+        return wrapped.to(h.dtype)
+
+    with _after_levels(vae, "decode", levels, wrap):
+        image: Tensor = vae.decode(z, return_dict=False)[0]
+    _check_seen(seen, levels, len(z))
+    return image
+
+
+_registering = Lock()
+
+
+@contextmanager
+def _after_levels(
+    vae: AutoencoderKL,
+    doing: Literal["encode", "decode"],
+    levels: tuple[int, ...],
+    act: Callable[[int, Tensor], Tensor | None],
+) -> Iterator[None]:
+    """Calls `act(level, features)` after the residual blocks of a level; what it returns goes on instead.
+
+    Hooks on the blocks do it, so that the autoencoder runs as it does without: offloaded, sliced, cast. They are for
+    this thread alone: others may use the autoencoder meanwhile. Raises ConfigError where hooks would not be called.
+    """
+    part = vae.encoder if doing == "encode" else vae.decoder
+    blocks = part.down_blocks if doing == "encode" else part.up_blocks[::-1]
+    resnets = {level: blocks[level].resnets[-1] for level in levels}
+    for module in (getattr(vae, doing), part, *(blocks[level] for level in levels), *resnets.values()):
+        if _is_compiled(module):
+            raise ConfigError(
+                f"the autoencoder's {doing}r is compiled, which hides its features from CFW; "
+                "give the autoencoder uncompiled (cfw and unet may be compiled), or w=0"
+            )
+    thread = get_ident()
+
+    def hook(level: int, _module: nn.Module, _args: Any, h: Tensor) -> Tensor | None:
+        return act(level, h) if get_ident() == thread else None
+
+    with _registering:  # torch numbers hooks without a lock
+        handles = [resnet.register_forward_hook(partial(hook, level)) for level, resnet in resnets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_compiled(part: Any) -> bool:
+    return getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_torchdynamo_orig_callable")
+
+
+def _check_whole(vae: AutoencoderKL, x: Tensor, tile: int) -> None:
+    """Raises ConfigError if the autoencoder would take x (b, C, h, w) in tiles."""
+    if vae.use_tiling and max(x.shape[-2:]) > tile:
+        raise ConfigError(
+            f"vae.enable_tiling() is on and {x.shape[-2]} x {x.shape[-1]} is larger than its tile of {tile}: its tiles "
+            "have no common features for CFW; call vae.disable_tiling() and tile exactly, see TiledAutoencoder"
+        )
+
+
+def _check_seen(seen: dict[int, int], levels: tuple[int, ...], batch: int) -> None:
+    if any(seen.get(level) != batch for level in levels):
+        raise ConfigError(
+            f"of {batch} pictures the autoencoder showed features of {seen} (level: pictures); "
+            "give a stock AutoencoderKL, uncompiled"
+        )

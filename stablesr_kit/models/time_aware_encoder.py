@@ -1,5 +1,6 @@
 """The adapter: time-aware encoder and SFT layers, all that is trained beside the frozen UNet (Wang et al. 2023)."""
 
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
-from stablesr_kit.models.sft_unet import Modulation, SFTMaps, residual_blocks
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.steering import Modulation, SFTMaps, residual_blocks
 
 
 class SFTLayer(nn.Module):
@@ -150,6 +152,12 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
             **config,
         )
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in any model; the empty prompt's embedding, which is read outside of a forward, stays in memory."""
+        embeds = None if self.empty_prompt_embeds is None else self.empty_prompt_embeds.clone()
+        super().enable_group_offload(*args, **kwargs)
+        self.empty_prompt_embeds = embeds
+
     def encode(self, lq_latents: Tensor, timestep: Tensor | float) -> list[Tensor]:
         """Features (b, cond_channels, h / 2**i, w / 2**i) of each level i.
 
@@ -179,3 +187,21 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
     def forward(self, lq_latents: Tensor, timestep: Tensor | float) -> SFTMaps:
         """SFT maps of every residual block at one timestep; arguments as `encode`."""
         return self.modulate(self.encode(lq_latents, timestep))
+
+
+def check_adapter(adapter: StableSRAdapter, unet: UNet2DConditionModel) -> None:
+    """Raises ConfigError if the adapter was made for another UNet."""
+    made_for = [(name, channels, level) for name, channels, level in adapter.config.sft_blocks]
+    blocks = residual_blocks(unet)
+    if made_for != blocks:
+        theirs, ours = next((one, other) for one, other in zip_longest(made_for, blocks) if one != other)
+        raise ConfigError(
+            f"an adapter of another UNet is given: it steers {len(made_for)} residual blocks, this UNet has "
+            f"{len(blocks)}, and they first differ at {theirs} and {ours} (name, channels, level); "
+            "give the adapter that was trained with this UNet"
+        )
+    if adapter.config.prompt_length and adapter.config.cross_attention_dim != unet.config.cross_attention_dim:
+        raise ConfigError(
+            f"an adapter of another UNet is given: its text condition is {adapter.config.cross_attention_dim} wide, "
+            f"this UNet's {unet.config.cross_attention_dim}; give the adapter that was trained with this UNet"
+        )

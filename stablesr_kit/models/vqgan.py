@@ -144,6 +144,11 @@ class Quantizer(nn.Module, ABC):
         """Codes (B, C, h, w) of indices (B, h, w)."""
         return self.codebook(indices).permute(0, 3, 1, 2).contiguous()
 
+    def codes(self, device: torch.device) -> Tensor:
+        """All codes (codes, C), from the codebook itself: an offloaded one has them only when it is called."""
+        codes: Tensor = self.codebook(torch.arange(self.codebook.num_embeddings, device=device))
+        return codes
+
 
 class NearestQuantizer(Quantizer):
     """Replaces every position of a latent by the nearest code.
@@ -163,7 +168,7 @@ class NearestQuantizer(Quantizer):
         codes = self.lookup(indices)
         loss = F.mse_loss(z, codes.detach()) + self.beta * F.mse_loss(codes, z.detach())
         features = z + (codes - z).detach()
-        return Quantized(features, indices, loss, perplexity(indices, len(self.codebook.weight)), distances.mean())
+        return Quantized(features, indices, loss, perplexity(indices, self.codebook.num_embeddings), distances.mean())
 
     def nearest(self, z: Tensor) -> Tensor:
         return self.distances(z).argmin(dim=-1)
@@ -172,7 +177,7 @@ class NearestQuantizer(Quantizer):
         """Squared distances (B, h, w, codes), in float32: half precision confuses neighbouring codes."""
         with torch.autocast(z.device.type, enabled=False):
             positions = z.float().permute(0, 2, 3, 1)
-            codes = self.codebook.weight.float()
+            codes = self.codes(z.device).float()
             flat = positions.flatten(0, 2)
             lengths = flat.square().sum(1, keepdim=True) + codes.square().sum(1)
             return torch.addmm(lengths, flat, codes.t(), alpha=-2).view(*positions.shape[:3], -1)
@@ -197,7 +202,7 @@ class GumbelQuantizer(Quantizer):
         logits = self.projection(z).float()
         is_hard = self.straight_through or not self.training
         choice = F.gumbel_softmax(logits, self.temperature, hard=is_hard, dim=1)
-        features = torch.einsum("bkhw,kc->bchw", choice.to(z.dtype), self.codebook.weight)
+        features = torch.einsum("bkhw,kc->bchw", choice.to(z.dtype), self.codes(z.device))
         p = logits.softmax(dim=1)
         size = logits.shape[1]
         loss = self.kl_weight * (p * torch.log(p * size + 1e-10)).sum(dim=1).mean()
@@ -271,6 +276,11 @@ class Decoder(nn.Module):
         self.upsamplers = nn.ModuleList(Upsample2D(width, use_conv=True) for width in rising[:-1])
         self.norm_out = group_norm(rising[-1], groups)
         self.conv_out = nn.Conv2d(rising[-1], 3, 3, padding=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; its norms are never stored in less."""
+        return self.norm_out.weight.dtype
 
     def forward(self, features: Tensor, taps: Mapping[int, Tap] | None = None) -> Tensor:
         """Image (B, 3, H, W) of codes (B, C, h, w); `taps` change the features of level i of the picture's sizes."""

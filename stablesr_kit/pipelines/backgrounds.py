@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from stablesr_kit.checkpoints.reading import read_checkpoint
-from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.checkpoints.spandrel import load_spandrel
 from stablesr_kit.imaging.canvas import Region, regions
 from stablesr_kit.imaging.resizing import resize_bicubic
-from stablesr_kit.spaces import unit_to_image
+from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 if TYPE_CHECKING:
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
@@ -35,7 +34,7 @@ class StableSRBackground:
     def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
         """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
         generator = torch.Generator().manual_seed(self.seed)
-        unit = (image + 1) / 2
+        unit = image_to_unit(image)
         restored = self.pipeline(
             unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
         ).images
@@ -48,32 +47,16 @@ class SpandrelUpsampler:
     As a background it enlarges by the network's own factor, in tiles, and then resizes; called without a size it only
     enlarges, which is what FaceRefinement's `upsampler` needs.
 
-    Raises:
-        ConfigError: the extra is not installed.
-        CheckpointError: the file is no such network, or not one from three channels to three.
+    Raises as `load_spandrel`.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        try:
-            from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-        except ImportError as error:
-            raise ConfigError(
-                f"{path}: networks of other projects need an extra; pip install 'stablesr-kit[spandrel]'"
-            ) from error
-        weights = read_checkpoint(path).content
-        try:
-            model = ModelLoader(device=torch.device(device)).load_from_state_dict(dict(weights))
-        except (UnsupportedModelError, RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: no super-resolution network that spandrel knows ({reason})") from error
-        if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
-            raise CheckpointError(f"{path}: a network of {model.architecture.name} that does not turn RGB into RGB")
-        self._model, self._device = model.eval(), torch.device(device)
+        self._model, self._device = load_spandrel(path, device), torch.device(device)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
-        unit = (image + 1) / 2
+        unit = image_to_unit(image)
         enlarged = kept_grey(unit_to_image(torch.stack([self._enlarged(one) for one in unit])), image)
         return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
 

@@ -15,10 +15,14 @@ from torch.nn.functional import interpolate
 
 from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelNotFoundError
+from stablesr_kit.imaging.canvas import View, assembled
+from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
+from stablesr_kit.models.precision import in_float32
 from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
+from stablesr_kit.spaces import image_to_unit
 
 FaceTask = Literal["restore", "inpaint", "colorize"]
 FaceOutputType = Literal["pil", "np", "pt"]
@@ -139,7 +143,8 @@ class CodeFormerPipeline(DiffusionPipeline):
         device = self._execution_device
         w = w.to(device) if isinstance(w, Tensor) else w
         image = image.to(device, self.codeformer.dtype)
-        output: Tensor = self.codeformer(image, w, adain=adain, code_lookup=code_lookup).image
+        with in_float32(self.codeformer.vqgan.decoder, self.codeformer.fusions):
+            output: Tensor = self.codeformer(image, w, adain=adain, code_lookup=code_lookup).image
         if not output.isfinite().all():
             raise FloatingPointError(
                 f"the restored faces are not finite, computed in {self.codeformer.dtype}; "
@@ -218,6 +223,8 @@ class CodeFormerPipeline(DiffusionPipeline):
                 if hidden is not None:
                     m = interpolate(hidden[i], (height, width), mode="nearest")
                     output = (1 - m) * resize_bicubic(face, height, width) + m * output
+                if task != "colorize":
+                    output = assembled(neutral_like(View(output), View(face)))
                 results.append(output)
 
         self.maybe_free_model_hooks()
@@ -259,7 +266,7 @@ def _masks(faces: list[Tensor], mask: Picture | list[Picture] | None) -> list[Te
     if mask is None:
         masks = [(face == 1).all(dim=1, keepdim=True).float() for face in faces]
     else:
-        masks = [(image.mean(dim=1, keepdim=True) + 1) / 2 for image in _one_by_one(mask)]
+        masks = [image_to_unit(image.mean(dim=1, keepdim=True)) for image in _one_by_one(mask)]
         masks = masks * len(faces) if len(masks) == 1 else masks
     if len(masks) != len(faces):
         raise ImageError(f"{len(masks)} masks are given for {len(faces)} faces; give one for all, or one each")

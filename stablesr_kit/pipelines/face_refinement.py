@@ -12,14 +12,13 @@ from torch import Tensor
 
 from stablesr_kit.errors import ConfigError, ImageError
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
-from stablesr_kit.faces.face import Box, Face, FaceDetector, LandmarkSource
+from stablesr_kit.faces.detect.turned import SURE, detect_turned
+from stablesr_kit.faces.face import Box, Face, FaceDetector, LandmarkSource, Only, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, to_enlarged
-from stablesr_kit.faces.grey import is_grey, match_grey
 from stablesr_kit.faces.identity import FaceEmbedder, identity_distance
 from stablesr_kit.faces.parse import FaceParser, parsed_mask
-from stablesr_kit.faces.paste import MaskShape, paste_face
-from stablesr_kit.faces.selection import Only, select_faces
-from stablesr_kit.spaces import image_to_pixels
+from stablesr_kit.faces.paste import MaskShape, is_grey, match_grey, paste_face
+from stablesr_kit.spaces import image_to_levels, image_to_pixels, levels_to_image
 
 Action = Literal["refined", "held back", "left alone", "too large"]
 
@@ -65,6 +64,8 @@ class FaceReport:
     """In pixels of the photo before it was enlarged."""
     detector: str
     """Who found the face; "given" for one given by hand."""
+    turned: int
+    """Degrees, counterclockwise, that the photo was turned by when the face was found: 0, 90, 180 or 270."""
     landmarks_from: LandmarkSource
     """Who placed the landmarks."""
     w: float | None
@@ -169,11 +170,17 @@ class FaceRefinement:
         return refined.to(images.device, images.dtype)
 
     def find(self, pixels: NDArray[np.uint8]) -> list[Face]:
-        """The faces of pixels (H, W, 3), RGB, that would be restored."""
+        """The faces of pixels (H, W, 3), RGB, that would be restored.
+
+        Where none is sure, as in the scan of a portrait that lies on its side, the pixels are turned by quarters, and
+        the turn with the surest face counts.
+        """
         height, width = pixels.shape[:2]
-        return select_faces(
-            self.detector.detect(pixels), height, width, min_eye_distance=self.min_eye_distance, only=self.only
-        )
+        faces = self.detector.detect(pixels)
+        if all(face.score < SURE for face in faces):
+            turns = [detect_turned(self.detector, pixels, quarters) for quarters in (1, 2, 3)]
+            faces = max([faces, *turns], key=lambda found: max((face.score for face in found), default=0.0))
+        return select_faces(faces, height, width, min_eye_distance=self.min_eye_distance, only=self.only)
 
     @torch.no_grad()
     def refine(
@@ -187,7 +194,7 @@ class FaceRefinement:
             ImageError: a face's landmarks fix none; the faces before it are in the picture then.
         """
         pixels = image_to_pixels(lq[None])[0]
-        levels = ((lq.detach().float().cpu() + 1) * 127.5).permute(1, 2, 0).contiguous().numpy()
+        levels = image_to_levels(lq[None])[0]
         faces = self.find(pixels) if given is None else given
         scale = (picture.shape[0] / levels.shape[0], picture.shape[1] / levels.shape[1])
         for face in self.restore_crops(levels, faces):
@@ -228,13 +235,11 @@ class FaceRefinement:
         return restored, strengths, distances
 
     def _restore(self, aligned: NDArray[np.float32], w: float, grey: bool) -> NDArray[np.float32]:
-        image = torch.from_numpy(aligned).permute(0, 3, 1, 2) / 127.5 - 1
-        output = self.restorer.restore(image, w=w).float().cpu().clamp(-1, 1)
-        restored = ((output + 1) * 127.5).permute(0, 2, 3, 1).contiguous().numpy()
+        restored = image_to_levels(self.restorer.restore(levels_to_image(aligned), w=w).float().clamp(-1, 1))
         return np.stack([match_grey(*pair) for pair in zip(restored, aligned, strict=True)]) if grey else restored
 
     def _paste(self, picture: NDArray[np.float32], face: "RestoredFace", scale: tuple[float, float]) -> None:
-        values = face.restored / 127.5 - 1
+        values = levels_to_image(face.restored[None])[0].permute(1, 2, 0).numpy()
         if self.upsampler is not None:
             image = torch.from_numpy(values).permute(2, 0, 1)[None]
             values = self.upsampler(image)[0].float().cpu().permute(1, 2, 0).contiguous().numpy()
@@ -257,6 +262,7 @@ class FaceRefinement:
             score=face.score,
             eye_distance=face.eye_distance,
             detector="given" if is_given else self.detector.name,
+            turned=face.turned,
             landmarks_from=face.landmarks_from,
             w=w,
             identity_distance=float(restored.identity_distance),

@@ -1,5 +1,6 @@
 """Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
 
+import json
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -10,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from stablesr_kit.errors import ModelNotFoundError
+from stablesr_kit.errors import CheckpointError, ModelNotFoundError
 
 EMBEDDED: Mapping[str, str] = {"mini": "mini"}
 """Name of a StableSR model in the package -> its folder of the assets."""
@@ -49,10 +50,47 @@ def resolve_model(
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
 
 
+def check_components(folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse a pipeline folder of another kind. given: components that come from elsewhere, by name.
+
+    Raises:
+        ModelNotFoundError: there is no adapter.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+    except ValueError:
+        return  # loading it says what is wrong
+    if given.get("adapter") is None and not any(index.get("adapter") or ()):
+        raise ModelNotFoundError(
+            f"{folder} is a {index.get('_class_name', 'pipeline')} without an adapter, which is what makes it restore "
+            "(and, for w above 0, a cfw); give adapter=StableSRAdapter.from_pretrained(...), or convert a StableSR "
+            "checkpoint with `stablesr convert`"
+        )
+
+
 def parameter_count(folder: Path) -> int:
-    """Numbers in the weight files of a model's folder, variants left out, from their headers alone."""
-    files = [path for path in folder.glob("*/*.safetensors") if len(path.suffixes) == 1]
+    """Numbers in the weight files of a model's folder, of one variant, from their headers alone."""
+    ending = f".{variant}" if (variant := only_variant(folder)) else ""
+    files = [path for path in folder.glob("*/*.safetensors") if path.suffixes[:-1] == [ending] * bool(ending)]
     return sum(_numbers(path) for path in files)
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant, such as fp16, of a folder whose weights are there in this one alone; None if they need no name.
+
+    Raises:
+        CheckpointError: there are several variants and no weights without one.
+    """
+    suffixes = {tuple(path.suffixes[:-1]) for path in folder.glob("*/*.safetensors")}
+    variants = sorted(found[0].removeprefix(".") for found in suffixes if found)
+    if () in suffixes or not variants:
+        return None
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder}: holds its weights as {', '.join(variants)} and none without such a name; "
+            "keep one of them in a folder, or give variant= in Python"
+        )
+    return variants[0]
 
 
 def _numbers(path: Path) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, bands
-from stablesr_kit.imaging.files import as_picture
-from stablesr_kit.imaging.streams import StreamedPicture
-from stablesr_kit.spaces import pixels_to_image, unit_to_image
+from stablesr_kit.imaging.reading import Picture as FilePicture
+from stablesr_kit.imaging.reading import as_picture
+from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
 
@@ -39,7 +39,7 @@ def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
     return canvases
 
 
-def to_canvas(source: StreamedPicture, folder: Path | None = None) -> Canvas:
+def to_canvas(source: FilePicture, folder: Path | None = None) -> Canvas:
     """Image (3, h, w) in [-1, 1] of a picture in a file, read by rows; `folder` as for any canvas.
 
     Raises:
@@ -57,7 +57,7 @@ def to_canvas(source: StreamedPicture, folder: Path | None = None) -> Canvas:
 def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> Iterator[np.ndarray]:
     """RGB (rows, W, 3) of an image (3, H, W) in [-1, 1], clamped, from top to bottom; white is the type's largest."""
     for band in bands(image):
-        unit = (image.read(band)[0].float() * 0.5 + 0.5).clamp(0, 1)
+        unit = image_to_unit(image.read(band)[0].float()).clamp(0, 1)
         levels = (unit * np.iinfo(dtype).max).round()
         yield levels.permute(1, 2, 0).cpu().numpy().astype(dtype)
 
@@ -97,10 +97,9 @@ def _one_to_image(picture: Picture | None) -> Tensor:
         if 0 in picture.size:
             raise ImageError(f"an image of {picture.width}x{picture.height} pixels is given, expected at least one")
         try:
-            rgb = as_picture(picture).rgb
+            picture = as_picture(picture).pixels[..., :3]
         except (OSError, SyntaxError) as error:  # Pillow decodes a file only when its pixels are needed
             raise ImageError(f"the picture's file is truncated or damaged ({error}); get a whole copy of it") from error
-        return pixels_to_image(np.asarray(rgb))
     if not isinstance(picture, np.ndarray | Tensor):
         raise ImageError(
             f"{type(picture).__name__} is given, expected a PIL image, an array or a tensor; "

@@ -2,45 +2,55 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import ImageProjection
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import BaseOutput, replace_example_docstring, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import randn_tensor
+from einops import repeat
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from tqdm import tqdm
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
-from stablesr_kit.imaging.canvas import Part, Readable, Region
+from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.imaging.canvas import Part, Readable, Region, View, assembled, bands
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
-from stablesr_kit.models.time_aware_encoder import StableSRAdapter
-from stablesr_kit.pipelines.checking import InputChecks, OutputType, Start
-from stablesr_kit.pipelines.coding import Generators, PostStage, repeated
-from stablesr_kit.pipelines.loading import resolve_model
-from stablesr_kit.pipelines.pictures import Picture, as_readables
-from stablesr_kit.pipelines.planning import Planning
-from stablesr_kit.pipelines.prompting import PromptEncoding, batch_size_of, embeds_of_batch
-from stablesr_kit.pipelines.running_call import RunningCall
-from stablesr_kit.pipelines.sampling import Sampling, recount
-from stablesr_kit.pipelines.sampling_state import SamplingState
-from stablesr_kit.tiling.autoencoder import AttentionMode, TilingMode
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
-from stablesr_kit.tiling.memory_plan import MemoryPlan
-from stablesr_kit.tiling.planner import TileSize, tile_multiple
+from stablesr_kit.imaging.neutral import neutral_like
+from stablesr_kit.imaging.padding import Padded
+from stablesr_kit.imaging.resizing import resized
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
+from stablesr_kit.models.norms import to_channels_last
+from stablesr_kit.models.offloading import offload_groups_to_disk
+from stablesr_kit.models.steering import make_steerable, steered_prediction
+from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
+from stablesr_kit.pipelines.job import Generators, Job
+from stablesr_kit.pipelines.loading import check_components, resolve_model
+from stablesr_kit.pipelines.pictures import Picture, as_readables, to_pil
+from stablesr_kit.spaces import from_latent, to_latent
+from stablesr_kit.tiling import latents as latent_tiles
+from stablesr_kit.tiling.autoencoder import Features, PictureCoder
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, tile_multiple
+from stablesr_kit.tiling.memory import Plan, Planner, Tiling
 from stablesr_kit.tiling.team import Team
 
 logger = logging.getLogger(__name__)
@@ -57,22 +67,49 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+DEFAULT_SCALE = 4.0
+Start = Literal["lq", "noise"] | int
+OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
+Images = list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
+PostStage = Callable[[Tensor, Tensor], Tensor]
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What sampling ends with, and all that decoding takes: `StableSRPipeline.redecode` makes pictures of it.
+
+    latents: (B, C, h, w). features: the LQ pictures', for CFW; empty without it. lq: the LQ pictures as they were
+    given, (3, H, W), and enlarged: the same at the result's size, one each per latent. coder: what encoded them.
+    record: a folder for what is decoded in tiles, or None.
+    """
+
+    latents: Tensor
+    features: list[Features]
+    lq: list[Readable]
+    enlarged: list[Readable]
+    coder: PictureCoder
+    record: Path | None = None
 
 
 @dataclass
 class StableSRPipelineOutput(BaseOutput):
     """images: restored pictures; a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]; with
     output_type="canvas" a list of pictures (3, H, W), about [-1, 1], to be read by regions; with "latent" the final
-    latents (B, C, h, w) of the padded pictures."""
+    latents (B, C, h, w) of the padded pictures, and `sampled`, of which `redecode` makes pictures."""
 
-    images: list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
+    images: Images
+    sampled: Sampled | None = None
 
 
 class StableSRPipeline(
-    RunningCall, InputChecks, PromptEncoding, Planning, Sampling, StableDiffusionMixin, StableDiffusionLoraLoaderMixin
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
 ):
     """Restores and enlarges photographs: an adapter steers a frozen UNet, CFW carries the input into the decoder.
 
@@ -80,17 +117,30 @@ class StableSRPipeline(
         vae: the autoencoder of the base model.
         unet: its UNet; any of the Stable Diffusion 1.x/2.x family. Nothing is added to it.
         adapter: time-aware encoder and SFT layers.
-        scheduler: `SpacedDDPMScheduler` reproduces StableSR; any scheduler of diffusers works.
+        scheduler: `SpacedDDPMScheduler` reproduces StableSR; any scheduler of diffusers for such models works.
         cfw: controllable feature wrapping; None allows w = 0 only.
         text_encoder, tokenizer: needed for prompts only; without them the adapter's stored embedding of the empty
             prompt is used.
+        image_encoder, feature_extractor: needed for `ip_adapter_image` only.
         default_steps: number of steps if the call names none.
         min_size_px: smaller results are restored on a canvas padded to this size, since a UNet trained on large
             pictures fails on tiny ones.
+
+    Raises:
+        ConfigError: adapter or cfw were made for other networks, or the networks are of another family.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"  # adapter and cfw have hooks of their own
-    _optional_components = ["cfw", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"  # adapter and cfw have hooks of their own
+    _optional_components = ["cfw", "text_encoder", "tokenizer", "image_encoder", "feature_extractor"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    _guidance_scale: float
+    _cross_attention_kwargs: dict[str, Any] | None
+    _num_timesteps: int
+    _interrupt: bool
+    _aggregation: Aggregation
+    _coder: PictureCoder
+    _schedule: ModelSchedule  # of the model, whatever scheduler is in use
 
     def __init__(
         self,
@@ -101,6 +151,8 @@ class StableSRPipeline(
         cfw: ControllableFeatureWrapping | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
         default_steps: int = 50,
         min_size_px: int = 0,
     ) -> None:
@@ -113,20 +165,15 @@ class StableSRPipeline(
             cfw=cfw,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
         )
         self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self._check_networks()
+        if scheduler is not None:
+            self._schedule = ModelSchedule.of_config(scheduler.config)
+        self.vae_scale_factor = scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in any pipeline; a stock UNet is made able to take SFT maps.
-
-        It is saved as the stock one, whose keys and config it has, so that any pipeline may load the folder.
-        """
-        is_unet = name == "unet" and value is not None
-        super().__setattr__(name, SFTUNet2DConditionModel.from_unet(value) if is_unet else value)
-        if is_unet:
-            self.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -135,12 +182,16 @@ class StableSRPipeline(
         Keyword arguments as `DiffusionPipeline.from_pretrained` (dtype, variant, components to replace, ...).
 
         Raises:
-            ModelNotFoundError: there is no such model here or on the hub.
+            ModelNotFoundError: there is no such model here or on the hub, or it lacks what makes it StableSR.
         """
-        pipeline = super().from_pretrained(str(resolve_model(pretrained_model_name_or_path, **kwargs)), **kwargs)
+        folder = resolve_model(pretrained_model_name_or_path, **kwargs)
+        check_components(folder, given=kwargs)
+        pipeline = super().from_pretrained(str(folder), **kwargs)
+        if (folder / "scheduler" / "scheduler_config.json").is_file():  # the one in use may be another
+            pipeline._schedule = ModelSchedule.of_config(pipeline.scheduler.load_config(folder / "scheduler"))
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter, pipeline.cfw):
-            if network is not None:  # convolutions on the CPU are a fifth faster in this layout
-                network.to(memory_format=torch.channels_last)
+            if network is not None:
+                to_channels_last(network)
         return pipeline
 
     @classmethod
@@ -152,6 +203,394 @@ class StableSRPipeline(
             UnsafeCheckpointError: the file would run code.
         """
         return cls(**convert_checkpoint(checkpoint, **kwargs))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *args: Any,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in any pipeline; on disk every component gets a folder of its own in the one given."""
+        if offload_to_disk_path is None:
+            super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **kwargs)
+            return
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        offloaded = {name: network for name, network in networks.items() if name not in excluded}
+        offload_groups_to_disk(offloaded, offload_to_disk_path, onload_device, *args, **kwargs)
+        for name in networks.keys() & excluded:
+            networks[name].to(onload_device)
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As in any Stable Diffusion pipeline; what it has no use for is not passed over in silence.
+
+        Raises:
+            ConfigError: no layer of this model takes anything of the file.
+        """
+        before = self.get_list_adapters()
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        if self.get_list_adapters() == before and not kwargs.get("hotswap"):
+            hint = "" if self.text_encoder is not None else ", and this pipeline has no text encoder"
+            raise ConfigError(
+                f"none of this LoRA's keys belongs to a layer of the UNet or the text encoder{hint}; "
+                "give one that was made for a model of this family"
+            )
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, Any], network_alphas: Any, text_encoder: Any, **kwargs: Any
+    ) -> None:
+        """As in any Stable Diffusion pipeline; without a text encoder a warning, if there is something for it."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+        elif any(key.startswith("text_encoder") for key in state_dict):
+            logger.warning("this LoRA's layers of the text encoder are left out: the pipeline has no text encoder")
+
+    def check_inputs(
+        self,
+        image: Picture | list[Picture] | None,
+        prompt: str | list[str] | None,
+        w: float,
+        scale: float | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int | None,
+        guidance_scale: float,
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        start: Start,
+        strength: float | None,
+        color_fix: str,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: list[Tensor] | None,
+        output_type: str,
+        post_stages: Sequence[PostStage],
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
+
+        Raises:
+            ValueError: a value is out of range or two arguments exclude each other.
+        """
+        if self.adapter is None:
+            raise ValueError("adapter=None is given, expected a StableSRAdapter; load one, see from_pretrained")
+        self._check_networks()
+        check_scheduler(self.scheduler, self._schedule)
+        if image is None:
+            raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
+        if isinstance(image, str) and prompt is not None and not isinstance(prompt, str | list):
+            raise ValueError("image is a text and prompt a picture; the picture comes first: pipeline(image, prompt)")
+        self._check_decoding(w, color_fix, output_type, post_stages)
+        for one, value, other, other_value in (
+            ("scale", scale, "height/width", height if height is not None else width),
+            ("prompt", prompt, "prompt_embeds", prompt_embeds),
+            ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
+            ("strength", strength, "start", None if start == "lq" else start),
+            ("ip_adapter_image", ip_adapter_image, "ip_adapter_image_embeds", ip_adapter_image_embeds),
+        ):
+            if value is not None and other_value is not None:
+                raise ValueError(f"{one} and {other} exclude each other; give one of them")
+        if (height is None) != (width is None):
+            raise ValueError(f"height={height}, width={width}: give both, or scale")
+        if scale is not None and not (_is_number(scale) and scale > 0):
+            raise ValueError(f"scale={scale!r} is given, expected a positive number")
+        if height is not None and width is not None:
+            if not (isinstance(height, Integral) and isinstance(width, Integral) and min(height, width) >= 1):
+                raise ValueError(f"height={height!r}, width={width!r} is given, expected at least one pixel each")
+        for name, count in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if count is not None and not (isinstance(count, Integral) and count >= 1):
+                raise ValueError(f"{name}={count!r} is given, expected at least 1, a whole number")
+        if not _is_number(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale!r} is given, expected a number; 1 is no guidance")
+        if not (start in ("lq", "noise") or (isinstance(start, Integral) and start >= 0)):
+            raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")
+        if strength is not None and not (_is_number(strength) and 0 <= strength <= 1):
+            raise ValueError(f"strength={strength!r} is given, expected 0 (no step is run) to 1 (all are)")
+        for text in (prompt, negative_prompt):
+            if text is not None and not isinstance(text, str | list):
+                shown = repr(text) if isinstance(text, Real) else f"of type {type(text).__name__}"
+                raise ValueError(f"a prompt {shown} is given, expected text or a list of texts")
+        has_ip_adapter = getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        has_image_prompt = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        if has_ip_adapter != has_image_prompt:
+            raise ValueError(
+                "an IP adapter is loaded; give ip_adapter_image or ip_adapter_image_embeds, or call unload_ip_adapter()"
+                if has_ip_adapter
+                else "ip_adapter_image needs an IP adapter; load one with load_ip_adapter()"
+            )
+        if ip_adapter_image is not None and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError(
+                "ip_adapter_image needs the components image_encoder and feature_extractor, which this pipeline lacks; "
+                "load them, or give ip_adapter_image_embeds"
+            )
+        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={unknown} are unknown, "
+                f"expected some of {self._callback_tensor_inputs}"
+            )
+
+    def _check_decoding(self, w: float, color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
+        if not (_is_number(w) and w >= 0):
+            raise ValueError(
+                f"w={w!r} is given, expected a number from 0 (realism) to 1 (fidelity); above 1 extrapolates"
+            )
+        if w > 0 and self.cfw is None:
+            raise ValueError(f"w={w} needs the component cfw, which this pipeline lacks; give w=0 or load a cfw")
+        for name, value, choices in (
+            ("color_fix", color_fix, get_args(ColorFix)),
+            ("output_type", output_type, get_args(OutputType)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is given, expected one of {choices}")
+        if post_stages and output_type == "latent":
+            raise ValueError("post_stages work on pictures, output_type='latent' gives none; give another")
+
+    def _check_networks(self) -> None:
+        """Refuse networks that do not belong together, and make the UNet able to take SFT maps."""
+        if self.unet is not None:
+            make_steerable(self.unet)
+            if self.adapter is not None:
+                check_adapter(self.adapter, self.unet)
+        if self.vae is not None:
+            check_autoencoder(self.vae, self.cfw)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(prompt_embeds, negative_prompt_embeds), each (len(prompt) * num_images_per_prompt, tokens, channels).
+
+        No prompt means the empty one: its embedding comes from the text encoder, so that LoRA layers and new tokens
+        count, or, if there is none, from the adapter. The second is None without guidance.
+
+        clip_skip: layers of the text encoder to skip; give the call what comes out as `prompt_embeds`.
+
+        Raises:
+            ValueError: there is a prompt but no text encoder and tokenizer.
+        """
+        if prompt_embeds is None:
+            prompt_embeds = self._embed(prompt, device, lora_scale, clip_skip)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt_embeds = self._embed(negative_prompt, device, lora_scale, clip_skip)
+
+        dtype = self.unet.dtype if self.unet is not None else prompt_embeds.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, negative_prompt_embeds
+
+    def _embed(
+        self, prompt: str | list[str] | None, device: torch.device, lora_scale: float | None, clip_skip: int | None
+    ) -> Tensor:
+        if self.text_encoder is None or self.tokenizer is None:
+            stored = self.adapter.empty_prompt_embeds if self.adapter is not None else None
+            if prompt in (None, "") and stored is not None:
+                return stored
+            raise ValueError(
+                f"prompt={prompt!r} needs the components text_encoder and tokenizer, which this pipeline lacks; "
+                "load them, or give no prompt"
+            )
+        texts = [prompt or ""] if not isinstance(prompt, list) else prompt
+        tokens = self.tokenizer(
+            self.maybe_convert_prompt(texts, self.tokenizer),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        if lora_scale is not None:
+            scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            outputs = self.text_encoder(
+                tokens.input_ids.to(device),
+                attention_mask=tokens.attention_mask.to(device) if with_mask else None,
+                output_hidden_states=clip_skip is not None,
+            )
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        if clip_skip is None:
+            return outputs[0]
+        # transformers 5 moved the tower one level up
+        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return tower.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
+
+    def encode_image(
+        self, image: Any, device: torch.device, num_images_per_prompt: int, output_hidden_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of pictures that an IP adapter is shown, and those of no picture; each (images, ..., channels).
+
+        output_hidden_states: of the tokens before the last layer, which some IP adapters take.
+        """
+        if not isinstance(image, Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device, next(self.image_encoder.parameters()).dtype)
+        if output_hidden_states:
+            shown, nothing = (
+                self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+                for pixels in (image, torch.zeros_like(image))
+            )
+        else:
+            shown = self.image_encoder(image).image_embeds
+            nothing = torch.zeros_like(shown)
+        return (
+            shown.repeat_interleave(num_images_per_prompt, dim=0),
+            nothing.repeat_interleave(num_images_per_prompt, dim=0),
+        )
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: list[Tensor] | None,
+        device: torch.device,
+        batch_size: int,
+        do_classifier_free_guidance: bool,
+    ) -> list[Tensor]:
+        """Per IP adapter its embeddings (batch_size, images, ...); with guidance those of no picture first, (2B, ...).
+
+        Raises:
+            ValueError: there are more or fewer pictures than IP adapters.
+        """
+        if ip_adapter_image_embeds is None:
+            layers = self.unet.encoder_hid_proj.image_projection_layers
+            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
+            if len(images) != len(layers):
+                raise ValueError(f"{len(images)} pictures are given for {len(layers)} IP adapters; give one for each")
+            pairs = [
+                self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
+                for image, layer in zip(images, layers, strict=True)
+            ]
+            ip_adapter_image_embeds = [
+                torch.stack([nothing, shown] if do_classifier_free_guidance else [shown]) for shown, nothing in pairs
+            ]
+        branches = 2 if do_classifier_free_guidance else 1
+        return [
+            repeat(embeds.to(device, self.unet.dtype), "branch ... -> (branch batch) ...", batch=batch_size)
+            if len(embeds) == branches
+            else embeds.to(device, self.unet.dtype)
+            for embeds in ip_adapter_image_embeds
+        ]
+
+    def prepare_image(
+        self, image: Readable, scale: float | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[Readable, Readable]:
+        """The picture (3, h, w) at the result's size, and the same continued by reflection to its `padded_size`.
+
+        The result is scale (default 4) times as large, or height x width pixels; enlarging is bicubic.
+        """
+        if height is None or width is None:
+            height, width = result_size(*image.shape[1:], scale)
+        enlarged = resized(image, height, width)
+        return enlarged, Padded(enlarged, *self.padded_size(height, width))
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the canvas for a result of height x width: every level of the networks halves them.
+
+        At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
+        """
+        multiple = self.vae_scale_factor * tile_multiple(self.unet)
+        smallest = max(self.config.min_size_px, 2 * multiple)
+        padded_height, padded_width = (math.ceil(max(side, smallest) / multiple) * multiple for side in (height, width))
+        return padded_height, padded_width
+
+    def encode(
+        self,
+        images: Sequence[Readable],
+        generator: Generators = None,
+        with_features: bool = True,
+        num_images_per_prompt: int = 1,
+        coder: PictureCoder | None = None,
+        record: Path | None = None,
+    ) -> tuple[Tensor, list[Features]]:
+        """LQ latents (B * num_images_per_prompt, C, h, w), samples of the posterior, and the features CFW needs.
+
+        images: B of them, (3, H, W) in [-1, 1], H and W as `padded_size` has them. The features, level -> (b, C, h, w),
+        are the encoder's, of all pictures at once or picture by picture; none without cfw or on request.
+        coder: None takes the pictures whole. record: as `PictureCoder.encode`.
+        """
+        coder = coder or PictureCoder(self.vae, self.cfw)
+        levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
+        moments, features = coder.encode(images, levels, record)
+        if generator is not None:  # it may only draw on the device
+            moments = moments.to(self._execution_device)
+        z = DiagonalGaussianDistribution(moments.repeat_interleave(num_images_per_prompt, dim=0)).sample(generator)
+        return to_latent(z, self.vae).to(self.unet.dtype), features
+
+    def get_timesteps(
+        self,
+        num_inference_steps: int | None,
+        device: torch.device,
+        start: Start = "lq",
+        strength: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> Tensor:
+        """Descending timesteps of the scheduler, from `start` on if that is a timestep, or the last `strength` of them.
+
+        Raises:
+            ValueError: no timestep is left, or the scheduler can only run from its first one.
+        """
+        kept, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps)
+        order = getattr(self.scheduler, "order", 1)  # Heun and its like visit a timestep `order` times
+        first = 0
+        if isinstance(start, Integral):
+            reached = (kept <= start).nonzero()
+            if len(reached) == 0:
+                raise ValueError(f"start={start} lies below the last timestep {kept[-1].item():g}; give more steps")
+            first = math.ceil(int(reached[0]) / order) * order
+        elif strength is not None:
+            steps = num_inference_steps or math.ceil(len(kept) / order)
+            first = min((steps - min(int(steps * strength), steps)) * order, len(kept))
+        if first > 0 and isinstance(self.scheduler, PNDMScheduler):
+            given = f"start={start}" if strength is None else f"strength={strength}"
+            raise ValueError(
+                f"{given} is given, but PNDMScheduler can only run from its first timestep, {kept[0]}; "
+                "take another scheduler, for instance UniPCMultistepScheduler.from_config"
+            )
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return kept[first:]
+
+    def prepare_latents(
+        self,
+        lq_latents: Tensor,
+        timesteps: Tensor,
+        start: Start = "lq",
+        generator: Generators = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Latent (B, C, h, w) to start from: the LQ latent noised to the first timestep, or pure noise.
+
+        latents: the unit noise itself instead of a drawn one, of the shape of `lq_latents`.
+        """
+        if latents is None:
+            noise = randn_tensor(lq_latents.shape, generator, device=lq_latents.device, dtype=lq_latents.dtype)
+        elif latents.shape != lq_latents.shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} are given, expected {tuple(lq_latents.shape)}")
+        else:
+            noise = latents.to(lq_latents)
+        if start == "noise":
+            return noise * self.scheduler.init_noise_sigma
+        if len(timesteps) == 0:  # strength 0
+            return lq_latents
+        return self.scheduler.add_noise(lq_latents, noise, timesteps[:1].repeat(len(noise)))
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -165,38 +604,27 @@ class StableSRPipeline(
         width: int | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         start: Start = "lq",
-        eta: float = 0.0,
+        strength: float | None = None,
         color_fix: ColorFix = "wavelet",
         generator: Generators = None,
         latents: Tensor | None = None,
-        state: SamplingState | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        clip_skip: int | None = None,
-        tile_px: TileSize = "auto",
-        overlap_px: int | None = None,
-        tile_batch_size: int | None = None,
-        tile_jitter: bool = False,
-        vae_tile_px: int | None = None,
-        vae_mode: TilingMode = "exact",
-        vae_attention: AttentionMode = "global",
-        canvas_folder: Path | None = None,
-        record: Path | None = None,
-        max_memory: int | str | None = None,
-        plan: MemoryPlan | None = None,
-        team: Team | None = None,
+        tiling: Tiling | None = None,
+        job: Job | None = None,
         post_stages: Sequence[PostStage] = (),
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
-    ) -> StableSRPipelineOutput | tuple[Any]:
+    ) -> StableSRPipelineOutput | tuple[Any, ...]:
         r"""Restore pictures.
 
         Args:
@@ -208,39 +636,26 @@ class StableSRPipeline(
             scale: size of the result relative to the input, default 4.
             height, width: size of the result, instead of `scale`.
             num_inference_steps: denoising steps; None is the pipeline's `default_steps`.
-            timesteps, sigmas: custom schedules, for schedulers that take them.
+            timesteps: a schedule of one's own, for schedulers that take one.
             guidance_scale: classifier-free guidance, on above 1.
             negative_prompt: what the picture should not look like; used with guidance.
             num_images_per_prompt: results per picture.
             start: "lq" starts from the noised LQ latent, "noise" from pure noise, a number from the LQ latent noised
                 to the first timestep not above it.
-            eta: noise of DDIM steps, 0 to 1; other schedulers ignore it.
+            strength: 0 to 1, instead of `start`: the share of the steps that are run, from the LQ latent noised to the
+                first of them.
             color_fix: "wavelet", "adain" or "none": where the result's colours come from.
             generator: source of all randomness, or one per result.
             latents: unit noise (B, C, h, w) to start with instead of a drawn one.
-            state: go on where another call with these arguments stood, to the bit; None begins.
             prompt_embeds, negative_prompt_embeds: text embeddings instead of prompts, one or one per picture.
-            output_type: "pil", "np", "pt", "canvas", or "latent" for the undecoded latents.
+            ip_adapter_image: a picture per loaded IP adapter, for style or content.
+            ip_adapter_image_embeds: their embeddings instead, (1, images, channels) per IP adapter; with guidance those
+                of no picture first, (2, images, channels).
+            output_type: "pil", "np", "pt", "canvas", or "latent" for what `redecode` makes pictures of.
             return_dict: False returns a tuple.
             cross_attention_kwargs: passed to the attention processors; "scale" weighs LoRA layers.
-            clip_skip: layers of the text encoder to skip.
-            tile_px: side of the tiles a large picture is sampled in, in pixels of the result; "auto" takes the size
-                the UNet was trained on, and leaves pictures of up to four times its area whole; "none" never tiles.
-            overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
-            tile_batch_size: tiles the networks take at once, on devices that gain by it; None as many as fit.
-            tile_jitter: moves the tiles at every step, so that no border stays in place.
-            vae_tile_px: side of the tiles the autoencoder and CFW take, on which the result does not depend; None is
-                what fits, and small pictures whole.
-            vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, with less on disk.
-            vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
-            canvas_folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
-            record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call
-                with the same arguments goes on where another one was killed, to the bit. None records nothing.
-            max_memory: what the device may hold, in bytes or as "6GB"; None is what is free on it. If it is too little
-                for the tiles of "auto", smaller ones are taken, which changes the picture, and a warning says so.
-            plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them now.
-            team: processes that predict tiles of a tiled picture as well, see `assist`; the autoencoder runs in this
-                one alone. None is this process.
+            tiling: tiles, memory and room on disk for large pictures; None leaves all to the pipeline.
+            job: what a stopped call goes on from, and other processes that take part.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -261,42 +676,49 @@ class StableSRPipeline(
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if w is None:
             w = 0.5 if self.cfw is not None else 0.0
-        if num_inference_steps is None and timesteps is None and sigmas is None:
+        if num_inference_steps is None and timesteps is None:
             num_inference_steps = self.config.default_steps
         self.check_inputs(
             image,
+            prompt,
             w,
             scale,
             height,
             width,
             num_inference_steps,
+            guidance_scale,
+            negative_prompt,
             num_images_per_prompt,
             start,
+            strength,
             color_fix,
-            output_type,
-            prompt,
-            negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            output_type,
+            post_stages,
             callback_on_step_end_tensor_inputs,
-            tile_batch_size,
-            has_post_stages=bool(post_stages),
         )
+        tiling, job = tiling or Tiling(), job or Job()
         self._guidance_scale = guidance_scale
-        self._clip_skip = clip_skip
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
         device = self._execution_device
 
         # 2. Bring the picture to the result's size, on a canvas that the networks can halve evenly
         given = as_readables(image)
-        batch_size = batch_size_of(len(given), prompt, prompt_embeds)
-        given = given * (batch_size // len(given))
-        enlarged = [self.upsample(one, scale, height, width) for one in given]
-        canvases = [self.pad(one) for one in enlarged]
-        canvas_size = canvases[0].shape[1:]
+        prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        if len(given) != prompts and 1 not in (len(given), prompts):
+            raise ValueError(f"{prompts} prompts are given for {len(given)} pictures; give one, or one per picture")
+        given = given * (max(prompts, len(given)) // len(given))
+        enlarged, canvases = zip(*(self.prepare_image(one, scale, height, width) for one in given), strict=True)
+        canvas_size = canvases[0].shape[1], canvases[0].shape[2]
+        batch_size = len(given) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) not in (1, batch_size):
+            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
 
-        # 3. Encode the prompt
+        # 3. Encode the prompts
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             device,
@@ -306,95 +728,96 @@ class StableSRPipeline(
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
         )
-        batch_size *= num_images_per_prompt
-        if isinstance(generator, list) and len(generator) not in (1, batch_size):
-            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
-        prompt_embeds, negative_prompt_embeds = embeds_of_batch(
-            prompt_embeds, negative_prompt_embeds, batch_size, num_images_per_prompt
-        )
+        prompt_embeds = _for_batch(prompt_embeds, batch_size, num_images_per_prompt)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = _for_batch(negative_prompt_embeds, batch_size, num_images_per_prompt)
+            if negative_prompt_embeds.shape != prompt_embeds.shape:
+                raise ValueError(
+                    f"prompt_embeds of shape {tuple(prompt_embeds.shape[1:])} and negative_prompt_embeds of shape "
+                    f"{tuple(negative_prompt_embeds.shape[1:])} are given; give both, padded to one length"
+                )
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        image_embeds: list[Tensor] = []
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
+            )
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
-        tiling = self.given_tiling(*canvas_size, tile_px, overlap_px, tile_batch_size)
-        options: dict[str, Any] = {"tile_px": tile_px, "overlap_px": overlap_px, "tile_batch_size": tile_batch_size}
-        options |= {"vae_tile_px": vae_tile_px, "max_memory": max_memory}
-        if plan is None and self.leaves_choice(*canvas_size, **options):
+        plan = job.plan
+        if plan is None and self.needs_plan(*canvas_size, tiling):
             plan = self.plan(
                 *canvas_size,
                 w=w,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 batch_size=batch_size,
-                vae_mode=vae_mode,
-                vae_attention=vae_attention,
-                **options,
+                tiling=tiling,
             )
             if plan.is_reduced:
                 logger.warning("%s", plan)
+        grid, vae_tile_px = self._grid(*canvas_size, tiling), tiling.vae_tile_px
         if plan is not None:
-            tiling, vae_tile_px = plan.tiling, plan.vae_tile_px
-        if state is not None and state.tiling is not None:
-            vae_tile_px = state.vae_tile_px
-        noise = autoencoder = None
-        if tiling is not None:
+            grid, vae_tile_px = plan.grid, plan.vae_tile_px
+        if job.state is not None and job.state.grid is not None:
+            vae_tile_px = job.state.vae_tile_px
+        noise = None
+        if grid is not None and "ip_adapter_masks" in (cross_attention_kwargs or {}):
+            raise ValueError("ip_adapter_masks are of the whole picture; give tiling=Tiling(tile_px='none') with them")
+        if grid is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
-        if vae_tile_px is not None:
-            autoencoder = self.prepare_autoencoder(*canvas_size, vae_tile_px, vae_mode, vae_attention, canvas_folder)
-        self._autoencoder = autoencoder
+        self._coder = coder = self._prepare_coder(vae_tile_px, tiling)
 
         # 5. Encode the picture
-        with_features = w > 0 and output_type != "latent"
         with drawing_from(noise, stage=0):
-            lq_latents, features = self.encode_image(
-                canvases, generator, with_features, num_images_per_prompt, autoencoder, record
-            )
-        lq_latents = lq_latents.to(device) if tiling is None else lq_latents.cpu().float()
+            lq_latents, features = self.encode(canvases, generator, w > 0, num_images_per_prompt, coder, job.record)
+        lq_latents = lq_latents.to(device) if grid is None else lq_latents.cpu().float()
 
         # 6. Choose the timesteps and the latent to start from
-        kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, timesteps, sigmas)
+        kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, strength, timesteps)
         with drawing_from(noise, stage=1):
             latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
         first_step = 0
-        if state is not None:
-            latents, first_step = state.restore(latents, self.scheduler, generator), state.step
+        if job.state is not None:
+            latents, first_step = job.state.restore(latents, self.scheduler, generator), job.state.step
 
         # 7. Denoise
-        step_kwargs = {"generator": generator, "eta": eta}
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {key: value for key, value in step_kwargs.items() if key in accepted}
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
         aggregation = Aggregation(
             (latents.shape[-2], latents.shape[-1]),
-            tiling,
+            grid,
             tile_multiple(self.unet),
             device,
             self.unet.dtype,
-            jitter_seed=noise.seeds[0] if noise is not None and tile_jitter else None,
-            team=team if tiling is not None else None,
+            jitter_seed=noise.seeds[0] if noise is not None and tiling.jitter else None,
+            team=job.team if grid is not None else None,
         )
-        if state is not None and state.tiling is not None:
-            aggregation.tiling = LatentTiling(**state.tiling)
+        if job.state is not None and job.state.grid is not None:
+            aggregation.grid = TileGrid(**job.state.grid)
         self._aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
         with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
                     continue
-                model_input = self.scheduler.scale_model_input(latents, t)
-                predict = partial(
-                    self.predict,
-                    timestep=t,
-                    guidance_scale=self.guidance_scale,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                )
                 prediction = aggregation.predict(
-                    predict,
-                    model_input,
+                    partial(
+                        steered_prediction,
+                        self.unet,
+                        self.adapter,
+                        timestep=t,
+                        guidance_scale=self.guidance_scale,
+                        cross_attention_kwargs=cross_attention_kwargs,
+                    ),
+                    self.scheduler.scale_model_input(latents, t),
                     lq_latents,
                     prompt_embeds,
                     i,
+                    image_embeds,
                     on_tile=progress_bar.update,
-                    on_halving=partial(recount, progress_bar, aggregation, range(i, self._num_timesteps)),
+                    on_halving=partial(_recount, progress_bar, aggregation, range(i, self._num_timesteps)),
                 )
                 with drawing_from(noise, stage=2 + i):
                     latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
@@ -411,17 +834,223 @@ class StableSRPipeline(
                     prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
 
-        # 8. Decode, cut the canvas back to the picture, give it the input's colours, let the post-stages work
-        if output_type == "latent":
-            images = latents
-        else:
-            decoded = self.decode_latents(latents, features, w, autoencoder, record)
-            given, enlarged = (repeated(images, num_images_per_prompt) for images in (given, enlarged))
-            restored = [
-                color_fixed(Part(image, Region(0, 0, *reference.shape[1:])), reference, color_fix)
-                for image, reference in zip(decoded, enlarged, strict=True)
-            ]
-            images = self.finish(restored, given, post_stages, output_type)
+        # 8. Decode and finish, or keep what that takes
+        sampled = Sampled(
+            latents=latents,
+            features=features,
+            lq=[one for one in given for _ in range(num_images_per_prompt)],
+            enlarged=[one for one in enlarged for _ in range(num_images_per_prompt)],
+            coder=coder,
+            record=job.record,
+        )
+        if output_type != "latent":
+            return self.redecode(sampled, w, color_fix, post_stages, output_type, return_dict)
+        self.maybe_free_model_hooks()
+        return StableSRPipelineOutput(images=latents, sampled=sampled) if return_dict else (latents, sampled)
 
+    @torch.no_grad()
+    def redecode(
+        self,
+        sampled: Sampled,
+        w: float | None = None,
+        color_fix: ColorFix = "wavelet",
+        post_stages: Sequence[PostStage] = (),
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> StableSRPipelineOutput | tuple[Any, ...]:
+        """Pictures of what a call with output_type="latent" has sampled: the last part of a call, as often as wanted.
+
+        The arguments are those of a call. Nothing is sampled again: w, the colour fix and the post-stages act here.
+
+        Raises:
+            ValueError: an argument cannot work, or w is above 0 and the call, with w=0, has kept no features for CFW.
+        """
+        if w is None:
+            w = 0.5 if self.cfw is not None and any(sampled.features) else 0.0
+        self._check_decoding(w, color_fix, output_type, post_stages)
+        if w > 0 and not any(sampled.features):
+            raise ValueError(f"w={w} needs the features that a call with w > 0 keeps; call again with w > 0")
+        decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record)
+        images = self.finish(decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type)
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(
+        self,
+        latents: Tensor,
+        features: list[Features],
+        w: float,
+        coder: PictureCoder | None = None,
+        record: Path | None = None,
+    ) -> list[Readable]:
+        """Images (3, H, W), about [-1, 1], of latents (B, C, h, w); the other arguments as `encode`.
+
+        Raises:
+            FloatingPointError: the UNet or the decoder overflowed.
+        """
+        coder = coder or PictureCoder(self.vae, self.cfw)
+        images = coder.decode(from_latent(latents, self.vae), features, w, record)
+        if not all(torch.isfinite(image.read(band)).all() for image in images for band in bands(image)):
+            raise FloatingPointError(
+                f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
+                "load the pipeline in bfloat16 or float32"
+            )
+        return images
+
+    def finish(
+        self,
+        decoded: Sequence[Readable],
+        enlarged: Sequence[Readable],
+        lq: Sequence[Readable],
+        color_fix: ColorFix = "wavelet",
+        post_stages: Sequence[PostStage] = (),
+        output_type: OutputType = "pil",
+    ) -> Images:
+        """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
+
+        What is made of a grey picture is grey, see `imaging.neutral`.
+
+        enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
+        """
+        restored = [
+            color_fixed(Part(image, Region(0, 0, *reference.shape[1:])), reference, color_fix)
+            for image, reference in zip(decoded, enlarged, strict=True)
+        ]
+        if post_stages:
+            images, lq_images = (torch.cat([assembled(one) for one in pictures]) for pictures in (restored, lq))
+            for stage in post_stages:
+                images = stage(images, lq_images)
+            restored = [View(one) for one in images.split(1)]
+        restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
+        if output_type == "canvas":
+            return restored
+        if output_type == "pil":
+            return [to_pil(one) for one in restored]
+        return self.image_processor.postprocess(
+            torch.cat([assembled(one) for one in restored]), output_type=output_type
+        )
+
+    def plan(
+        self,
+        height: int,
+        width: int,
+        *,
+        w: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int = 1,
+        tiling: Tiling | None = None,
+    ) -> Plan:
+        """What a call with these arguments will do, the most memory it will hold on the device, and for how long.
+
+        height, width: of the result, in pixels. batch_size: pictures times results per picture. The others as in the
+        call, which takes the plan as `Job(plan=...)`. What is chosen how, and what is raised: `Planner.plan`.
+        """
+        others = [network for network in (self.text_encoder, self.image_encoder) if network is not None]
+        cfw = self.cfw if w != 0 else None
+        return Planner(self.vae, self.unet, self.adapter, cfw, others).plan(
+            *self.padded_size(height, width),
+            tiling or Tiling(),
+            self._execution_device,
+            steps=num_inference_steps or self.config.default_steps,
+            pictures=batch_size,
+            branches=2 if guidance_scale > 1 else 1,
+        )
+
+    def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
+        """Whether `plan`, which takes a second or two, has anything to decide for a result of height x width pixels."""
+        return tiling.leaves_choice(self._grid(height, width, tiling), self._execution_device)
+
+    def _grid(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
+        """How a result of height x width pixels is sampled if memory does not matter."""
+        height, width = self.padded_size(height, width)
+        factor = self.vae_scale_factor
+        return tiling.grid(self.unet, height // factor, width // factor, factor)
+
+    def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling) -> PictureCoder:
+        config = getattr(self, "_progress_bar_config", {})
+
+        def bar(doing: str, total: int) -> "tqdm[Any]":
+            description = f"{config['desc']}, {doing}" if config.get("desc") else doing
+            return tqdm(total=total, **{"unit": "tile", **config, "desc": description})
+
+        return PictureCoder(
+            self.vae,
+            self.cfw,
+            tile_px=vae_tile_px,
+            mode=tiling.vae_mode,
+            attention=tiling.vae_attention,
+            folder=tiling.folder,
+            progress=None if config.get("disable") else bar,
+        )
+
+    @torch.no_grad()
+    def assist(self, team: Team) -> None:
+        """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
+
+        Raises:
+            Exception: what happened here, once the first process has given up.
+        """
+        predict = partial(steered_prediction, self.unet, self.adapter)
+        latent_tiles.assist(team, predict, self._execution_device, self.unet.dtype)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running call; a callback may change it through `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call evaluates the UNet for the negative prompt as well."""
+        return self._guidance_scale > 1
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Arguments of the attention processors in the running call."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the running call."""
+        return self._num_timesteps
+
+    @property
+    def grid(self) -> TileGrid:
+        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
+        return self._aggregation.grid
+
+    @property
+    def vae_tile_px(self) -> int | None:
+        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
+        return self._coder.tile_px
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call skips its remaining steps; a callback sets it through `_interrupt`."""
+        return self._interrupt
+
+
+def result_size(height: int, width: int, scale: float | None = None) -> tuple[int, int]:
+    """Height and width of the result for a picture of height x width; scale=None is 4."""
+    factor = DEFAULT_SCALE if scale is None else scale
+    return max(round(height * factor), 1), max(round(width * factor), 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _for_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:
+    """Embeddings (batch_size, tokens, channels), of one prompt for all results or of one per picture.
+
+    embeds: as `encode_prompt` returns them, `num_images_per_prompt` rows per prompt. Raises ValueError.
+    """
+    if len(embeds) not in (num_images_per_prompt, batch_size):
+        prompts, pictures = len(embeds) // num_images_per_prompt, batch_size // num_images_per_prompt
+        raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
+    return embeds.repeat(batch_size // len(embeds), 1, 1)
+
+
+def _recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
+    """Correct a progress bar's total when the tiles of the steps still to come have become others."""
+    progress_bar.total = progress_bar.n + aggregation.count(steps)

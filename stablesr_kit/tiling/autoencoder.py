@@ -1,9 +1,12 @@
 """Encoding and decoding of pictures of any size tile by tile, equal to doing it at once, or nearly."""
 
+import logging
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,22 +15,182 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, regions
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
+from stablesr_kit.errors import ConfigError, is_out_of_memory
+from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled, regions
+from stablesr_kit.models.feature_wrapping import (
+    ControllableFeatureWrapping,
+    decode_with_features,
+    encode_with_features,
+    scale_factor,
+)
+from stablesr_kit.models.precision import in_float32
 from stablesr_kit.tiling.feature_maps import CountingWorkspace, Workspace
 from stablesr_kit.tiling.scratch import Record, Scratch
-from stablesr_kit.tiling.walk import decoded, encoded
+from stablesr_kit.tiling.walk import decoded, encoded, execution_device, in_use
 
 TilingMode = Literal["exact", "approximate"]
 AttentionMode = Literal["global", "windowed"]
+Features = dict[int, Tensor] | dict[int, Canvas]
+Coded = TypeVar("Coded")
 Statistics = dict[nn.GroupNorm, tuple[Tensor, Tensor]]
 
+logger = logging.getLogger(__name__)
+
+VAE_TILES_PX = (512, 256, 128, 64)
+MAX_BYTES_IN_MEMORY = 2**29
 APPROXIMATE_HALO = 8  # latent positions; the true receptive field is about twice that, its far taps are weak
 WINDOW = 64  # latent positions
 SAMPLED_PATCHES = 8  # per side of the picture
 SAMPLED_PATCH = 32  # latent positions
+
+
+class PictureCoder:
+    """The autoencoder and CFW of a call: pictures as a whole on the device while memory suffices, else tile by tile.
+
+    In float16 they run in float32 meanwhile, if the autoencoder's config asks for it.
+
+    Args:
+        vae, cfw, mode, attention: as `TiledAutoencoder`.
+        tile_px: side of a tile; None begins with whole pictures. Lack of memory sets it, and then halves it.
+        folder: feature maps of more than half a gigabyte lie in files without a name there; None is the system's
+            temporary folder.
+        progress: (what is done, number of tiles) -> a bar over them; None shows none.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        cfw: ControllableFeatureWrapping | None = None,
+        *,
+        tile_px: int | None = None,
+        mode: TilingMode = "exact",
+        attention: AttentionMode = "global",
+        folder: Path | None = None,
+        progress: "Callable[[str, int], tqdm[Any]] | None" = None,
+    ) -> None:
+        self.vae = vae
+        self.cfw = cfw
+        self.tile_px = tile_px
+        self.mode = mode
+        self.attention = attention
+        self.folder = folder
+        self.progress = progress
+
+    @torch.no_grad()
+    def encode(
+        self, images: Sequence[Readable], levels: tuple[int, ...], record: Path | None = None
+    ) -> tuple[Tensor, list[Features]]:
+        """Moments (B, 2 C, h, w) of the raw codes' posteriors, and the encoder's features at `levels`.
+
+        images: B of them, (3, H, W) in [-1, 1]. The features, level -> (b, C, h, w), are of all pictures at once, or
+        picture by picture. record: a folder for what is done in tiles, as `TiledAutoencoder.encode_with_features`.
+        """
+        with self._in_safe_precision():
+            whole = self._if_memory_suffices(lambda: self._encode_whole(images, levels))
+            if whole is not None:
+                return whole
+            coded = [self._encode_tiled(one, levels, _part(record, "encode", i)) for i, one in enumerate(images)]
+        return torch.cat([moments.to_tensor() for moments, _ in coded]), [features for _, features in coded]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, features: list[Features], w: float, record: Path | None = None) -> list[Readable]:
+        """Images (3, H, W), about [-1, 1], of raw codes z (B, C, h, w); features as `encode` gives them, or empty ones.
+
+        B is a multiple of the pictures that were encoded: that many codes of each, one after the other.
+        """
+        with self._in_safe_precision():
+            whole = self._if_memory_suffices(lambda: self._decode_whole(z, cast(Any, features[0]), w))
+            if whole is not None:
+                return [View(one) for one in whole.float().split(1)]
+            of_pictures = [canvases for one in features for canvases in _by_picture(one)]
+            copies = len(z) // len(of_pictures)
+            return [
+                self._decode_tiled(View(one), of_pictures[i // copies] or None, w, _part(record, "decode", i))
+                for i, one in enumerate(z.split(1))
+            ]
+
+    def _encode_whole(self, images: Sequence[Readable], levels: tuple[int, ...]) -> tuple[Tensor, list[Features]]:
+        image = torch.cat([assembled(one) for one in images]).to(execution_device(self.vae), self.vae.dtype)
+        posterior, features = encode_with_features(self.vae, image, levels)
+        return posterior.parameters, [features]
+
+    def _decode_whole(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
+        z = z.to(execution_device(self.vae), self.vae.dtype)
+        if w == 0 or self.cfw is None:
+            return self.vae.decode(z, return_dict=False)[0]
+        copies = len(z) // len(next(iter(features.values())))
+        features = {level: maps.repeat_interleave(copies, dim=0) for level, maps in features.items()}
+        return decode_with_features(self.vae, self.cfw, z, features, w)
+
+    def _encode_tiled(
+        self, image: Readable, levels: tuple[int, ...], record: Path | None
+    ) -> tuple[Canvas, dict[int, Canvas]]:
+        return self._in_tiles(
+            image.shape[1:],
+            "encoding",
+            lambda tiled: tiled.encoding_tiles(image, levels),
+            lambda tiled: tiled.encode_with_features(image, levels, record),
+        )
+
+    def _decode_tiled(
+        self, z: Readable, features: Mapping[int, Readable] | None, w: float, record: Path | None
+    ) -> Canvas:
+        factor = scale_factor(self.vae)
+        return self._in_tiles(
+            (z.shape[1] * factor, z.shape[2] * factor),
+            "decoding",
+            lambda tiled: tiled.decoding_tiles(z, features, w),
+            lambda tiled: tiled.decode(z, features, w, record),
+        )
+
+    def _if_memory_suffices(self, code: Callable[[], Coded]) -> Coded | None:
+        """What `code` makes of pictures as a whole; None where tiles are to be taken."""
+        if self.tile_px is not None:
+            return None
+        try:
+            return code()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        logger.warning("not enough memory for the autoencoder on the whole picture; going on in tiles")
+        self.tile_px = VAE_TILES_PX[0]
+        _empty_cache()
+        return None
+
+    def _in_tiles(
+        self,
+        size: tuple[int, int],
+        doing: str,
+        count: Callable[["TiledAutoencoder"], int],
+        code: Callable[["TiledAutoencoder"], Coded],
+    ) -> Coded:
+        """What `code` makes; where memory lacks, tiles are halved, down to the smallest, and it starts again."""
+        assert self.tile_px is not None
+        nbytes = size[0] * size[1] * self.vae.config.block_out_channels[0] * 4
+        folder = (self.folder or Path(tempfile.gettempdir())) if nbytes > MAX_BYTES_IN_MEMORY else None
+        tiled = TiledAutoencoder(
+            self.vae, self.cfw, tile_px=self.tile_px, mode=self.mode, attention=self.attention, folder=folder
+        )
+        while True:
+            try:
+                if self.progress is None:
+                    return code(tiled)
+                with self.progress(doing, count(tiled)) as bar:
+                    tiled.on_tiles = bar.update
+                    return code(tiled)
+            except (RuntimeError, MemoryError) as error:
+                half = tiled.tile_px // 2
+                if half < smallest_tile_px(self.vae, self.mode) or not is_out_of_memory(error):
+                    raise
+                logger.warning("not enough memory for tiles of %d pixels; going on with %d", tiled.tile_px, half)
+                self.tile_px = tiled.tile_px = half
+            _empty_cache()
+
+    def _in_safe_precision(self) -> AbstractContextManager[None]:
+        parts = [part for part in (self.vae, self.cfw) if part is not None]
+        return in_float32(*parts) if self.vae.config.force_upcast else nullcontext()
 
 
 class TiledAutoencoder:
@@ -69,7 +232,7 @@ class TiledAutoencoder:
         canvas_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check_blocks(vae)
-        factor = _factor(vae)
+        factor = scale_factor(vae)
         if mode not in get_args(TilingMode):
             raise ConfigError(f"mode={mode!r} is given, expected one of {get_args(TilingMode)}")
         if attention not in get_args(AttentionMode):
@@ -114,31 +277,10 @@ class TiledAutoencoder:
         image = View(image) if isinstance(image, Tensor) else image
         self._check_image(image, levels)
         scratch = self._scratch(record, (*image.shape, *levels))
-        if self.mode == "exact":
-            return encoded(self.vae, image, levels, self._workspace(scratch), self.window)
-
-        _, image_height, image_width = image.shape
-        height, width = image_height // self.factor, image_width // self.factor
-        sample = _sampled(image, height, width, self.factor)
-        sampling = self._workspace(scratch)
-        encoded(self.vae, sample, levels, sampling, self.window)
-        channels = self.vae.config.block_out_channels
-        moments = scratch.canvas((2 * self.vae.config.latent_channels, height, width), self.canvas_dtype)
-        features = {
-            i: scratch.canvas((channels[i], image_height >> i, image_width >> i), self.canvas_dtype) for i in levels
-        }
-        sweep = scratch.begin()
-        for inner, outer in self._tiles(height, width)[sweep.done :]:
-            tile = Part(image, _scaled(outer, self.factor, moments, image))
-            codes, maps = encoded(self.vae, tile, levels, self._tile_workspace(sampling.statistics), None)
-            moments.write(inner, inner.cut_from(codes.to_tensor(), outer))
-            for level, canvas in features.items():
-                scale = self.factor >> level
-                inner_part, outer_part = (_scaled(part, scale, moments, canvas) for part in (inner, outer))
-                canvas.write(inner_part, inner_part.cut_from(maps[level].to_tensor(), outer_part))
-            sweep.done += 1
-            scratch.save()
-        return moments, features
+        with in_use(self.vae):
+            if self.mode == "exact":
+                return encoded(self.vae, image, levels, self._workspace(scratch), self.window)
+            return self._encoded_nearly(image, levels, scratch)
 
     @torch.no_grad()
     def decode(
@@ -159,27 +301,10 @@ class TiledAutoencoder:
         fused = self._features_for(z, features, w)
         cfw = self.cfw if fused else None
         scratch = self._scratch(record, (*z.shape, w))
-        if self.mode == "exact":
-            return decoded(self.vae, cfw, z, fused, w, self._workspace(scratch), self.window)
-
-        _, height, width = z.shape
-        sample = _sampled(z, height, width, 1)
-        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
-        sampling = self._workspace(scratch)
-        decoded(self.vae, cfw, sample, samples, w, sampling, self.window)
-        image = scratch.canvas(
-            (self.vae.config.out_channels, height * self.factor, width * self.factor), self.canvas_dtype
-        )
-        sweep = scratch.begin()
-        for inner, outer in self._tiles(height, width)[sweep.done :]:
-            parts = {i: Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
-            workspace = self._tile_workspace(sampling.statistics)
-            tile = decoded(self.vae, cfw, Part(z, outer), parts, w, workspace, None).to_tensor()
-            inner_px, outer_px = (_scaled(part, self.factor, z, image) for part in (inner, outer))
-            image.write(inner_px, inner_px.cut_from(tile, outer_px))
-            sweep.done += 1
-            scratch.save()
-        return image
+        with in_use(self.vae), nullcontext() if cfw is None else in_use(cfw):
+            if self.mode == "exact":
+                return decoded(self.vae, cfw, z, fused, w, self._workspace(scratch), self.window)
+            return self._decoded_nearly(cfw, z, fused, w, scratch)
 
     @torch.no_grad()
     def encoding_tiles(self, image: Readable, levels: tuple[int, ...]) -> int:
@@ -206,6 +331,59 @@ class TiledAutoencoder:
         decoded(self.vae, cfw, _sampled(z, height, width, 1), samples, w, counting, self.window)
         return counting.tiles + len(self._tiles(height, width))
 
+    def _encoded_nearly(
+        self, image: Readable, levels: tuple[int, ...], scratch: Scratch
+    ) -> tuple[Canvas, dict[int, Canvas]]:
+        _, image_height, image_width = image.shape
+        height, width = image_height // self.factor, image_width // self.factor
+        sample = _sampled(image, height, width, self.factor)
+        sampling = self._workspace(scratch)
+        encoded(self.vae, sample, levels, sampling, self.window)
+        channels = self.vae.config.block_out_channels
+        moments = scratch.canvas((2 * self.vae.config.latent_channels, height, width), self.canvas_dtype)
+        features = {
+            i: scratch.canvas((channels[i], image_height >> i, image_width >> i), self.canvas_dtype) for i in levels
+        }
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            tile = Part(image, _scaled(outer, self.factor, moments, image))
+            codes, maps = encoded(self.vae, tile, levels, self._tile_workspace(sampling.statistics), None)
+            moments.write(inner, inner.cut_from(codes.to_tensor(), outer))
+            for level, canvas in features.items():
+                scale = self.factor >> level
+                inner_part, outer_part = (_scaled(part, scale, moments, canvas) for part in (inner, outer))
+                canvas.write(inner_part, inner_part.cut_from(maps[level].to_tensor(), outer_part))
+            sweep.done += 1
+            scratch.save()
+        return moments, features
+
+    def _decoded_nearly(
+        self,
+        cfw: ControllableFeatureWrapping | None,
+        z: Readable,
+        fused: dict[int, Readable],
+        w: float,
+        scratch: Scratch,
+    ) -> Canvas:
+        _, height, width = z.shape
+        sample = _sampled(z, height, width, 1)
+        samples = {level: _sampled(maps, height, width, self.factor >> level) for level, maps in fused.items()}
+        sampling = self._workspace(scratch)
+        decoded(self.vae, cfw, sample, samples, w, sampling, self.window)
+        image = scratch.canvas(
+            (self.vae.config.out_channels, height * self.factor, width * self.factor), self.canvas_dtype
+        )
+        sweep = scratch.begin()
+        for inner, outer in self._tiles(height, width)[sweep.done :]:
+            parts = {i: Part(maps, _scaled(outer, self.factor >> i, z, maps)) for i, maps in fused.items()}
+            workspace = self._tile_workspace(sampling.statistics)
+            tile = decoded(self.vae, cfw, Part(z, outer), parts, w, workspace, None).to_tensor()
+            inner_px, outer_px = (_scaled(part, self.factor, z, image) for part in (inner, outer))
+            image.write(inner_px, inner_px.cut_from(tile, outer_px))
+            sweep.done += 1
+            scratch.save()
+        return image
+
     def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
         """Latent regions without and with their halo; with it they are tile_px large."""
         side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
@@ -224,13 +402,13 @@ class TiledAutoencoder:
         return Record(record, made_with, self.on_tiles)
 
     def _counting(self) -> CountingWorkspace:
-        whole = self._workspace(Scratch(self.folder))
-        return CountingWorkspace(device=whole.device, tile_values=whole.tile_values, scratch=whole.scratch)
+        whole = self._workspace(Scratch())
+        return CountingWorkspace(device=whole.device, tile_values=whole.tile_values)
 
     def _workspace(self, scratch: Scratch) -> Workspace:
         """For a whole picture."""
         return Workspace(
-            device=self._device,
+            device=execution_device(self.vae),
             tile_values=self.tile_px**2 * self.vae.config.block_out_channels[0],
             canvas_dtype=self.canvas_dtype,
             scratch=scratch,
@@ -239,12 +417,11 @@ class TiledAutoencoder:
     def _tile_workspace(self, statistics: Statistics) -> Workspace:
         """For a tile of the approximate mode, which is one piece in memory."""
         return Workspace(
-            device=self._device, tile_values=sys.maxsize, canvas_dtype=self.vae.dtype, statistics=statistics
+            device=execution_device(self.vae),
+            tile_values=sys.maxsize,
+            canvas_dtype=self.vae.dtype,
+            statistics=statistics,
         )
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.vae.parameters()).device
 
     def _check_image(self, image: Readable, levels: tuple[int, ...]) -> None:
         channels, height, width = image.shape
@@ -277,12 +454,7 @@ class TiledAutoencoder:
 
 def smallest_tile_px(vae: AutoencoderKL, mode: TilingMode) -> int:
     """Side of the smallest tiles worth taking: smaller ones are nearly all halo."""
-    return max(64, 4 * APPROXIMATE_HALO * _factor(vae) if mode == "approximate" else _factor(vae))
-
-
-def _factor(vae: AutoencoderKL) -> int:
-    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor
+    return max(64, 4 * APPROXIMATE_HALO * scale_factor(vae) if mode == "approximate" else scale_factor(vae))
 
 
 def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:
@@ -315,6 +487,27 @@ def _patches(length: int, scale: int, end: int) -> list[tuple[int, int]]:
     last = length - SAMPLED_PATCH
     starts = [i * last // (SAMPLED_PATCHES - 1) * scale for i in range(SAMPLED_PATCHES)]
     return [(start, start + SAMPLED_PATCH * scale) for start in starts]
+
+
+def _part(record: Path | None, name: str, index: int) -> Path | None:
+    return None if record is None else record / f"{name}-{index}"
+
+
+def _by_picture(features: Features) -> list[Mapping[int, Readable]]:
+    """Features of all pictures at once as canvases picture by picture; without features one empty entry."""
+    if any(isinstance(maps, Canvas) for maps in features.values()):
+        return [cast(Mapping[int, Readable], features)]
+    tensors = cast(dict[int, Tensor], features)
+    pictures = max((len(maps) for maps in tensors.values()), default=1)
+    return [
+        {level: Canvas.from_tensor(maps[i : i + 1].float().cpu()) for level, maps in tensors.items()}
+        for i in range(pictures)
+    ]
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_blocks(vae: AutoencoderKL) -> None:

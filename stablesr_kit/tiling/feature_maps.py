@@ -4,16 +4,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
-from stablesr_kit.tiling.moments import Moments
-from stablesr_kit.tiling.scratch import Scratch
+from stablesr_kit.tiling.scratch import Moments, Scratch
 
 TileFunction = Callable[[Tensor], Tensor]
 
@@ -95,7 +96,8 @@ class Workspace:
         mean, variance = (value.to(self.device, torch.float32) for value in self.statistics[norm])
 
         def normalized(tile: Tensor) -> Tensor:
-            tile = F.batch_norm(tile, mean, variance, norm.weight.float(), norm.bias.float(), eps=norm.eps)
+            with _GivenStatistics(mean, variance):
+                tile = norm(tile)
             return tile if activation is None else activation(tile)
 
         return normalized
@@ -117,18 +119,36 @@ class Workspace:
         return sweep.dtype
 
 
+class _GivenStatistics(TorchFunctionMode):
+    """While open, a group norm normalises with these moments (C,), not with those of what it is given.
+
+    The norm is called as a module, so that offloading, which brings weights when a module is called, works.
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        super().__init__()
+        self.mean, self.variance = mean, variance
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = self._normalized if function is F.group_norm else function
+        return function(*args, **(kwargs or {}))
+
+    def _normalized(self, tile: Tensor, _num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.batch_norm(tile, self.mean, self.variance, weight.float(), bias.float(), eps=eps)
+
+
 @dataclass(kw_only=True)
 class CountingWorkspace(Workspace):
     """Computes nothing and counts the tiles that a walk through the layers takes."""
 
+    scratch: Scratch = field(default_factory=lambda: Scratch(device="meta"))
     tiles: int = 0
 
     def _sweep(self, x: FeatureMap, _canvas: Canvas | None, side: int | None, _with_moments: bool) -> torch.dtype:
         channels, height, width = x.shape
         side = side or self.side(channels)
         self.tiles += math.ceil(height / side) * math.ceil(width / side)
-        x.moments = Moments()
-        x.moments.add(torch.zeros(1, channels, 1, 1))
+        x.moments = Moments.of_zeros(channels)
         return torch.float32
 
 

@@ -1,35 +1,41 @@
 """Aggregation sampling: one prediction for a canvas of any size, from tiles the UNet can take (Wang et al. 2023)."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
+from einops import repeat
 from torch import Tensor
 
+from stablesr_kit.errors import is_out_of_memory
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import Blend, cover, gaussian_weights
-from stablesr_kit.tiling.memory import is_out_of_memory
-from stablesr_kit.tiling.team import Team, TileRequest
+from stablesr_kit.tiling.team import OthersFailed, Team, TileRequest
 
 logger = logging.getLogger(__name__)
 
+TileSize = Literal["auto", "none"] | int
+
+GAUSSIAN_VARIANCE = 0.01  # of a side of length 1 (Wang et al. 2023, sec. 3.4)
+
 
 class Predict(Protocol):
-    """Prediction for a batch of tiles at one timestep: `Sampling.predict` with the rest of its arguments bound.
+    """Prediction for a batch of tiles at one timestep: `steered_prediction` with the rest of its arguments bound.
 
     A team needs those as well: it is a `functools.partial` there.
     """
 
-    def __call__(self, *, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor) -> Tensor: ...
+    def __call__(self, *, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor, **kwargs: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentTiling:
-    """How a canvas of latents is covered.
+class TileGrid:
+    """How a canvas of latents is covered by tiles.
 
     Args:
         tile: height and width of a tile; the canvas' own make it one tile.
@@ -42,7 +48,7 @@ class LatentTiling:
     overlap: int = 0
     batch_size: int = 1
 
-    def halved(self, multiple: int) -> "LatentTiling | None":
+    def halved(self, multiple: int) -> "TileGrid | None":
         """Half the batch or, if that is one tile, half the tile; None if that is too small for the networks.
 
         multiple: tile sides are multiples of this, and at least twice it.
@@ -64,37 +70,37 @@ class Aggregation:
 
     Args:
         size: height and width of the canvas.
-        tiling: what to begin with, None with the whole canvas; if memory lacks it is halved for the rest of the run.
+        grid: what to begin with, None with the whole canvas; if memory lacks it is halved for the rest of the run.
         multiple: tile sides are multiples of this.
         device, dtype: where and in what tiles are computed.
         jitter_seed: moves the tiles at every step, so that no border stays where it is; None leaves them in place.
-        weights: (height, width) of a tile -> what its positions count where tiles overlap.
+        weights: (height, width) of a tile -> what its positions count where tiles overlap; None is `gaussian_weights`.
         team: processes that predict tiles as well; None predicts all of them here.
     """
 
     def __init__(
         self,
         size: tuple[int, int],
-        tiling: LatentTiling | None,
+        grid: TileGrid | None,
         multiple: int,
         device: torch.device,
         dtype: torch.dtype,
         jitter_seed: int | None = None,
-        weights: Callable[[int, int], Tensor] = gaussian_weights,
+        weights: Callable[[int, int], Tensor] | None = None,
         team: Team | None = None,
     ) -> None:
         self.size = size
-        self.tiling = tiling or LatentTiling(tile=size)
+        self.grid = grid or TileGrid(tile=size)
         self.multiple = multiple
         self.device = device
         self.dtype = dtype
         self.jitter_seed = jitter_seed
-        self.weights = weights
+        self.weights = weights or gaussian_weights
         self.team = team
 
     def regions(self, step: int) -> list[Region]:
         """The tiles of a step, row by row."""
-        tile, overlap = self.tiling.tile, self.tiling.overlap
+        tile, overlap = self.grid.tile, self.grid.overlap
         shift = (0, 0)
         if self.jitter_seed is not None:
             drawn = np.random.SeedSequence((self.jitter_seed, step)).generate_state(2)
@@ -112,13 +118,15 @@ class Aggregation:
         lq_latents: Tensor,
         prompt_embeds: Tensor,
         step: int,
+        image_embeds: Sequence[Tensor] = (),
         on_tile: Callable[[], object] = lambda: None,
         on_halving: Callable[[], object] = lambda: None,
     ) -> Tensor:
         """Prediction (B, C, h, w) for a canvas, with its device and dtype.
 
-        latents, lq_latents: (B, C, h, w). prompt_embeds: as `Sampling.predict`. on_tile: called after each tile.
-        on_halving: called when the tiling was halved and the step begins again.
+        latents, lq_latents: (B, C, h, w). prompt_embeds: as `steered_prediction`; image_embeds: per IP adapter,
+        of as many pictures and branches. on_tile: called after each tile. on_halving: called when the grid was halved
+        and the step begins again.
 
         Raises:
             torch.OutOfMemoryError: one of the smallest tiles is too large (or what the CPU raises then).
@@ -127,18 +135,19 @@ class Aggregation:
             regions = self.regions(step)
             try:
                 blend = Blend(regions, self.weights)
-                for index, prediction in self._predictions_of_all(predict, latents, lq_latents, prompt_embeds, regions):
+                inputs = latents, lq_latents, prompt_embeds, list(image_embeds)
+                for index, prediction in self._predictions_of_all(predict, *inputs, regions):
                     on_tile()
                     if len(regions) == 1:
                         return prediction.to(latents)
                     blend.add(index, prediction)
                 return blend.mean().to(latents)
             except (RuntimeError, MemoryError) as error:
-                halved = self.tiling.halved(self.multiple) if is_out_of_memory(error) else None
+                halved = self.grid.halved(self.multiple) if is_out_of_memory(error) else None
                 if halved is None:
                     raise
-                logger.warning("not enough memory for %s; going on with %s", self.tiling, halved)
-                self.tiling = halved
+                logger.warning("not enough memory for %s; going on with %s", self.grid, halved)
+                self.grid = halved
                 on_halving()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -149,41 +158,87 @@ class Aggregation:
         latents: Tensor,
         lq_latents: Tensor,
         prompt_embeds: Tensor,
+        image_embeds: list[Tensor],
         regions: Sequence[Region],
         indices: Sequence[int],
     ) -> Iterator[tuple[int, Tensor]]:
         """(index, prediction (B, C, tile height, tile width)) of the regions with these indices, in their order."""
         pictures = len(latents)
-        per_call = 1 if self.device.type == "cpu" else self.tiling.batch_size
+        per_call = 1 if self.device.type == "cpu" else self.grid.batch_size
         for first in range(0, len(indices), per_call):
             chosen = indices[first : first + per_call]
+            shown = [repeat_for_tiles(embeds, pictures, len(chosen)) for embeds in image_embeds]
             predicted = predict(
                 latents=self._gather(latents, [regions[i] for i in chosen]),
                 lq_latents=self._gather(lq_latents, [regions[i] for i in chosen]),
                 prompt_embeds=repeat_for_tiles(prompt_embeds, pictures, len(chosen)),
+                **({"added_cond_kwargs": {"image_embeds": shown}} if shown else {}),
             )
             yield from zip(chosen, predicted.split(pictures), strict=True)
 
     def _predictions_of_all(
-        self, predict: Predict, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor, regions: Sequence[Region]
+        self,
+        predict: Predict,
+        latents: Tensor,
+        lq_latents: Tensor,
+        prompt_embeds: Tensor,
+        image_embeds: list[Tensor],
+        regions: Sequence[Region],
     ) -> Iterable[tuple[int, Tensor]]:
+        inputs = latents, lq_latents, prompt_embeds, image_embeds
         if self.team is None:
-            return self.predictions(predict, latents, lq_latents, prompt_embeds, regions, range(len(regions)))
+            return self.predictions(predict, *inputs, regions, range(len(regions)))
         assert isinstance(predict, partial)
         request = TileRequest(
             latents=latents.cpu(),
             lq_latents=lq_latents.cpu(),
             prompt_embeds=prompt_embeds.cpu(),
+            image_embeds=[embeds.cpu() for embeds in image_embeds],
             arguments={k: v.cpu() if isinstance(v, Tensor) else v for k, v in predict.keywords.items()},
             regions=regions,
-            batch_size=self.tiling.batch_size,
+            batch_size=self.grid.batch_size,
         )
         self.team.tell(request)
-        own = self.predictions(predict, latents, lq_latents, prompt_embeds, regions, self.team.share(len(regions)))
+        own = self.predictions(predict, *inputs, regions, self.team.share(len(regions)))
         return enumerate(self.team.exchange(prediction_shapes(request), own))
 
     def _gather(self, canvas: Tensor, regions: list[Region]) -> Tensor:
         return torch.cat([region.crop(canvas) for region in regions]).to(self.device, self.dtype)
+
+
+def assist(team: Team, predict: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Predict tiles for the first process of a team until it lets this one go.
+
+    predict: `steered_prediction` with the networks bound.
+
+    Raises:
+        Exception: what happened here, once the first process has given up.
+    """
+    failure: Exception | None = None
+    while (request := team.listen()) is not None:
+        grid = TileGrid(tile=(request.regions[0].height, request.regions[0].width), batch_size=request.batch_size)
+        aggregation = Aggregation(
+            (request.latents.shape[-2], request.latents.shape[-1]), grid, multiple=1, device=device, dtype=dtype
+        )
+        own = aggregation.predictions(
+            partial(predict, **request.arguments),
+            request.latents,
+            request.lq_latents,
+            request.prompt_embeds.to(device),
+            [embeds.to(device) for embeds in request.image_embeds],
+            request.regions,
+            team.share(len(request.regions)),
+        )
+        try:
+            team.exchange(prediction_shapes(request), own)
+        except OthersFailed:
+            pass
+        except Exception as error:  # the first process knows too, and asks for less or gives up
+            failure = failure if is_out_of_memory(error) else error
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if failure is not None:
+        raise failure
 
 
 def prediction_shapes(request: TileRequest) -> list[tuple[int, int, int, int]]:
@@ -191,9 +246,223 @@ def prediction_shapes(request: TileRequest) -> list[tuple[int, int, int, int]]:
     return [(*request.latents.shape[:2], region.height, region.width) for region in request.regions]
 
 
-def repeat_for_tiles(prompt_embeds: Tensor, pictures: int, tiles: int) -> Tensor:
+def repeat_for_tiles(embeds: Tensor, pictures: int, tiles: int) -> Tensor:
     """Embeddings of `pictures`, once or per guidance branch, repeated for a batch of tiles with all pictures each."""
-    if len(prompt_embeds) < pictures:  # one for all
-        return prompt_embeds
-    branches = prompt_embeds.unflatten(0, (-1, 1, pictures))
-    return branches.expand(-1, tiles, -1, -1, -1).flatten(0, 2)
+    if len(embeds) < pictures:  # one for all
+        return embeds
+    return repeat(embeds, "(branches pictures) ... -> (branches tiles pictures) ...", pictures=pictures, tiles=tiles)
+
+
+def tile_offsets(length: int, tile: int, overlap: int, shift: int = 0) -> list[int]:
+    """Where tiles begin so that they cover `length`, neighbours overlapping by `overlap` or more.
+
+    Evenly spaced, the last one flush with the end (Wang et al. 2023, sec. 3.4). `shift`, 0 to tile - overlap - 1, moves
+    all but the outermost towards the beginning.
+
+    Raises:
+        ValueError: the overlap leaves no room to advance, or the tile is longer than the canvas.
+    """
+    stride = tile - overlap
+    if overlap < 0 or stride < 1:
+        raise ValueError(f"an overlap of {overlap} is given for tiles of {tile}, expected 0 to {tile - 1}")
+    if not 0 < tile <= length:
+        raise ValueError(f"a tile of {tile} is given for a canvas of {length}, expected 1 to {length}")
+    last = length - tile
+    positions = range(-(shift % stride), last + stride, stride)
+    return sorted({min(max(position, 0), last) for position in positions})
+
+
+def cover(
+    height: int, width: int, tile: tuple[int, int], overlap: int, shift: tuple[int, int] = (0, 0)
+) -> list[Region]:
+    """Tiles of one size (height, width) that cover a canvas, row by row; a tile is cut where the canvas is smaller.
+
+    shift: rows and columns by which the inner tiles are moved, see `tile_offsets`.
+
+    Raises:
+        ValueError: the overlap is as large as the tile.
+    """
+    tile_height, tile_width = min(tile[0], height), min(tile[1], width)
+    tops = tile_offsets(height, tile_height, overlap if tile_height < height else 0, shift[0])
+    lefts = tile_offsets(width, tile_width, overlap if tile_width < width else 0, shift[1])
+    return [Region(top, left, top + tile_height, left + tile_width) for top in tops for left in lefts]
+
+
+def gaussian_weights(height: int, width: int, official_quirks: bool = False) -> Tensor:
+    """Weight (height, width), float64, of each position of a tile: a gaussian of its distance to the centre.
+
+    official_quirks: the released code puts the centre half a position too low, at height / 2.
+    """
+    rows = _gaussian(height, height / 2 if official_quirks else (height - 1) / 2)
+    return rows[:, None] * _gaussian(width, (width - 1) / 2)
+
+
+def _gaussian(length: int, centre: float) -> Tensor:
+    distance = (torch.arange(length, dtype=torch.float64) - centre) / length
+    return (-(distance**2) / (2 * GAUSSIAN_VARIANCE)).exp() / math.sqrt(2 * math.pi * GAUSSIAN_VARIANCE)
+
+
+class Blend:
+    """Weighted mean of overlapping tiles, (..., H, W), the same to the bit in whatever order the tiles arrive.
+
+    Sums are float64 and taken in the order of `tiles`: a tile that arrives early waits for those before it.
+
+    Args:
+        tiles: what covers the canvas.
+        weights: (height, width) of a tile -> its weights.
+    """
+
+    def __init__(self, tiles: Sequence[Region], weights: Callable[[int, int], Tensor] = gaussian_weights) -> None:
+        self.tiles = tiles
+        self._weights = {size: weights(*size) for size in {(tile.height, tile.width) for tile in tiles}}
+        self._waiting: dict[int, Tensor] = {}
+        self._added = 0
+        self._sum: Tensor | None = None
+
+    def add(self, index: int, values: Tensor) -> None:
+        """What was computed on `tiles[index]`, (..., tile height, tile width), on any device."""
+        self._waiting[index] = values
+        while self._added in self._waiting:
+            tile, waited = self.tiles[self._added], self._waiting.pop(self._added)
+            if self._sum is None:
+                self._sum = torch.zeros(*waited.shape[:-2], *self._size(), dtype=torch.float64)
+            tile.crop(self._sum).add_(waited.detach().to("cpu", torch.float64) * self._weights[tile.height, tile.width])
+            self._added += 1
+
+    def mean(self) -> Tensor:
+        """The canvas, float32, on the CPU.
+
+        Raises:
+            RuntimeError: a tile has not arrived.
+        """
+        if self._sum is None or self._added < len(self.tiles):
+            raise RuntimeError(f"tile {self._added} of {len(self.tiles)} has not arrived; add every tile once")
+        total = torch.zeros(*self._size(), dtype=torch.float64)
+        for tile in self.tiles:
+            tile.crop(total).add_(self._weights[tile.height, tile.width])
+        mean = torch.empty(self._sum.shape)
+        for one, summed in zip(mean.flatten(0, -3), self._sum.flatten(0, -3), strict=True):  # no second float64 canvas
+            one.copy_(summed / total)
+        return mean
+
+    def _size(self) -> tuple[int, int]:
+        return max(tile.bottom for tile in self.tiles), max(tile.right for tile in self.tiles)
+
+
+def merge(
+    tiles: Sequence[Region], patches: Iterable[Tensor], weights: Callable[[int, int], Tensor] = gaussian_weights
+) -> Tensor:
+    """The canvas (..., H, W) that patches (..., tile height, tile width), in the order of the tiles, average to."""
+    blend = Blend(tiles, weights)
+    for index, patch in enumerate(patches):
+        blend.add(index, patch)
+    return blend.mean()
+
+
+def native_tile(unet: UNet2DConditionModel) -> int:
+    """Side of the latents the UNet was trained on, as its config says, as a multiple of what it can halve."""
+    size = unet.config.sample_size or 64
+    multiple = tile_multiple(unet)
+    return max((size if isinstance(size, int) else min(size)) // multiple, 2) * multiple
+
+
+def tile_multiple(unet: UNet2DConditionModel) -> int:
+    """Sides of a tile are multiples of this: every level of the UNet halves them."""
+    return 2 ** (len(unet.config.block_out_channels) - 1)
+
+
+def choose_grid(
+    unet: UNet2DConditionModel,
+    height: int,
+    width: int,
+    pixels_per_latent: int,
+    tile_px: TileSize = "auto",
+    overlap_px: int | None = None,
+    batch_size: int = 1,
+) -> TileGrid | None:
+    """How to sample a canvas of latents; None as a whole.
+
+    height, width: of the canvas, in latents.
+    tile_px: side of a tile in pixels of the result; "auto" takes what the UNet was trained on, and the whole canvas up
+        to four times that area; "none" always the whole canvas.
+    overlap_px: what neighbours share, in pixels; None is a quarter of a tile.
+
+    Raises:
+        ValueError: the tile or the overlap cannot work; the message says what can.
+    """
+    native, multiple = native_tile(unet), tile_multiple(unet)
+    if tile_px == "auto":
+        tile = native
+    elif tile_px == "none":
+        return None
+    else:
+        tile = checked_tile(tile_px, multiple, pixels_per_latent)
+    overlap = tile // 4 if overlap_px is None else checked_overlap(overlap_px, tile, pixels_per_latent)
+    fits = height * width <= 4 * native**2 if tile_px == "auto" else max(height, width) <= tile
+    if fits:
+        return None
+    return TileGrid(tile=(tile, tile), overlap=overlap, batch_size=batch_size)
+
+
+def grids(
+    unet: UNet2DConditionModel,
+    height: int,
+    width: int,
+    pixels_per_latent: int,
+    tile_px: TileSize = "auto",
+    overlap_px: int | None = None,
+    batch_size: int = 1,
+) -> Iterator[TileGrid | None]:
+    """The grid that `choose_grid` chooses, and then those that take less and less memory.
+
+    First the batch is halved and then, with tile_px="auto" only, the tile: that changes the picture.
+    """
+    grid = choose_grid(unet, height, width, pixels_per_latent, tile_px, overlap_px, batch_size)
+    yield grid
+    if grid is None and tile_px == "auto":
+        native = native_tile(unet)
+        overlap = native // 4 if overlap_px is None else checked_overlap(overlap_px, native, pixels_per_latent)
+        grid = TileGrid(tile=(min(native, height), min(native, width)), overlap=overlap, batch_size=batch_size)
+        if grid.tile != (height, width):
+            yield grid
+    while grid is not None:
+        smaller = grid.halved(tile_multiple(unet))
+        if smaller is None or (tile_px != "auto" and smaller.tile != grid.tile):
+            return
+        yield smaller
+        grid = smaller
+
+
+def checked_tile(tile_px: object, multiple: int, pixels_per_latent: int) -> int:
+    """A tile side in latents.
+
+    Raises:
+        ValueError: not a number, or not one the networks can halve.
+    """
+    unit = multiple * pixels_per_latent
+    smallest = 2 * unit  # group norms have nothing to measure on one position
+    if not isinstance(tile_px, int | np.integer) or isinstance(tile_px, bool):
+        raise ValueError(f"tile_px={tile_px!r} is given, expected 'auto', 'none' or a number of pixels")
+    if tile_px < smallest or tile_px % unit:
+        below = max(tile_px // unit * unit, smallest)
+        near = f"{below}" if tile_px <= smallest else f"{below} or {math.ceil(tile_px / unit) * unit}"
+        raise ValueError(
+            f"tile_px={tile_px} is given, expected a multiple of {unit}, {smallest} or more, which these networks can "
+            f"halve; give {near}"
+        )
+    return int(tile_px) // pixels_per_latent
+
+
+def checked_overlap(overlap_px: object, tile: int, pixels_per_latent: int) -> int:
+    """An overlap in latents.
+
+    Raises:
+        ValueError: not a number of whole latents, or as large as the tile.
+    """
+    largest = (tile - 1) * pixels_per_latent
+    if not isinstance(overlap_px, int | np.integer) or not 0 <= overlap_px <= largest or overlap_px % pixels_per_latent:
+        raise ValueError(
+            f"overlap_px={overlap_px!r} is given for tiles of {tile * pixels_per_latent} pixels, expected a multiple "
+            f"of {pixels_per_latent} from 0 to {largest}"
+        )
+    return int(overlap_px) // pixels_per_latent

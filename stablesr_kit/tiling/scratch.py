@@ -1,6 +1,5 @@
 """Where the canvases of a walk through the layers of an autoencoder lie, and what of the walk is done already."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +10,55 @@ from weakref import WeakValueDictionary
 
 import psutil
 import torch
+from torch import Tensor
 
-from stablesr_kit.errors import JobError, OutputError
+from stablesr_kit.errors import JobError, OutputError, reason_of
 from stablesr_kit.imaging.canvas import Canvas
-from stablesr_kit.tiling.moments import Moments
+from stablesr_kit.storage import replacing_file
 
 SAME_BOOT_S = 60  # by which the clock may be set between two looks at when the machine started
+
+
+class Moments:
+    """Mean and variance per channel of a map, exact whatever tiles it comes in: each adds its sums in float64.
+
+    Parts are merged as by Chan, Golub and LeVeque (1983, eq. 1.5); within a part the deviations are taken from one of
+    its values, so that a mean far from zero costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor = torch.zeros(1, dtype=torch.float64)
+        self.squares: Tensor = torch.zeros(1, dtype=torch.float64)
+
+    @classmethod
+    def of_zeros(cls, channels: int) -> "Moments":
+        """Of a map without values, for those who only count."""
+        moments = cls()
+        moments.add(torch.zeros(1, channels, 1, 1))
+        return moments
+
+    def add(self, tile: Tensor) -> None:
+        """Take in values (1, C, h, w) that no other tile holds."""
+        count = tile.shape[2] * tile.shape[3]
+        first, sums, squares = (value.double().cpu() for value in sums_of(tile))
+        mean = sums / count
+        self._merge(count, first + mean, squares - count * mean**2)
+
+    def of_groups(self, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each channel's group, both (C,), float64."""
+        mean = self.mean.view(num_groups, -1)
+        group_mean = mean.mean(1, keepdim=True)
+        squares = self.squares.view(num_groups, -1) + self.count * (mean - group_mean) ** 2
+        variance = squares.mean(1, keepdim=True) / self.count
+        return group_mean.expand_as(mean).reshape(-1), variance.expand_as(mean).reshape(-1)
+
+    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        total = self.count + count
+        difference = mean - self.mean
+        self.mean = self.mean + difference * (count / total)
+        self.squares = self.squares + squares + difference**2 * (self.count * count / total)
+        self.count = total
 
 
 @dataclass
@@ -34,18 +76,25 @@ class Scratch:
     Args:
         folder: where the canvases are; None keeps them in memory.
         on_tiles: called with the number of tiles that are done since it was called last.
+        device: of canvases in memory; on "meta" they have no values, for those who only count.
     """
 
     may_overwrite = True
     """Whether a canvas may take new values while its old ones are still read."""
 
-    def __init__(self, folder: Path | None = None, on_tiles: Callable[[int], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        on_tiles: Callable[[int], object] = lambda _: None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.folder = folder
         self.on_tiles = on_tiles
+        self.device = device
 
     def canvas(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Canvas:
         """A canvas (C, H, W) for the next map."""
-        return Canvas(*shape, dtype=dtype, folder=self.folder)
+        return Canvas(*shape, dtype=dtype, folder=self.folder, device=self.device)
 
     def begin(self) -> Sweep:
         """The next pass, to be filled in tile by tile."""
@@ -113,13 +162,9 @@ class Record(Scratch):
     def save(self) -> None:
         """Record that the last pass has one more tile, which the canvases hold."""
         passes = [(sweep.done, vars(sweep.moments), sweep.dtype) for sweep in self._sweeps]
-        part = self._path.with_suffix(".part")
-        try:
-            # No fsync: the kernel keeps what a killed process wrote, and after a crash of the machine it is not used.
+        # Not synced: the kernel keeps what a killed process wrote, and after a crash of the machine it is not used.
+        with replacing_file(self._path, is_synced=False) as part:
             part.write_bytes(saved_bytes({"made_with": self._made_with, "passes": passes}))
-            os.replace(part, self._path)
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror}); free space there") from error
         super().save()
 
     @property
@@ -145,7 +190,7 @@ class Record(Scratch):
             return sweeps
         except Exception as error:  # the unpickler meets damaged bytes with errors of every kind
             raise JobError(
-                f"{self._path}: the record cannot be read ({one_reason(error)}); start again without --resume"
+                f"{self._path}: the record cannot be read ({reason_of(error)}); start again without --resume"
             ) from error
 
     def _empty(self) -> None:
@@ -168,6 +213,10 @@ def saved_bytes(values: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def one_reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).partition("\n")[0]
+def sums_of(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First value of each channel of a tile (1, C, h, w), and the sums of the deviations from it and their squares."""
+    rows = tile[0].permute(1, 2, 0).float()  # (h, w, C)
+    first = rows[0, 0].clone()
+    deviations = rows - first
+    sums = deviations.sum(1).double().sum(0)
+    return first, sums, deviations.square_().sum(1).double().sum(0)

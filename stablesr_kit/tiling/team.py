@@ -10,8 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 from torch import Tensor
 
+from stablesr_kit.errors import is_out_of_memory
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.tiling.memory import is_out_of_memory
 
 DONE, LACKS_MEMORY, FAILED = range(3)
 
@@ -24,12 +24,13 @@ class OthersFailed(RuntimeError):
 class TileRequest:
     """What one step asks of all: predictions of the regions, in batches, of canvases (B, C, h, w) on the CPU.
 
-    arguments: the others of `Sampling.predict`, timestep among them.
+    arguments: the others of `steered_prediction`, timestep among them.
     """
 
     latents: Tensor
     lq_latents: Tensor
     prompt_embeds: Tensor
+    image_embeds: list[Tensor]
     arguments: dict[str, Any]
     regions: Sequence[Region]
     batch_size: int

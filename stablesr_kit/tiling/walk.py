@@ -1,6 +1,8 @@
 """The layers of a stock AutoencoderKL and of CFW as feature maps of a whole picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +22,6 @@ def encoded(
     vae: AutoencoderKL, image: Readable, levels: tuple[int, ...], workspace: Workspace, window: int | None
 ) -> tuple[Canvas, dict[int, Canvas]]:
     """Moments (2 C, h, w) of an image (3, H, W), and the encoder's features at `levels`."""
-    _bring_to_device(vae)
     encoder = vae.encoder
     features = {}
     x = layer(workspace.source(image, vae.dtype), encoder.conv_in, encoder.conv_in.out_channels, halo=1)
@@ -48,7 +49,6 @@ def decoded(
     window: int | None,
 ) -> Canvas:
     """Image (3, H, W) of the raw code z (C, h, w); without cfw, features and w do not matter."""
-    _bring_to_device(vae)
     decoder = vae.decoder
 
     def read_in(tile: Tensor) -> Tensor:
@@ -86,7 +86,6 @@ def _wrapped(
     workspace: Workspace,
 ) -> FeatureMap:
     """Decoder features + w * correction."""
-    _bring_to_device(cfw)
     workspace.store(x, with_moments=False)
     theirs = workspace.source(encoder_features, cfw.dtype)
     fusion: FusionLayer = dict(zip(cfw.config.levels, cfw.fusion_layers.values(), strict=True))[level]
@@ -132,6 +131,43 @@ def _output(x: FeatureMap, coder: Encoder | Decoder, quant_conv: nn.Conv2d | Non
         return tile if quant_conv is None else quant_conv(tile)
 
     return layer(x, write_out, coder.conv_out.out_channels, halo=1)
+
+
+def execution_device(network: nn.Module) -> torch.device:
+    """Where the network computes: its own device or, if it is offloaded, the one its weights are brought to."""
+    for module in network.modules():
+        group = _group_hook(module)
+        if group is not None:
+            return torch.device(group.config.onload_device)
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # accelerate chains them
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(network.parameters()).device
+
+
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[None]:
+    """What a call of an offloaded network does before and after its layers, which are called one by one here.
+
+    Groups of blocks are all on the device meanwhile; layers that are offloaded one by one have hooks of their own.
+    """
+    _bring_to_device(network)
+    hooks = [hook for module in network.modules() if (hook := _group_hook(module)) is not None]
+    groups = {id(hook.group): hook.group for hook in hooks if hook.config.offload_type == "block_level"}
+    for group in groups.values():
+        group.onload_()
+    try:
+        yield
+    finally:
+        for group in groups.values():
+            group.offload_()
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
 
 
 @apply_forward_hook

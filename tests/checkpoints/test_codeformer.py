@@ -32,7 +32,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("wrapper", ["params_ema", "params", "params_d"])
+@pytest.mark.parametrize("wrapper", ["params_ema", "params", "params_d", "net_g"])
 def test_an_official_file_gives_back_the_network_it_was_made_from(name: str, wrapper: str, tmp_path: Path) -> None:
     network = NETWORKS[name]()
     official = {f"module.{key}": tensor for key, tensor in official_faces(network).items()}

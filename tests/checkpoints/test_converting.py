@@ -19,6 +19,7 @@ from stablesr_kit.checkpoints.converting import convert
 from stablesr_kit.checkpoints.networks import embed_empty_prompt
 from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import make_steerable
 from tests.helpers import official_layout as official
 
 HINTS = Hints(unet_head_channels=8, encoder_heads=4, text_heads=2)
@@ -52,9 +53,10 @@ def outputs(components: dict[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad():
         sft = components["adapter"](latents, 417)
         posterior, features = encode_with_features(components["vae"], image, levels)
+        make_steerable(components["unet"])
         return {
             "unet": components["unet"](latents, 417, context).sample,
-            "steered unet": components["unet"](latents, 417, context, sft=sft).sample,
+            "steered unet": components["unet"](latents, 417, context, timestep_cond=sft).sample,
             "posterior": posterior.parameters,
             "decoded": decode_with_features(components["vae"], components["cfw"], posterior.mode(), features, 0.5),
         }

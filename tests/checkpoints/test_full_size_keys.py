@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import Options
+from stablesr_kit.checkpoints.assembling import AssemblyOptions
 from stablesr_kit.checkpoints.canonical import Checkpoint, section
 from stablesr_kit.checkpoints.converting import convert
 from stablesr_kit.checkpoints.detecting import detect
@@ -59,14 +59,14 @@ def test_the_unet_is_that_of_stable_diffusion_2_1(checkpoint: Checkpoint) -> Non
         "attention_head_dim": [5, 10, 20, 20],
         "use_linear_projection": True,
     }
-    assert count(build_unet(checkpoint, config, Options())) == 865_910_724
+    assert count(build_unet(checkpoint, config, AssemblyOptions())) == 865_910_724
 
 
 def test_the_adapter_takes_every_tensor_of_encoder_and_spade(checkpoint: Checkpoint) -> None:
     found = detect(checkpoint)
     assert found.unet is not None and found.adapter is not None
-    unet = build_unet(checkpoint, found.unet, Options())
-    adapter = build_adapter(checkpoint, found.adapter, unet, None, Options())
+    unet = build_unet(checkpoint, found.unet, AssemblyOptions())
+    adapter = build_adapter(checkpoint, found.adapter, unet, None, AssemblyOptions())
     folded = sum(2 * channels for _, channels, _ in adapter.config.sft_blocks)  # the affine norms of SPADE
     assert count(adapter) == 52_494_080 + 53_020_160 - folded
     assert adapter.config.block_out_channels == (256, 256, 512, 512)
@@ -75,8 +75,8 @@ def test_the_adapter_takes_every_tensor_of_encoder_and_spade(checkpoint: Checkpo
 def test_cfw_and_its_autoencoder_take_every_tensor(cfw: Checkpoint) -> None:
     found = detect(cfw)
     assert found.family == "cfw" and found.vae is not None and found.cfw is not None
-    assert count(build_vae(cfw, found.vae, Options())) == 83_653_863
-    assert count(build_cfw(cfw, found.cfw, Options())) == 44_393_728
+    assert count(build_vae(cfw, found.vae, AssemblyOptions())) == 83_653_863
+    assert count(build_cfw(cfw, found.cfw, AssemblyOptions())) == 44_393_728
     assert found.cfw == {"channels": (256, 512), "levels": (1, 2), "num_rrdb": 2, "growth_channels": 32}
 
 

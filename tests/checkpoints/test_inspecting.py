@@ -1,6 +1,8 @@
 """Every kind of checkpoint is recognised and described; nothing is built for it."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,15 @@ def test_checkpoints_that_only_look_like_stable_diffusion_are_named(tmp_path: Pa
         with pytest.raises(CheckpointError, match=message) as caught:
             convert_checkpoint(tmp_path / "x.safetensors", hints=Hints(text_heads=2))
         assert "\n" not in str(caught.value)
+
+
+def test_saying_what_a_file_is_takes_neither_diffusers_nor_transformers(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    code = (
+        "import sys; from stablesr_kit.checkpoints import inspect_checkpoint; inspect_checkpoint(sys.argv[1]);"
+        "print([name for name in ('diffusers', 'transformers', 'accelerate') if name in sys.modules])"
+    )
+    file = saved(state, tmp_path / "stablesr.ckpt")
+    run = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -13,7 +13,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, convert_checkpoint
-from stablesr_kit.checkpoints.prediction import measure_prediction, prediction_from_name
+from stablesr_kit.checkpoints.base import measure_prediction
+from stablesr_kit.checkpoints.detecting import prediction_from_name
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
 from tests.helpers import official_layout as official
@@ -46,7 +47,7 @@ class IdealUNet(nn.Module):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_trained_unet_tells_what_it_predicts(prediction_type: str) -> None:
-    measured = measure_prediction(IdealUNet(prediction_type))  # type: ignore[arg-type]
+    measured = measure_prediction(IdealUNet(prediction_type))
     assert measured is not None and measured.type == prediction_type and measured.is_certain
 
 

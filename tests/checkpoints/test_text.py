@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablesr_kit.checkpoints.assembling import Options
+from stablesr_kit.checkpoints.assembling import AssemblyOptions
 from stablesr_kit.checkpoints.canonical import section
 from stablesr_kit.checkpoints.detecting import Hints, detect
-from stablesr_kit.checkpoints.networks import build_text_encoder, embed_empty_prompt
-from stablesr_kit.checkpoints.tokenizer import clip_tokenizer
+from stablesr_kit.checkpoints.networks import build_text_encoder, clip_tokenizer, embed_empty_prompt
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch, the independent implementation, is not here")
 
@@ -37,7 +36,7 @@ def ours(tower: Any) -> Any:
     checkpoint = section(Path("official.ckpt"), state | {"cond_stage_model.model.attn_mask": tower.attn_mask})
     config = detect(checkpoint, Hints(text_heads=2)).text
     assert config is not None
-    return build_text_encoder(checkpoint, config, Options())
+    return build_text_encoder(checkpoint, config, AssemblyOptions())
 
 
 def penultimate(tower: Any, tokens: Tensor) -> Tensor:

@@ -148,6 +148,30 @@ def test_a_state_of_another_picture_or_other_settings_is_refused_and_kept(source
             pass
 
 
+def test_what_is_not_needed_goes_when_all_is_done_and_the_work_of_others_stays(
+    source: Path, results: list[Path]
+) -> None:
+    journal = Journal(results[0].parent, SETTINGS)
+    journal.finish(source, results)
+    with journal.in_progress(source, results[0]):
+        journal.close()
+        assert journal.path.exists()
+    journal.close()
+    assert not journal.jobs_folder.exists()
+    journal.close()
+
+
+def test_results_in_sub_folders_and_with_long_names_have_states_of_their_own(source: Path, results: list[Path]) -> None:
+    folder = results[0].parent
+    (folder / "deep").mkdir()
+    places = [folder / "in.png", folder / "deep" / "in.png", folder / ("n" * 251 + ".png")]
+    journal = Journal(folder, SETTINGS)
+    with journal.in_progress(source, places[0]) as one, journal.in_progress(source, places[1]) as two:
+        with journal.in_progress(source, places[2]) as three:
+            assert len({one, two, three}) == 3
+            assert all(state.parent == journal.jobs_folder and len(state.name) < 255 for state in (one, two, three))
+
+
 def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "model" / "unet").mkdir(parents=True)
     (tmp_path / "model" / "unet" / "weights").write_bytes(b"1")

@@ -9,9 +9,9 @@ from PIL import Image
 
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.cli.memory_limits import dtype_that_fits
-from stablesr_kit.pipelines import planning
 from stablesr_kit.pipelines.loading import parameter_count
-from stablesr_kit.tiling.memory_plan import MemoryPlan
+from stablesr_kit.tiling import memory
+from stablesr_kit.tiling.memory import Plan
 from tests.helpers.cli_runs import error_lines, stablesr
 from tests.helpers.tiny import tiny_picture
 
@@ -46,11 +46,11 @@ def test_a_stopped_picture_goes_on_with_its_plan_whatever_is_free_and_refuses_an
     plan = error_lines(whole)
     assert "autoencoder tiles of 256 px" in plan[0]
     with monkeypatch.context() as broken:
-        broken.setattr(StableSRPipeline, "encode_image", _stopped)
+        broken.setattr(StableSRPipeline, "encode", _stopped)
         assert restore("out.png").exit_code == 1
     saved = tmp_path / ".stablesr" / "out.png.job" / "plan.json"
-    assert str(MemoryPlan.load(saved)).partition(", about")[0] == plan[0].partition(", about")[0]
-    monkeypatch.setattr(planning, "free_bytes", lambda _: 2 * 10**6)
+    assert str(Plan.load(saved)).partition(", about")[0] == plan[0].partition(", about")[0]
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 10**6)
     assert "autoencoder tiles of 64 px" in error_lines(restore("less.png"))[0]
 
     (line,) = error_lines(restore("out.png", "--resume", "--max-memory", "1GB"))

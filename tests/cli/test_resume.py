@@ -18,10 +18,10 @@ from diffusers import (
 )
 from PIL import Image
 
-from stablesr_kit import SpacedDDPMScheduler, StableSRPipeline
+from stablesr_kit import Job, SpacedDDPMScheduler, StableSRPipeline, Tiling
 from stablesr_kit.cli import main
 from stablesr_kit.errors import JobError
-from stablesr_kit.pipelines.sampling_state import SamplingState
+from stablesr_kit.pipelines.job import SamplingState
 from tests.helpers.tiny import seeded, tiny_pipeline
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -40,7 +40,7 @@ def test_a_saved_step_leads_to_the_same_bits(scheduler: Any, tile_px: Any, tmp_p
     pipeline = tiny_pipeline()
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "tile_px": tile_px, "vae_tile_px": 512, "output_type": "latent"}
+    options = {"num_inference_steps": 4, "tiling": Tiling(tile_px=tile_px, vae_tile_px=512), "output_type": "latent"}
     generator = seeded(3)
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -50,36 +50,35 @@ def test_a_saved_step_leads_to_the_same_bits(scheduler: Any, tile_px: Any, tmp_p
     whole = pipeline(PICTURE, generator=generator, callback_on_step_end=save, **options).images
     for step in range(3):
         state = SamplingState.load(tmp_path / f"{step}.pt")
-        assert torch.equal(pipeline(PICTURE, generator=seeded(3), state=state, **options).images, whole), step
+        assert torch.equal(pipeline(PICTURE, generator=seeded(3), job=Job(state=state), **options).images, whole), step
 
 
-def test_tiles_that_were_halved_stay_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_were_halved_stay_halved(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "tile_px": 32, "vae_tile_px": 512, "output_type": "latent"}
-    predict, largest = pipeline.predict, []
+    options = {"num_inference_steps": 4, "tiling": Tiling(tile_px=32, vae_tile_px=512), "output_type": "latent"}
+    largest: list[int] = []
 
-    def lacking_memory_at_the_second_step(**arguments: Any) -> torch.Tensor:
-        largest.append(max(arguments["latents"].shape))
-        if (tmp_path / "0.pt").exists() and max(arguments["latents"].shape) > 4:
+    def lacking_memory_at_the_second_step(_unet: Any, args: tuple[torch.Tensor, ...]) -> None:
+        largest.append(max(args[0].shape))
+        if (tmp_path / "0.pt").exists() and max(args[0].shape) > 4:
             raise MemoryError
-        return predict(**arguments)
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         SamplingState.after(
-            step + 1, tensors["latents"], pipeline.scheduler, None, pipeline.tiling, pipeline.vae_tile_px
+            step + 1, tensors["latents"], pipeline.scheduler, None, pipeline.grid, pipeline.vae_tile_px
         ).save(tmp_path / f"{step}.pt")
         return tensors
 
-    monkeypatch.setattr(pipeline, "predict", lacking_memory_at_the_second_step)
+    hook = pipeline.unet.register_forward_pre_hook(lacking_memory_at_the_second_step)
     halved = pipeline(PICTURE, generator=seeded(3), callback_on_step_end=save, **options).images
     assert largest[0] == 8
     assert largest[-1] == 4
-    monkeypatch.setattr(pipeline, "predict", predict)
+    hook.remove()
     assert not torch.equal(pipeline(PICTURE, generator=seeded(3), **options).images, halved)
     for step in (1, 2):
         state = SamplingState.load(tmp_path / f"{step}.pt")
-        assert torch.equal(pipeline(PICTURE, generator=seeded(3), state=state, **options).images, halved)
+        assert torch.equal(pipeline(PICTURE, generator=seeded(3), job=Job(state=state), **options).images, halved)
 
 
 def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
@@ -124,8 +123,7 @@ def test_kills_in_every_stage_and_the_file_is_that_of_an_uninterrupted_run(tmp_p
     assert not killed.exists()
     assert exit_status(killed) == 0
     assert killed.read_bytes() == whole.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {".stablesr", "in.png", "killed.png", "model", "whole.png"}
-    assert [path.name for path in (tmp_path / ".stablesr").iterdir()] == ["journal.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "killed.png", "model", "whole.png"}
 
 
 def _run(arguments: list[str], last: Path | None, count: int) -> None:

@@ -12,8 +12,7 @@ from PIL import Image
 from skimage import data
 
 from stablesr_kit.faces.detect.mtcnn import MTCNNDetector, MTCNNOptions
-from stablesr_kit.faces.detect.suppression import suppress
-from stablesr_kit.faces.face import Box, Face
+from stablesr_kit.faces.face import Box, Face, suppress
 
 Array = NDArray[np.float64]
 

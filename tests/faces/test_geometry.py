@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.faces.face import Box, Face, Points
+from stablesr_kit.faces.face import Box, Face, Points, select_faces
 from stablesr_kit.faces.geometry import OUTSIDE, align, apply, crop, template, to_enlarged
-from stablesr_kit.faces.selection import select_faces
 
 
 def turned(size_px: float, degrees: float, x: float, y: float) -> Points:

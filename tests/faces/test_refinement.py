@@ -259,3 +259,21 @@ def test_what_cannot_work_is_refused() -> None:
         FaceRefinement(Smoothing())(enlarged(), photo(), [None, None])
     with pytest.raises(ValueError, match="post_stages work on pictures"):
         tiny_pipeline(with_text=False)(torch.rand(1, 3, 4, 4), post_stages=[lambda a, _: a], output_type="latent")
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_portrait_that_lies_on_its_side_is_refined_and_the_turn_reported(quarters: int) -> None:
+    lying = torch.rot90(photo(), -quarters, (2, 3)).contiguous()
+    stage, upright = FaceRefinement(Smoothing(), w=0.2), FaceRefinement(Smoothing(), w=0.2)
+    before = doubled(lying)
+    after = stage(before, lying)
+    upright(enlarged(), photo())
+    ((report,),), ((expected,),) = stage.reports, upright.reports
+    assert (report.action, report.turned, expected.turned) == ("refined", 90 * quarters, 0)
+    assert report.eye_distance == pytest.approx(expected.eye_distance)
+    changed = torch.rot90((after != before).any(1)[0], quarters)
+    rows, columns = changed.nonzero(as_tuple=True)
+    x1, y1, x2, y2 = (2 * edge for edge in expected.box)
+    margin = 0.4 * (y2 - y1)
+    assert y1 - margin < rows.min() < rows.max() < y2 + margin
+    assert x1 - margin < columns.min() < columns.max() < x2 + margin

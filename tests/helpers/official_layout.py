@@ -16,7 +16,7 @@ from stablesr_kit.checkpoints.key_maps import PREFIXES, translate
 from stablesr_kit.models.codeformer import CodeFormer
 from stablesr_kit.models.discriminators import VQGANDiscriminator
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
-from stablesr_kit.models.sft_unet import SFTUNet2DConditionModel
+from stablesr_kit.models.steering import make_steerable
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.models.vqgan import VQGAN
 
@@ -73,9 +73,10 @@ def tiny_networks(
         hidden_channels=16,
         prompt_length=0,
     )
+    make_steerable(unet)
     cfw = ControllableFeatureWrapping.from_vae(vae, levels=(1, 2)[: len(widths) - 1], num_rrdb=1, growth_channels=8)
     return {
-        "unet": randomize(SFTUNet2DConditionModel.from_unet(unet), 1),
+        "unet": randomize(unet, 1),
         "vae": randomize(vae, 2),
         "adapter": randomize(adapter, 3),
         "cfw": randomize(cfw, 4),

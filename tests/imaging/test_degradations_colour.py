@@ -6,9 +6,14 @@ import math
 import pytest
 import torch
 
-from stablesr_kit.imaging.degradations.colour import BRIGHTNESS, jitter_colours, shift_channels, turn_hue
-from stablesr_kit.imaging.degradations.noise import to_grey
-from stablesr_kit.imaging.degradations.strokes import draw_stroke_mask
+from stablesr_kit.imaging.degradations.classical import (
+    BRIGHTNESS,
+    draw_stroke_mask,
+    jitter_colours,
+    shift_channels,
+    turn_hue,
+)
+from stablesr_kit.imaging.degradations.draws import to_grey
 from tests.helpers.degradation_pictures import photo_like, seeded
 
 

@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from stablesr_kit.imaging.degradations.filtering import filter2d, usm_sharpen
-from stablesr_kit.imaging.degradations.jpeg import jpeg
-from stablesr_kit.imaging.degradations.kernels import (
+from stablesr_kit.imaging.degradations.draws import add_gaussian_noise, add_poisson_noise
+from stablesr_kit.imaging.degradations.filtering import (
     delta_kernel,
+    filter2d,
     gaussian_kernel,
     generalised_gaussian_kernel,
     pad_kernel,
     plateau_kernel,
+    rescale,
+    resize,
     sinc_kernel,
+    usm_sharpen,
 )
-from stablesr_kit.imaging.degradations.noise import add_gaussian_noise, add_poisson_noise
-from stablesr_kit.imaging.degradations.resizing import rescale, resize
+from stablesr_kit.imaging.degradations.jpeg import jpeg
 from tests.helpers.degradation_pictures import photo_like, seeded
 
 

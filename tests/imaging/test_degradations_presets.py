@@ -22,12 +22,13 @@ from stablesr_kit.imaging.degradations import (
     make_pair,
 )
 from stablesr_kit.imaging.degradations.classical import degrade_classical
-from stablesr_kit.imaging.degradations.filtering import filter2d, usm_sharpen
-from stablesr_kit.imaging.degradations.jpeg import jpeg
-from stablesr_kit.imaging.degradations.kernels import (
+from stablesr_kit.imaging.degradations.filtering import (
+    filter2d,
     gaussian_kernel,
+    resize,
+    usm_sharpen,
 )
-from stablesr_kit.imaging.degradations.resizing import resize
+from stablesr_kit.imaging.degradations.jpeg import jpeg
 from tests.helpers.degradation_pictures import photo_like, seeded
 
 

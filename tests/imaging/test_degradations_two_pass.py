@@ -14,7 +14,7 @@ from stablesr_kit.imaging.degradations import (
     second_order,
 )
 from stablesr_kit.imaging.degradations.draws import odd_size, pick, uniform, uniform_each
-from stablesr_kit.imaging.degradations.kernels import (
+from stablesr_kit.imaging.degradations.filtering import (
     delta_kernel,
 )
 from tests.helpers.degradation_pictures import seeded

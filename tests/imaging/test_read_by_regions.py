@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from stablesr_kit import Tiling
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled
 from stablesr_kit.imaging.padding import Padded
@@ -64,7 +65,10 @@ def test_pixels_are_those_of_diffusers() -> None:
     assert np.array_equal((deep / 257).round(), np.asarray(expected))
 
 
-@pytest.mark.parametrize("options", [{"tile_px": 32, "vae_tile_px": 24}, {"tile_px": "none"}, {"color_fix": "adain"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tiling": Tiling(tile_px=32, vae_tile_px=24)}, {"tiling": Tiling(tile_px="none")}, {"color_fix": "adain"}],
+)
 def test_canvases_in_and_out_give_the_bits_of_pictures(options: dict[str, Any], tmp_path: Any) -> None:
     pipeline = tiny_pipeline(with_text=False)
     pictures = [tiny_picture(9, 12, seed=seed) for seed in (0, 1)]

@@ -8,7 +8,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from stablesr_kit import StableSRAdapter
-from stablesr_kit.models.sft_unet import SFTMaps, residual_blocks
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.steering import SFTMaps, residual_blocks
+from stablesr_kit.models.time_aware_encoder import check_adapter
 from tests.helpers.tiny import PROMPT_LENGTH, SD1, SD2, TEXT_CHANNELS, tiny_adapter, tiny_unet, unit_noise
 
 LATENTS = unit_noise(2, 4, 8, 8)
@@ -128,3 +130,19 @@ def test_every_parameter_is_trained() -> None:
         name for name, parameter in adapter.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
     assert unused == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers_per_block": 2}, "it steers 8 residual blocks, this UNet has 12"),
+        ({"block_out_channels": (16, 48)}, "this UNet has 8, and they first differ at .*32, 1.* and .*48, 1"),
+        ({"cross_attention_dim": 24}, "its text condition is 16 wide, this UNet's 24"),
+    ],
+)
+def test_an_adapter_of_another_unet_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny_adapter(tiny_unet()).save_pretrained(tmp_path)
+    adapter = StableSRAdapter.from_pretrained(tmp_path)
+    check_adapter(adapter, tiny_unet())
+    with pytest.raises(ConfigError, match=f"an adapter of another UNet is given: .*{message}.*; give the adapter"):
+        check_adapter(adapter, tiny_unet(**config))

@@ -1,6 +1,7 @@
 """CFW beside a stock autoencoder: nothing at w = 0, the formula elsewhere, and hooks that fire."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, ModelHook, UserCpuOffloadHook, add_hook_to_module
-from diffusers import AutoencoderKL
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from stablesr_kit import ControllableFeatureWrapping
-from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.errors import ConfigError
+from stablesr_kit.models.feature_wrapping import check_autoencoder, decode_with_features, encode_with_features
+from tests.helpers.offloads import OFFLOADS
 from tests.helpers.tiny import tiny_cfw, tiny_vae, unit_noise
 
 VAES = pytest.mark.parametrize(
@@ -207,6 +210,142 @@ def test_encoding_and_decoding_push_the_module_before_them_off_the_device() -> N
     assert before.offloads == 2
 
 
+@pytest.mark.parametrize("offload", OFFLOADS)
+@torch.no_grad()
+def test_offloaded_networks_give_the_same_to_the_bit(offload: str, tmp_path: Path) -> None:
+    vae, cfw = networks({}, (1, 2))
+    picture = picture_for(vae)
+    posterior, features = encode_with_features(vae, picture, (1, 2))
+    expected = decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    OFFLOADS[offload](vae, tmp_path / "vae")
+    OFFLOADS[offload](cfw, tmp_path / "cfw")
+    posterior, features = encode_with_features(vae, picture, (1, 2))
+    assert torch.equal(decode_with_features(vae, cfw, posterior.mode(), features, 1.0), expected)
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_slices_the_batch_gives_the_same() -> None:
+    vae, cfw = networks({}, (1, 2))
+    picture = unit_noise(3, 3, 16, 24).clamp(-1, 1)
+    posterior, features = encode_with_features(vae, picture, (1, 2))
+    expected = decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    vae.enable_slicing()
+    sliced, sliced_features = encode_with_features(vae, picture, (1, 2))
+    torch.testing.assert_close(sliced.parameters, posterior.parameters, atol=1e-5, rtol=0)
+    for level, maps in features.items():
+        torch.testing.assert_close(sliced_features[level], maps, atol=1e-5, rtol=0)
+    found = decode_with_features(vae, cfw, sliced.mode(), sliced_features, 1.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_would_tile_is_refused_where_features_are_needed() -> None:
+    vae, cfw = networks({"sample_size": 16}, (1, 2))
+    picture = unit_noise(1, 3, 16, 24).clamp(-1, 1)
+    posterior, features = encode_with_features(vae, picture, (1, 2))
+    expected = decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    vae.enable_tiling()
+    with pytest.raises(ConfigError, match="16 x 24 is larger than its tile of 16.*call vae.disable_tiling()"):
+        encode_with_features(vae, picture, (1, 2))
+    with pytest.raises(ConfigError, match="4 x 6 is larger than its tile of 4.*call vae.disable_tiling()"):
+        decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    assert torch.equal(encode_with_features(vae, picture, ())[0].parameters, vae.encode(picture).latent_dist.parameters)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 8
+    _, features = encode_with_features(vae, picture, (1, 2))
+    assert torch.equal(decode_with_features(vae, cfw, posterior.mode(), features, 1.0), expected)
+
+
+COMPILED: dict[str, Callable[[AutoencoderKL], object]] = {
+    "method": lambda vae: setattr(vae, "decode", torch.compile(vae.decode, backend="eager")),
+    "decoder": lambda vae: setattr(vae, "decoder", torch.compile(vae.decoder, backend="eager")),
+    "decoder in place": lambda vae: vae.decoder.compile(backend="eager"),
+    "a block": lambda vae: vae.decoder.up_blocks[1].compile(backend="eager"),
+    "a residual block": lambda vae: vae.decoder.up_blocks[1].resnets[-1].compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("part", COMPILED)
+@torch.no_grad()
+def test_a_compiled_decoder_is_refused_before_it_runs(part: str) -> None:
+    vae, cfw = networks({}, (1, 2))
+    posterior, features = encode_with_features(vae, picture_for(vae), (1, 2))
+    COMPILED[part](vae)
+    with pytest.raises(ConfigError, match="decoder is compiled, which hides its features from CFW; give"):
+        decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+
+
+@torch.no_grad()
+def test_an_autoencoder_whose_forward_alone_is_compiled_and_a_compiled_cfw_give_the_same() -> None:
+    vae, cfw = networks({}, (1, 2))
+    picture = picture_for(vae)
+    posterior, features = encode_with_features(vae, picture, (1, 2))
+    expected = decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    whole: Any = torch.compile(vae, backend="eager")
+    posterior, features = encode_with_features(whole, picture, (1, 2))
+    assert torch.equal(decode_with_features(whole, cfw, posterior.mode(), features, 1.0), expected)
+    compiled: Any = torch.compile(cfw, fullgraph=True, backend="eager")
+    found = decode_with_features(whole, compiled, posterior.mode(), features, 1.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_an_autoencoder_that_checkpoints_gradients_is_refused_in_training() -> None:
+    vae, cfw = networks({}, (1, 2))
+    posterior, features = encode_with_features(vae, picture_for(vae), (1, 2))
+    vae.enable_gradient_checkpointing()
+    with pytest.raises(ConfigError, match="call vae.disable_gradient_checkpointing()"):
+        decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+    with torch.no_grad():
+        decode_with_features(vae, cfw, posterior.mode(), features, 1.0)
+
+
+@torch.no_grad()
+def test_threads_that_share_an_autoencoder_do_not_see_each_others_features() -> None:
+    vae, cfw = networks({}, (1, 2))
+    pictures = [unit_noise(1, 3, 16, 16, seed=seed).clamp(-1, 1) for seed in range(2)]
+
+    def restored(picture: Tensor, w: float) -> Tensor:
+        with torch.no_grad():  # grad mode belongs to a thread
+            posterior, features = encode_with_features(vae, picture, (1, 2))
+            return decode_with_features(vae, cfw, posterior.mode(), features, w)
+
+    def stock(picture: Tensor, _w: float) -> Tensor:
+        with torch.no_grad():
+            return vae.decode(vae.encode(picture).latent_dist.mode()).sample
+
+    runs = [(restored, pictures[0], 1.0), (restored, pictures[1], 0.5), (stock, pictures[1], 0.0)]
+    expected = [run(picture, w) for run, picture, w in runs]
+
+    def wrong(i: int) -> int:
+        run, picture, w = runs[i]
+        return sum(not torch.equal(run(picture, w), expected[i]) for _ in range(60))
+
+    with ThreadPoolExecutor(len(runs)) as threads:
+        assert sum(threads.map(wrong, range(len(runs)))) == 0
+
+
+@torch.no_grad()
+def test_no_hook_stays_behind_even_if_coding_fails() -> None:
+    vae, cfw = networks({}, (1, 2))
+    posterior, features = encode_with_features(vae, picture_for(vae), (1, 2))
+    with pytest.raises(KeyError):
+        decode_with_features(vae, cfw, posterior.mode(), {1: features[1]}, 1.0)
+    assert not any(module._forward_hooks for module in vae.modules())
+
+
 def test_a_config_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="channels names 1 levels, levels 2; give one width per level"):
         ControllableFeatureWrapping(channels=(16,), levels=(1, 2))
+
+
+def test_an_autoencoder_of_another_class_is_refused() -> None:
+    for vae in (AutoencoderTiny(), AsymmetricAutoencoderKL(norm_num_groups=8)):
+        with pytest.raises(ConfigError, match=f"{type(vae).__name__} is given as vae, expected AutoencoderKL"):
+            check_autoencoder(vae, None)
+    check_autoencoder(torch.compile(tiny_vae()), None)
+
+
+def test_a_cfw_of_another_autoencoder_is_refused() -> None:
+    check_autoencoder(tiny_vae(), tiny_cfw(tiny_vae()))
+    with pytest.raises(ConfigError, match=r"it fuses 24 channels at level 2, this autoencoder has widths \(8, 16\)"):
+        check_autoencoder(tiny_vae(2), tiny_cfw(tiny_vae()))

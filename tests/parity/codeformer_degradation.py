@@ -10,7 +10,8 @@ import io
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stablesr_kit.imaging.degradations.classical import ClassicalConfig
-from stablesr_kit.imaging.degradations.filtering import filter2d
-from stablesr_kit.imaging.degradations.kernels import gaussian_kernel
-from stablesr_kit.imaging.degradations.noise import to_grey
-from stablesr_kit.imaging.degradations.presets import CODEFORMER, CODEFORMER_SMALL
-from stablesr_kit.imaging.degradations.resizing import resize
-from stablesr_kit.imaging.degradations.strokes import Stroke, paint_strokes
-from tests.parity.references import Quantity, difference
+from stablesr_kit.imaging.degradations.classical import ClassicalConfig, Stroke, paint_strokes
+from stablesr_kit.imaging.degradations.draws import to_grey
+from stablesr_kit.imaging.degradations.filtering import filter2d, gaussian_kernel, resize
+from stablesr_kit.imaging.degradations.pairs import CODEFORMER, CODEFORMER_SMALL
+from tests.parity.references import Ours, Quantity, Reference, checked, compare, difference
 
 KERNEL_TOLERANCE = 1e-12
 # Two levels of 8 bit, in [-1, 1]: what lies between two may be rounded to either, before the JPEG and after it.
@@ -33,46 +31,71 @@ DEGRADED_TOLERANCE = 4 / 255 + 1e-6
 LARGEST_SHIFT = 20 / 255
 
 
-def check_degradations(reference: dict[str, Tensor], facts: dict[str, Any]) -> Iterator[Quantity]:
+def check_degradations(reference: Reference[Tensor], facts: Reference[Any]) -> Iterator[Quantity]:
     """Mixed kernels, degraded pictures and masks, each from the seed in its name; infinity for another name."""
-    target = reference["gt_bgr_u8"].flip(-1).permute(2, 0, 1)[None] / 255
-    for key in sorted(key for key in reference if key.startswith(("kernel.mixed", "deg.", "brush."))):
-        seed = re.search(r"seed(\d+)", key)
-        if not seed:
-            yield f"training.{key}", float("inf"), 0.0
+
+    def target() -> Tensor:
+        return reference["gt_bgr_u8"].flip(-1).permute(2, 0, 1)[None] / 255
+
+    pictures = dict.fromkeys(re.sub(r"\.in(_large_de)?$", "", key) for key in reference if key.startswith("deg."))
+    names = [key for key in sorted(reference) if key.startswith(("kernel.mixed", "brush."))]
+    for name in [*names, *pictures]:
+        seed = re.search(r"seed(\d+)", name)
+        if not seed or (name in pictures and name in reference):
+            yield f"training.{name}", float("inf"), 0.0
             continue
         random.seed(int(seed[1]))
         np.random.seed(int(seed[1]))
-        if key.startswith("kernel."):
-            kernel = draw_kernel(len(reference[key]), CODEFORMER)
-            yield f"training.{key}", difference(kernel, reference[key]), KERNEL_TOLERANCE
-        elif key.startswith("brush."):
-            mask = paint_strokes(*target.shape[-2:], draw_strokes(*target.shape[-2:]))
-            painted = (torch.maximum(target[0], mask) * 255).flip(0).permute(1, 2, 0)
-            yield f"training.{key}", difference(painted.round(), reference[key]), 0.0
-            fact = f"{key}.white_fraction"
-            yield f"training.{fact}", abs(mask.mean().item() - facts[fact]), 1e-6
-        elif key.endswith(".in"):
-            yield from check_picture(key.removesuffix(".in"), reference, facts, target)
-        elif key.removesuffix("_large_de") not in reference or not key.endswith(".in_large_de"):
-            yield f"training.{key}", float("inf"), 0.0
+        if name.startswith("kernel."):
+            kernel = draw_kernel(len(reference[name]), CODEFORMER)
+            yield f"training.{name}", difference(kernel, reference[name]), KERNEL_TOLERANCE
+        elif name.startswith("brush."):
+            yield from check_strokes(name, reference, facts, target)
+        else:
+            yield from check_picture(name, reference, facts, target)
 
 
-def check_picture(name: str, reference: dict[str, Tensor], facts: dict[str, Any], target: Tensor) -> Iterator[Quantity]:
+def check_strokes(
+    name: str, reference: Reference[Tensor], facts: Reference[Any], target: Callable[[], Tensor]
+) -> Iterator[Quantity]:
+    """A picture with strokes, and how much of it they cover."""
+    size = reference[name].shape[0], reference[name].shape[1]
+    mask = paint_strokes(*size, draw_strokes(*size))
+
+    def painted() -> float:
+        levels = (torch.maximum(target()[0], mask) * 255).flip(0).permute(1, 2, 0)
+        return difference(levels.round(), reference[name])
+
+    yield from checked(f"training.{name}", painted, 0.0)
+    fact = f"{name}.white_fraction"
+    if fact in facts:
+        yield f"training.{fact}", abs(mask.mean().item() - facts[fact]), 1e-6
+
+
+def check_picture(
+    name: str, reference: Reference[Tensor], facts: Reference[Any], target: Callable[[], Tensor]
+) -> Iterator[Quantity]:
     """One picture of the dataset: mirrored or not, damaged once, or weakly and then strongly, its colours changed."""
     is_mirrored = random.random() < 0.5
     if f"{name}.hflip" in facts:
         yield f"training.{name}.hflip", float(is_mirrored != facts[f"{name}.hflip"]), 0.0
-    picture = target.flip(-1) if is_mirrored else target
-    if f"{name}.in_large_de" in reference:
-        ours = {"in": damage(picture, CODEFORMER_SMALL), "in_large_de": damage(picture, CODEFORMER)}
-    else:
-        ours = {"in": damage(picture, CODEFORMER)}
-    if gates := re.search(r"jitter([\d.]+)_gray([\d.]+)", name):
-        ours["in"] = change_colours(ours["in"], *map(float, gates.groups()))
-    for key, found in ours.items():
-        image = (found[0] * 255).round().clamp(0, 255) / 127.5 - 1
-        yield f"training.{name}.{key}", difference(image, reference[f"{name}.{key}"]), DEGRADED_TOLERANCE
+
+    @cache
+    def damaged() -> dict[str, Tensor]:
+        picture = target().flip(-1) if is_mirrored else target()
+        if "stage3" in name:
+            return {"in": damage(picture, CODEFORMER_SMALL), "in_large_de": damage(picture, CODEFORMER)}
+        found = damage(picture, CODEFORMER)
+        gates = re.search(r"jitter([\d.]+)_gray([\d.]+)", name)
+        return {"in": change_colours(found, *map(float, gates.groups())) if gates else found}
+
+    def image(key: str) -> Tensor:
+        return (damaged()[key][0] * 255).round().clamp(0, 255) / 127.5 - 1
+
+    kinds = ["in", "in_large_de"] if "stage3" in name else ["in"]
+    known: Ours = {f"{name}.{kind}": partial(image, kind) for kind in kinds}
+    expected = {key: reference[key] for key in reference if key.startswith(f"{name}.")}
+    yield from compare("training", expected, known, DEGRADED_TOLERANCE)
 
 
 def damage(image: Tensor, config: ClassicalConfig) -> Tensor:

@@ -4,102 +4,148 @@ Each check takes the folder and the networks built from its official weights, an
 tolerance). A reference tensor that no check compares is reported with an infinite difference.
 """
 
-import json
+import logging
+import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import load_official
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler, SpacedDDPMScheduler, ddim_sigma
 from stablesr_kit.imaging.canvas import View, assembled
-from stablesr_kit.imaging.tiles import gaussian_weights, tile_offsets
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.spaces import to_latent
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, gaussian_weights, tile_offsets
 from stablesr_kit.training.losses.denoising import denoising_loss, hide_in_noise
-from tests.parity.references import Quantity, difference, metadata
+from tests.parity.references import (
+    MissingInput,
+    Ours,
+    Quantity,
+    Reference,
+    checked,
+    compare,
+    difference,
+    metadata,
+    read_json,
+    read_tensors,
+)
 from tests.parity.stablesr_colorfix import check_colorfix
 from tests.parity.stablesr_degradation import check_degradation
 from tests.parity.stablesr_tiles import check_tiles
+
+logger = logging.getLogger(__name__)
 
 MODULE = 2e-5
 LOSS = 1e-5
 
 
-def compare(name: str, reference: dict[str, Tensor], ours: dict[str, Tensor], tolerance: float) -> Iterator[Quantity]:
-    """One quantity per reference output; infinity for one that is not ours."""
-    for key in sorted(key for key in reference if not key.startswith("in_")):
-        yield f"{name}.{key}", difference(ours[key], reference[key]) if key in ours else float("inf"), tolerance
+class Official:
+    """A folder of references, and the pipeline built from its weights."""
 
+    def __init__(self, folder: Path, pipeline: StableSRPipeline | None = None) -> None:
+        self.folder = folder
+        self._pipeline = pipeline
 
-class Official(NamedTuple):
-    """A folder of references, with the pipeline built from its weights."""
+    def file(self, name: str) -> Reference[Tensor]:
+        """The tensors of a reference file; half precision is how weights and pictures are stored."""
+        stored = read_tensors(self.folder / f"{name}.safetensors")
+        return Reference({key: t.float() if t.dtype == torch.float16 else t for key, t in stored.items()})
 
-    folder: Path
-    config: dict[str, Any]
-    pipeline: StableSRPipeline
+    @cached_property
+    def config(self) -> Reference[Any]:
+        """Arguments of the official modules."""
+        return read_json(self.folder / "config.json")
 
-    def file(self, name: str) -> dict[str, Tensor]:
-        return {
-            key: tensor.float() if tensor.dtype == torch.float16 else tensor
-            for key, tensor in load_file(self.folder / f"{name}.safetensors").items()
-        }
+    @cached_property
+    def pipeline(self) -> StableSRPipeline:
+        """Weights that only `shapes.json` lists are zero: a compact folder holds no more than its quantities take."""
+        if self._pipeline is not None:
+            return self._pipeline
+        listed = read_json(self.folder / SHAPES) if (self.folder / SHAPES).exists() else {}
+        weights = {}
+        for part, name in {"unet": "unet", "encoder": "structcond", "cfw": "cfw"}.items():
+            absent = {key: torch.zeros(shape) for key, shape in listed.get(name, {}).items()}
+            weights[part] = absent | read_tensors(self.folder / f"weights_{name}.safetensors")
+        return StableSRPipeline(**load_official(self.config, **weights))
 
-    def compare_samples(self, name: str, reference: dict[str, Tensor], ours: dict[str, Tensor]) -> Iterator[Quantity]:
+    @property
+    def scheduler(self) -> SpacedDDPMScheduler:
+        """A new one, for what the UNet predicts."""
+        prediction = "v_prediction" if self.config["parameterization"] == "v" else "epsilon"
+        return SpacedDDPMScheduler(prediction_type=prediction)
+
+    def compare_samples(self, name: str, reference: Reference[Tensor], ours: Ours) -> Iterator[Quantity]:
         """One quantity per sampled output; rounding grows with the result, and more so where the UNet predicts eps."""
-        relative = {"eps": 2e-5, "v": 1e-5}[self.config["parameterization"]]
-        for key in sorted(key for key in reference if key.startswith("out")):
-            found = difference(ours[key], reference[key]) if key in ours else float("inf")
-            yield f"{name}.{key}", found, relative * reference[key].abs().max().item()
+        expected = {key: tensor for key, tensor in reference.items() if key.startswith("out")}
+        relative = {"eps": 2e-5, "v": 1e-5}
+
+        def tolerance(_name: str, output: Tensor) -> float:
+            return relative[self.config["parameterization"]] * output.abs().max().item()
+
+        yield from compare(name, expected, ours, tolerance)
 
 
-def open_official(folder: Path) -> Official:
-    """Read the folder's config and weights. Weights that only `shapes.json` lists are zero: a compact folder holds
-    no more than its quantities depend on."""
-    config = json.loads((folder / "config.json").read_text())
-    listed = json.loads((folder / SHAPES).read_text()) if (folder / SHAPES).exists() else {}
-    weights = {}
-    for part, name in {"unet": "unet", "encoder": "structcond", "cfw": "cfw"}.items():
-        absent = {key: torch.zeros(shape) for key, shape in listed.get(name, {}).items()}
-        weights[part] = absent | load_file(folder / f"weights_{name}.safetensors")
-    return Official(folder, config, StableSRPipeline(**load_official(config, **weights)))
+def outputs(reference: Reference[Tensor]) -> dict[str, Tensor]:
+    """What is compared of a file that names its inputs in_*."""
+    return {key: tensor for key, tensor in reference.items() if not key.startswith("in_")}
 
 
 def check_structcond(official: Official, name: str) -> Iterator[Quantity]:
     """Features of the time-aware encoder, which the reference names by their width."""
     reference = official.file(name)
-    features = official.pipeline.adapter.encode(reference["in_latent"], reference["in_timesteps"])
-    yield from compare(name, reference, {f"out_{f.shape[-1]}": f for f in features}, MODULE)
+
+    @cache
+    def features() -> dict[str, Tensor]:
+        encoded = official.pipeline.adapter.encode(reference["in_latent"], reference["in_timesteps"])
+        return {f"out_{feature.shape[-1]}": feature for feature in encoded}
+
+    ours: Ours = {key: partial(lambda key: features()[key], key) for key in outputs(reference) if _is_feature(key)}
+    yield from compare(name, outputs(reference), ours, MODULE)
+
+
+def _is_feature(key: str) -> bool:
+    return re.fullmatch(r"out_\d+", key) is not None
 
 
 def check_unet(official: Official, name: str) -> Iterator[Quantity]:
     """The UNet under given features, and a few of its activations."""
     reference = official.file(name)
-    pipeline = official.pipeline
-    features = [f for key, f in reference.items() if key.startswith("in_struct_")]
-    sft = pipeline.adapter.modulate(sorted(features, key=lambda f: -f.shape[-1]))
-    seen: dict[str, Tensor] = {}
-    first = pipeline.unet.down_blocks[0].resnets[0]
-    watched = {
-        "dbg_input0": pipeline.unet.conv_in,
-        "dbg_input1_res_prespade": first.conv2,
-        "resnet": first,
-        "dbg_input1": pipeline.unet.down_blocks[0].attentions[0],
-        "dbg_middle": pipeline.unet.mid_block,
-    }
-    hooks = [module.register_forward_hook(remember(seen, key)) for key, module in watched.items()]
-    seen["out"] = pipeline.unet(reference["in_x"], reference["in_timesteps"], reference["in_context"], sft=sft).sample
-    for hook in hooks:
-        hook.remove()
-    skip = seen["dbg_input0"] if first.conv_shortcut is None else first.conv_shortcut(seen["dbg_input0"])
-    seen["dbg_input1_res_postspade"] = seen["resnet"] - skip
-    yield from compare(name, reference, seen, MODULE)
+
+    @cache
+    def activations() -> dict[str, Tensor]:
+        pipeline = official.pipeline
+        given = sorted((key for key in reference if key.startswith("in_struct_")), key=lambda key: int(key[10:]))
+        if len(given) != len(pipeline.adapter.config.block_out_channels):
+            raise MissingInput("one of in_struct_*")
+        sft = pipeline.adapter.modulate([reference[key] for key in reversed(given)])
+        seen: dict[str, Tensor] = {}
+        first = pipeline.unet.down_blocks[0].resnets[0]
+        watched = {
+            "dbg_input0": pipeline.unet.conv_in,
+            "dbg_input1_res_prespade": first.conv2,
+            "resnet": first,
+            "dbg_input1": pipeline.unet.down_blocks[0].attentions[0],
+            "dbg_middle": pipeline.unet.mid_block,
+        }
+        inputs = [reference[f"in_{part}"] for part in ("x", "timesteps", "context")]
+        hooks = [module.register_forward_hook(remember(seen, key)) for key, module in watched.items()]
+        seen["out"] = pipeline.unet(*inputs, timestep_cond=sft).sample
+        for hook in hooks:
+            hook.remove()
+        skip = seen["dbg_input0"] if first.conv_shortcut is None else first.conv_shortcut(seen["dbg_input0"])
+        seen["dbg_input1_res_postspade"] = seen["resnet"] - skip
+        return seen
+
+    known = ("out", "dbg_input0", "dbg_input1_res_prespade", "dbg_input1_res_postspade", "dbg_input1", "dbg_middle")
+    ours: Ours = {key: partial(lambda key: activations()[key], key) for key in known}
+    yield from compare(name, outputs(reference), ours, MODULE)
 
 
 def remember(seen: dict[str, Tensor], key: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -114,52 +160,75 @@ def remember(seen: dict[str, Tensor], key: str) -> Callable[[nn.Module, Any, Any
 def check_cfw(official: Official, name: str) -> Iterator[Quantity]:
     """Posterior, encoder features, decoding at several w, and one fusion layer alone."""
     reference = official.file(name)
-    vae, cfw = official.pipeline.vae, official.pipeline.cfw
-    posterior, features = encode_with_features(vae, reference["in_image"], tuple(cfw.config.levels))
-    ours = {
-        "out_moments": posterior.parameters,
-        "out_mean": posterior.mean,
-        "out_std": posterior.std,
-        "out_init_latent": to_latent(posterior.mean + posterior.std * reference["in_eps"], vae),
+
+    @cache
+    def encoded() -> tuple[DiagonalGaussianDistribution, dict[int, Tensor]]:
+        levels = tuple(official.pipeline.cfw.config.levels)
+        return encode_with_features(official.pipeline.vae, reference["in_image"], levels)
+
+    def drawn() -> Tensor:
+        posterior = encoded()[0]
+        return to_latent(posterior.mean + posterior.std * reference["in_eps"], official.pipeline.vae)
+
+    def feature(number: int) -> Tensor:
+        return encoded()[1][sorted(encoded()[1])[number]]
+
+    def decoded(w: float) -> Tensor:
+        pipeline = official.pipeline
+        return decode_with_features(pipeline.vae, pipeline.cfw, reference["in_z"], encoded()[1], w)
+
+    def fused(w: float) -> Tensor:
+        last = max(encoded()[1])
+        return official.pipeline.cfw(last, encoded()[1][last], reference["in_fuse2_dec_feat"], w)
+
+    ours: Ours = {
+        "out_moments": lambda: encoded()[0].parameters,
+        "out_mean": lambda: encoded()[0].mean,
+        "out_std": lambda: encoded()[0].std,
+        "out_init_latent": drawn,
+        "out_decoded_plain_kl": lambda: official.pipeline.vae.decode(reference["in_z"]).sample,
     }
-    ours |= {f"out_enc_fea_{i}": feature for i, (_, feature) in enumerate(sorted(features.items()))}
-    if "in_z" in reference:
-        ours["out_decoded_plain_kl"] = vae.decode(reference["in_z"]).sample
-    last = max(features)
     for key in reference:
-        if key.startswith("out_decoded_w"):
-            w = float(key.removeprefix("out_decoded_w"))
-            ours[key] = decode_with_features(vae, cfw, reference["in_z"], features, w)
-        if key.startswith("out_fuse2_w"):
-            w = float(key.removeprefix("out_fuse2_w"))
-            ours[key] = cfw(last, features[last], reference["in_fuse2_dec_feat"], w)
-    yield from compare(name, reference, ours, MODULE)
+        if named := re.fullmatch(r"out_(enc_fea_|decoded_w|fuse2_w)([\d.]+)", key):
+            if named[1] == "enc_fea_":
+                ours[key] = partial(feature, int(named[2]))
+            else:
+                ours[key] = partial(decoded if named[1] == "decoded_w" else fused, float(named[2]))
+    yield from compare(name, outputs(reference), ours, MODULE)
 
 
 def check_schedule(official: Official, name: str) -> Iterator[Quantity]:
     """Buffers of the full and the respaced diffusions, of the released DDIM, and noising."""
     reference = official.file(name)
-    scheduler = SpacedDDPMScheduler.from_config(official.pipeline.scheduler.config)
-    ours = posterior_columns(scheduler, "full")
+    ours: Ours = {}
     for key in reference:
-        if key.startswith("s") and key.endswith("_timesteps"):
-            steps = int(key[1:].removesuffix("_timesteps"))
-            scheduler.set_timesteps(steps)
-            ours |= posterior_columns(scheduler, f"s{steps}")
-        if key.startswith("ddim") and key.endswith("_sigmas"):
-            steps, eta = key[4:].removesuffix("_sigmas").split("_eta")
-            ours |= official_ddim_columns(scheduler.config, int(steps), eta)
-        if key.startswith("qsample_t"):
-            t = torch.full((len(reference["qsample_in_noise"]),), int(key.removeprefix("qsample_t")))
-            ours[key] = scheduler.add_noise(reference["qsample_in_latent"], reference["qsample_in_noise"], t)
-    for key in sorted(reference.keys() - {"qsample_in_latent", "qsample_in_noise"}):
-        expected = reference[key]
-        tolerance = 2e-5 * max(expected.abs().max().item(), 1.0) if expected.is_floating_point() else 0.0
-        yield f"{name}.{key}", difference(ours[key], expected) if key in ours else float("inf"), tolerance
+        if column := re.fullmatch(r"(full|s\d+)_(\w+)", key):
+            steps = None if column[1] == "full" else int(column[1][1:])
+            ours[key] = partial(posterior_column, official, steps, column[2])
+        elif column := re.fullmatch(r"ddim(\d+)_eta([\d.]+)_(\w+)", key):
+            ours[key] = partial(official_ddim_column, official, int(column[1]), float(column[2]), column[3])
+        elif moment := re.fullmatch(r"qsample_t(\d+)", key):
+            ours[key] = partial(noised, official, reference, int(moment[1]))
+    inputs = {"qsample_in_latent", "qsample_in_noise"}
+
+    def tolerance(_name: str, expected: Tensor) -> float:
+        return 2e-5 * max(expected.abs().max().item(), 1.0) if expected.is_floating_point() else 0.0
+
+    yield from compare(name, {key: reference[key] for key in reference if key not in inputs}, ours, tolerance)
 
 
-def posterior_columns(scheduler: SpacedDDPMScheduler, prefix: str) -> dict[str, Tensor]:
-    """The scheduler's coefficients under the official names."""
+def noised(official: Official, reference: Reference[Tensor], timestep: int) -> Tensor:
+    """The reference's latent with its noise."""
+    noise = reference["qsample_in_noise"]
+    t = torch.full((len(noise),), timestep)
+    return official.scheduler.add_noise(reference["qsample_in_latent"], noise, t)
+
+
+def posterior_column(official: Official, steps: int | None, column: str) -> Tensor:
+    """One of the scheduler's coefficients by its official name; steps: None for the full diffusion."""
+    scheduler = official.scheduler
+    if steps is not None:
+        scheduler.set_timesteps(steps)
     posterior = scheduler.posterior
     a = posterior.alphas_cumprod
     columns = {
@@ -176,12 +245,12 @@ def posterior_columns(scheduler: SpacedDDPMScheduler, prefix: str) -> dict[str, 
         "sqrt_recip_alphas_cumprod": (1 / a).sqrt(),
         "sqrt_recipm1_alphas_cumprod": (1 / a - 1).sqrt(),
     }
-    return {f"{prefix}_{key}": column for key, column in columns.items()}
+    return columns.get(column, torch.tensor(torch.nan))
 
 
-def official_ddim_columns(config: Any, steps: int, eta: str) -> dict[str, Tensor]:
-    """The released DDIM's alphas and sigmas under the official names."""
-    scheduler = SpacedDDIMScheduler.from_config(config, official_quirks=True)
+def official_ddim_column(official: Official, steps: int, eta: float, column: str) -> Tensor:
+    """One of the released DDIM's timesteps, alphas and sigmas by its official name."""
+    scheduler = SpacedDDIMScheduler.from_config(official.scheduler.config, official_quirks=True)
     scheduler.set_timesteps(steps)
     alphas, alphas_prev = scheduler.ddim_alphas()
     columns = {
@@ -189,10 +258,10 @@ def official_ddim_columns(config: Any, steps: int, eta: str) -> dict[str, Tensor
         "uniform_timesteps": torch.arange(0, 1000, 1000 // steps),
         "alphas": alphas,
         "alphas_prev": alphas_prev.double(),
-        "sigmas": ddim_sigma(alphas.double(), alphas_prev.double(), float(eta)),
+        "sigmas": ddim_sigma(alphas.double(), alphas_prev.double(), eta),
         "sqrt_one_minus_alphas": (1 - alphas).sqrt(),
     }
-    return {f"ddim{steps}_eta{eta}_{key}": column for key, column in columns.items()}
+    return columns.get(column, torch.tensor(torch.nan))
 
 
 class Trajectory(NamedTuple):
@@ -204,10 +273,10 @@ class Trajectory(NamedTuple):
 
 def sample(
     official: Official,
-    reference: dict[str, Tensor],
+    reference: Reference[Tensor],
     scheduler: SpacedDDPMScheduler,
     guidance_scale: float = 1.0,
-    tiling: LatentTiling | None = None,
+    grid: TileGrid | None = None,
     **step_arguments: Any,
 ) -> Trajectory:
     """The pipeline's prediction and the scheduler's step in a loop, with the reference's noise."""
@@ -216,7 +285,7 @@ def sample(
         context = torch.cat([reference["in_neg_context"].expand_as(context), context])
     aggregation = Aggregation(
         (x.shape[-2], x.shape[-1]),
-        tiling,
+        grid,
         1,
         x.device,
         x.dtype,
@@ -224,7 +293,8 @@ def sample(
     )
     visited, denoised = [], []
     for step, (timestep, noise) in enumerate(zip(scheduler.timesteps, reference["in_step_noises"], strict=True)):
-        predict = partial(official.pipeline.predict, timestep=timestep, guidance_scale=guidance_scale)
+        networks = official.pipeline.unet, official.pipeline.adapter
+        predict = partial(steered_prediction, *networks, timestep=timestep, guidance_scale=guidance_scale)
         prediction = aggregation.predict(predict, x, reference["in_struct_latent"], context, step)
         x, x0 = scheduler.step(prediction, timestep, x, variance_noise=noise, return_dict=False, **step_arguments)
         visited.append(x)
@@ -232,9 +302,9 @@ def sample(
     return Trajectory(torch.stack(visited), torch.stack(denoised))
 
 
-def spaced(official: Official, reference: dict[str, Tensor]) -> SpacedDDPMScheduler:
+def spaced(official: Official, reference: Reference[Tensor]) -> SpacedDDPMScheduler:
     """The DDPM scheduler with as many steps as the reference has noises."""
-    scheduler = SpacedDDPMScheduler.from_config(official.pipeline.scheduler.config)
+    scheduler = official.scheduler
     scheduler.set_timesteps(len(reference["in_step_noises"]))
     return scheduler
 
@@ -242,19 +312,27 @@ def spaced(official: Official, reference: dict[str, Tensor]) -> SpacedDDPMSchedu
 def check_sample_ddpm(official: Official, name: str) -> Iterator[Quantity]:
     """Respaced DDPM from the noised LQ latent, and the decoding of its result with CFW."""
     reference = official.file(name)
-    scheduler = spaced(official, reference)
-    run = sample(official, reference, scheduler)
-    ours = {"out_traj": run.x, "out": run.x[-1]} | {f"out_x0_step{i}": x0 for i, x0 in enumerate(run.x0)}
-    features = official.pipeline.encode_image([View(one) for one in reference["in_lq_image"].split(1)])[1]
+    run = cache(lambda: sample(official, reference, spaced(official, reference)))
+    features = cache(lambda: official.pipeline.encode([View(one) for one in reference["in_lq_image"].split(1)])[1])
+
+    def decoded(w: float) -> Tensor:
+        return assembled(official.pipeline.decode(reference["out"][:1], features(), w)[0])
+
+    def denoised(step: int) -> Tensor:
+        return run().x0[step]
+
+    def timesteps() -> float:
+        visited = spaced(official, reference).timesteps
+        return difference(visited, reference["in_timesteps"].sort(descending=True)[0])
+
+    ours: Ours = {"out_traj": lambda: run().x, "out": lambda: run().x[-1]}
     for key in reference:
-        if key.startswith("out_decoded_w"):
-            w = float(key.removeprefix("out_decoded_w"))
-            ours[key] = assembled(official.pipeline.decode_latents(reference["out"][:1], features, w)[0])
-    yield (
-        f"{name}.in_timesteps",
-        difference(scheduler.timesteps, reference["in_timesteps"].sort(descending=True)[0]),
-        0.0,
-    )
+        if at_step := re.fullmatch(r"out_x0_step(\d+)", key):
+            ours[key] = partial(denoised, int(at_step[1]))
+        elif with_w := re.fullmatch(r"out_decoded_w([\d.]+)", key):
+            ours[key] = partial(decoded, float(with_w[1]))
+    if "in_timesteps" in reference:
+        yield from checked(f"{name}.in_timesteps", timesteps, 0.0)
     yield from official.compare_samples(name, reference, ours)
 
 
@@ -262,20 +340,21 @@ def check_sample_ddpm_guidance(official: Official, name: str) -> Iterator[Quanti
     """Respaced DDPM with classifier-free guidance, and with a reference latent."""
     reference = official.file(name)
     about = metadata(official.folder / f"{name}.safetensors")
-    settings = about["reference"]
-    first, last = settings["range"]
 
-    def towards_reference(denoised: Tensor, index: int) -> Tensor:
-        if not first <= index <= last:
-            return denoised
-        return towards(denoised, reference["in_reference_latent"], settings["lr"], settings["step"])
+    def guided() -> Tensor:
+        return sample(official, reference, spaced(official, reference), about["scale"]).x[-1]
 
-    scheduler = spaced(official, reference)
-    ours = {
-        "out": sample(official, reference, scheduler, about["scale"]).x[-1],
-        "out_reference": sample(official, reference, scheduler, denoised_fn=towards_reference).x[-1],
-    }
-    yield from official.compare_samples(name, reference, ours)
+    def referenced() -> Tensor:
+        settings, latent = about["reference"], reference["in_reference_latent"]
+        first, last = settings["range"]
+
+        def towards_reference(denoised: Tensor, index: int) -> Tensor:
+            is_within = first <= index <= last
+            return towards(denoised, latent, settings["lr"], settings["step"]) if is_within else denoised
+
+        return sample(official, reference, spaced(official, reference), denoised_fn=towards_reference).x[-1]
+
+    yield from official.compare_samples(name, reference, {"out": guided, "out_reference": referenced})
 
 
 def towards(denoised: Tensor, reference: Tensor, lr: float, num_steps: int) -> Tensor:
@@ -292,59 +371,85 @@ def check_sample_ddim(official: Official, name: str) -> Iterator[Quantity]:
     """The released DDIM with and without guidance, and with guidance on a canvas."""
     reference = official.file(name)
     about = metadata(official.folder / f"{name}.safetensors")
-    scheduler = SpacedDDIMScheduler.from_config(official.pipeline.scheduler.config, official_quirks=True)
-    scheduler.set_timesteps(len(reference["in_step_noises"]))
-    ours = {
-        "out": sample(official, reference, scheduler, about["scale"], eta=about["eta"]).x[-1],
-        "out_noguidance": sample(official, reference, scheduler, eta=about["eta"]).x[-1],
-    }
-    if "canvas_in_x_T" in reference:
-        on_canvas = {
-            key.removeprefix("canvas_"): value for key, value in reference.items() if key.startswith("canvas_")
-        }
-        run = sample(official, on_canvas, scheduler, about["scale"], official_tiling(about), eta=about["eta"])
-        ours["out_canvas"] = run.x[-1]
-    yield (
-        f"{name}.in_timesteps_fed",
-        difference(scheduler.timesteps.sort()[0], reference["in_timesteps_fed"].sort()[0]),
-        0.0,
-    )
+    on_canvas = Reference({key[len("canvas_") :]: t for key, t in reference.items() if key.startswith("canvas_")})
+
+    @cache
+    def scheduler() -> SpacedDDIMScheduler:
+        made = SpacedDDIMScheduler.from_config(official.scheduler.config, official_quirks=True)
+        made.set_timesteps(len(reference["in_step_noises"]))
+        return made
+
+    def guided() -> Tensor:
+        return sample(official, reference, scheduler(), about["scale"], eta=about["eta"]).x[-1]
+
+    def unguided() -> Tensor:
+        return sample(official, reference, scheduler(), eta=about["eta"]).x[-1]
+
+    def canvas() -> Tensor:
+        grid = official_grid(about)
+        return sample(official, on_canvas, scheduler(), about["scale"], grid, eta=about["eta"]).x[-1]
+
+    def timesteps_fed() -> float:
+        return difference(scheduler().timesteps.sort()[0], reference["in_timesteps_fed"].sort()[0])
+
+    if "in_timesteps_fed" in reference:
+        yield from checked(f"{name}.in_timesteps_fed", timesteps_fed, 0.0)
+    ours: Ours = {"out": guided, "out_noguidance": unguided, "out_canvas": canvas}
     yield from official.compare_samples(name, reference, ours)
 
 
 def check_train_loss(official: Official, name: str) -> Iterator[Quantity]:
     """One training loss; in a compact folder of the stored prediction, since the UNet's weights are not all there."""
     reference = official.file(name)
-    pipeline = official.pipeline
-    timestep = reference["in_t"]
-    x, target = hide_in_noise(reference["in_z_gt"], reference["in_noise"], timestep, pipeline.scheduler)
-    ours = {"out_x_noisy": x, "out_target": target}
-    if "in_pred" in reference:
-        prediction = reference["in_pred"]
-    else:
-        sft = pipeline.adapter(reference["in_z_lq"], timestep)
-        prediction = pipeline.unet(x, timestep, reference["in_context"], sft=sft, return_dict=False)[0]
-        ours["out_pred"] = prediction
-    loss = denoising_loss(prediction, target, timestep, pipeline.scheduler)
-    yield f"{name}.out_loss", difference(loss, reference.pop("out_loss")), LOSS
-    yield from compare(name, reference, ours, MODULE)
+    scheduler = official.scheduler
+
+    @cache
+    def noised_and_target() -> tuple[Tensor, Tensor]:
+        return hide_in_noise(reference["in_z_gt"], reference["in_noise"], reference["in_t"], scheduler)
+
+    @cache
+    def prediction() -> Tensor:
+        if "in_pred" in reference:
+            return reference["in_pred"]
+        timestep, context = reference["in_t"], reference["in_context"]
+        sft = official.pipeline.adapter(reference["in_z_lq"], timestep)
+        return official.pipeline.unet(noised_and_target()[0], timestep, context, timestep_cond=sft, return_dict=False)[
+            0
+        ]
+
+    ours: Ours = {
+        "out_x_noisy": lambda: noised_and_target()[0],
+        "out_target": lambda: noised_and_target()[1],
+        "out_pred": prediction,
+        "out_loss": lambda: denoising_loss(prediction(), noised_and_target()[1], reference["in_t"], scheduler),
+    }
+    yield from compare(name, outputs(reference), ours, lambda key, _: LOSS if key == "out_loss" else MODULE)
 
 
 def check_sample_canvas(official: Official, name: str) -> Iterator[Quantity]:
     """Aggregation sampling: respaced DDPM on a canvas larger than a tile."""
     reference = official.file(name)
-    tiling = official_tiling(metadata(official.folder / f"{name}.safetensors"))
-    run = sample(official, reference, spaced(official, reference), tiling=tiling)
-    for key, length in (("tile_y_offsets", run.x.shape[-2]), ("tile_x_offsets", run.x.shape[-1])):
-        found = torch.tensor(tile_offsets(length, tiling.tile[0], tiling.overlap))
-        yield f"{name}.{key}", difference(found, reference[key]), 0.0
-    ours = {"out": run.x[-1], "out_step0": run.x[0], "out_step0_x0": run.x0[0]}
+    about = metadata(official.folder / f"{name}.safetensors")
+    run = cache(lambda: sample(official, reference, spaced(official, reference), grid=official_grid(about)))
+
+    def offsets(axis: int) -> Tensor:
+        grid = official_grid(about)
+        return torch.tensor(tile_offsets(reference["in_x_T"].shape[axis], grid.tile[0], grid.overlap))
+
+    places = {key: reference[key] for key in ("tile_y_offsets", "tile_x_offsets") if key in reference}
+    own: Ours = {"tile_y_offsets": partial(offsets, -2), "tile_x_offsets": partial(offsets, -1)}
+    yield from compare(name, places, own, 0.0)
+    ours: Ours = {
+        "out": lambda: run().x[-1],
+        "out_step0": lambda: run().x[0],
+        "out_step0_x0": lambda: run().x0[0],
+    }
     yield from official.compare_samples(name, reference, ours)
 
 
-def official_tiling(about: dict[str, Any]) -> LatentTiling:
+def official_grid(about: Reference[Any]) -> TileGrid:
     """The tiles a reference was made with."""
-    return LatentTiling(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
+    return TileGrid(tile=(about["tile"], about["tile"]), overlap=about["overlap"])
 
 
 CHECKS: dict[str, Callable[[Official, str], Iterator[Quantity]]] = {
@@ -372,13 +477,15 @@ NOT_QUANTITIES = {"config.json", SHAPES, *(f"weights_{name}.safetensors" for nam
 @torch.no_grad()
 def check_folder(folder: Path) -> Iterator[Quantity]:
     """Every quantity of every reference file in the folder; an infinite difference for what is not understood."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    checked = [name.removesuffix(".safetensors") for name in names if name not in NOT_QUANTITIES]
-    if not checked:
-        return
-    official = open_official(folder)
-    for name in checked:
-        if name in CHECKS:
-            yield from CHECKS[name](official, name)
-        else:
+    official = Official(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = path.name.removesuffix(".safetensors")
+        if path.name in NOT_QUANTITIES:
+            continue
+        if name not in CHECKS:
             yield f"{name} (not understood)", float("inf"), 0.0
+            continue
+        try:
+            yield from CHECKS[name](official, name)
+        except MissingInput as missing:
+            logger.warning("%s: not checked, %s is absent", name, missing)

@@ -1,29 +1,29 @@
 """Colour fix against the reference tensors of `colorfix.safetensors`."""
 
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from stablesr_kit.imaging.color_fix import adain_color_fix, blur, wavelet_color_fix, wavelet_decomposition
+from tests.parity.references import Ours, Quantity, Reference, compare, read_tensors
 
 TOLERANCE = 2e-5
 
 
-def check_colorfix(folder: Path) -> Iterator[tuple[str, float, float]]:
-    """(name, max_abs_diff, tolerance) of each quantity in colorfix.safetensors; infinity for a name not understood."""
-    reference = load_file(folder / "colorfix.safetensors")
-    content, style = reference["in_content"].float(), reference["in_style"].float()
-    high, low = wavelet_decomposition(content)
-    ours = {
-        "out_wavelet": wavelet_color_fix(content, style),
-        "out_adain": adain_color_fix(content, style),
-        "out_high": high,
-        "out_low": low,
+def check_colorfix(folder: Path) -> Iterator[Quantity]:
+    """Every quantity of colorfix.safetensors; infinity for a name not understood."""
+    reference = read_tensors(folder / "colorfix.safetensors")
+    given = Reference({key: tensor.float() for key, tensor in reference.items()})
+    split = cache(lambda: wavelet_decomposition(given["in_content"]))
+    ours: Ours = {
+        "out_wavelet": lambda: wavelet_color_fix(given["in_content"], given["in_style"]),
+        "out_adain": lambda: adain_color_fix(given["in_content"], given["in_style"]),
+        "out_high": lambda: split()[0],
+        "out_low": lambda: split()[1],
     }
-    for name in reference:
+    for name in given:
         if name.startswith("out_blur_r"):
-            ours[name] = blur(content, radius=int(name.removeprefix("out_blur_r")))
-    for name in sorted(reference.keys() - {"in_content", "in_style"}):
-        difference = (ours[name] - reference[name].float()).abs().max().item() if name in ours else float("inf")
-        yield f"colorfix.{name}", difference, TOLERANCE
+            radius = int(name.removeprefix("out_blur_r"))
+            ours[name] = partial(lambda radius: blur(given["in_content"], radius=radius), radius)
+    expected = {name: given[name] for name in given if name not in ("in_content", "in_style")}
+    yield from compare("colorfix", expected, ours, TOLERANCE)

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region
-from stablesr_kit.imaging.tiles import gaussian_weights, merge
-from tests.parity.references import Quantity, difference, metadata, uniform_weights
+from stablesr_kit.tiling.latents import gaussian_weights, merge
+from tests.parity.references import Ours, Quantity, compare, metadata, read_tensors, uniform_weights
 
 WEIGHTS = 1e-12
 PIXELS = 1e-5
@@ -20,35 +19,35 @@ official_weights = partial(gaussian_weights, official_quirks=True)
 
 def check_tiles(folder: Path) -> Iterator[Quantity]:
     """Every quantity of tiles.safetensors; infinity for a name not understood."""
-    reference = load_file(folder / "tiles.safetensors")
-    ours = {key: numbered for key in reference if (numbered := from_its_name(key)) is not None}
-    if "spliter_in" in reference:
-        about = metadata(folder / "tiles.safetensors")["spliter"]
-        ours |= split_and_merged(reference["spliter_in"], about["pch"], about["stride"])
-    for key in sorted(reference.keys() - {"spliter_in"}):
-        tolerance = PIXELS if key.startswith("spliter_out") else WEIGHTS if key.startswith("w") else 0.0
-        yield f"tiles.{key}", difference(ours[key], reference[key]) if key in ours else float("inf"), tolerance
+    reference = read_tensors(folder / "tiles.safetensors")
+    about = metadata(folder / "tiles.safetensors")
 
+    @cache
+    def tiles() -> list[Region]:
+        height, width = reference["spliter_in"].shape[-2:]
+        return split_pixels(height, width, about["spliter"]["pch"], about["spliter"]["stride"])
 
-def from_its_name(key: str) -> Tensor | None:
-    """Weights w<width>_h<height>, starts_len<length>_p<size>_s<stride>; None for another name."""
-    if match := re.fullmatch(r"w(\d+)_h(\d+)", key):
-        width, height = map(int, match.groups())
-        return official_weights(height, width)
-    if match := re.fullmatch(r"starts_len(\d+)_p(\d+)_s(\d+)", key):
-        return torch.tensor(split_starts(*map(int, match.groups())))
-    return None
+    @cache
+    def patches() -> list[Tensor]:
+        """Each patch changed in another way."""
+        image = reference["spliter_in"]
+        return [tile.crop(image) * (1 + 0.1 * k) + 0.01 * k for k, tile in enumerate(tiles())]
 
-
-def split_and_merged(image: Tensor, size: int, stride: int) -> dict[str, Tensor]:
-    """Boxes of the pixel tiles, and both merges of patches that were changed, each in another way."""
-    tiles = split_pixels(*image.shape[-2:], size, stride)
-    patches = [tile.crop(image) * (1 + 0.1 * k) + 0.01 * k for k, tile in enumerate(tiles)]
-    return {
-        "spliter_boxes_h0h1w0w1": torch.tensor([[t.top, t.bottom, t.left, t.right] for t in tiles]),
-        "spliter_out_gaussian": merge(tiles, patches, official_weights),
-        "spliter_out_uniform": merge(tiles, patches, uniform_weights),
+    ours: Ours = {
+        "spliter_boxes_h0h1w0w1": lambda: torch.tensor([[t.top, t.bottom, t.left, t.right] for t in tiles()]),
+        "spliter_out_gaussian": lambda: merge(tiles(), patches(), official_weights),
+        "spliter_out_uniform": lambda: merge(tiles(), patches(), uniform_weights),
     }
+    for key in reference:
+        if size := re.fullmatch(r"w(\d+)_h(\d+)", key):
+            ours[key] = partial(official_weights, int(size[2]), int(size[1]))
+        elif given := re.fullmatch(r"starts_len(\d+)_p(\d+)_s(\d+)", key):
+            ours[key] = partial(lambda numbers: torch.tensor(split_starts(*numbers)), [int(n) for n in given.groups()])
+
+    def tolerance(key: str, _expected: Tensor) -> float:
+        return PIXELS if key.startswith("spliter_out") else WEIGHTS if key.startswith("w") else 0.0
+
+    yield from compare("tiles", {key: reference[key] for key in reference if key != "spliter_in"}, ours, tolerance)
 
 
 def split_starts(length: int, size: int, stride: int) -> list[int]:

@@ -55,7 +55,7 @@ def test_a_converted_checkpoint_restores_the_reference_picture(whole: Path, tmp_
     )
     pipeline.save_pretrained(tmp_path / "converted")
     loaded = StableSRPipeline.from_pretrained(tmp_path / "converted")
-    official = stablesr.Official(whole, config, loaded)
+    official = stablesr.Official(whole, loaded)
     with torch.no_grad():
         quantities = list(stablesr.check_sample_ddpm(official, "sample_ddpm"))
     assert {"sample_ddpm.out", "sample_ddpm.out_decoded_w0.5"} <= {name for name, _, _ in quantities}

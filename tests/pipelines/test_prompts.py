@@ -1,5 +1,6 @@
 """Prompts, guidance, and the words that LoRA and textual inversion add."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from stablesr_kit import StableSRPipeline
+from stablesr_kit.models.steering import steered_prediction
 from tests.helpers.pipeline_runs import differs, run, same
 from tests.helpers.tiny import (
     PROMPT_LENGTH,
@@ -38,10 +40,10 @@ def test_guidance_is_the_formula() -> None:
     x, lq = unit_noise(2, 4, 4, 4), unit_noise(2, 4, 4, 4, seed=1)
     positive, negative = unit_noise(2, 5, TEXT_CHANNELS), unit_noise(2, 5, TEXT_CHANNELS, seed=1)
     with torch.no_grad():
-        cond, uncond = (pipeline.predict(x, 500, lq, embeds) for embeds in (positive, negative))
-        guided = pipeline.predict(x, 500, lq, torch.cat([negative, positive]), guidance_scale=3.0)
-        shared = pipeline.predict(x, 500, lq, positive[:1])
-        repeated = pipeline.predict(x, 500, lq, positive[:1].repeat(2, 1, 1))
+        predict = partial(steered_prediction, pipeline.unet, pipeline.adapter, x, 500, lq)
+        cond, uncond = predict(positive), predict(negative)
+        guided = predict(torch.cat([negative, positive]), guidance_scale=3.0)
+        shared, repeated = predict(positive[:1]), predict(positive[:1].repeat(2, 1, 1))
     same(guided, uncond + 3.0 * (cond - uncond))
     same(shared, repeated)
 
@@ -85,8 +87,6 @@ def test_no_text_encoder_and_no_stored_empty_prompt_is_refused() -> None:
 
 def test_clip_skip_takes_an_earlier_layer() -> None:
     pipeline = tiny_pipeline()
-    assert differs(run(pipeline, prompt="cat", clip_skip=1), run(pipeline, prompt="cat"), by=1e-5)
-    assert pipeline.clip_skip is None
     encoder = pipeline.text_encoder
     tokens = pipeline.tokenizer("cat", padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -94,6 +94,7 @@ def test_clip_skip_takes_an_earlier_layer() -> None:
         ours, _ = pipeline.encode_prompt("cat", torch.device("cpu"), 1, False, clip_skip=1)
     norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
     same(ours, F.layer_norm(hidden, (TEXT_CHANNELS,), norm.weight, norm.bias))
+    assert differs(run(pipeline, prompt_embeds=ours), run(pipeline, prompt="cat"), by=1e-5)
 
 
 def save_lora(folder: Path) -> None:

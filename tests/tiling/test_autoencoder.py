@@ -15,7 +15,7 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Canvas, Region
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
-from stablesr_kit.tiling.moments import Moments
+from stablesr_kit.tiling.scratch import Moments
 from tests.helpers.file_limits import open_files
 from tests.helpers.tiny import tiny_cfw, tiny_vae, unit_noise
 

@@ -8,30 +8,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.plan import full_size_plan
+from stablesr_kit import Job, Tiling
 from stablesr_kit.errors import ConfigError, JobError
 from stablesr_kit.imaging.canvas import Canvas
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
-from stablesr_kit.pipelines.planning import parsed_bytes
-from stablesr_kit.pipelines.sampling import Sampling
+from stablesr_kit.models.steering import steered_prediction
+from stablesr_kit.tiling import memory
 from stablesr_kit.tiling.autoencoder import AttentionMode, TiledAutoencoder
-from stablesr_kit.tiling.costs import (
+from stablesr_kit.tiling.latents import TileGrid
+from stablesr_kit.tiling.memory import (
     LiveBytes,
+    Plan,
+    Planner,
     approximate_coding_costs,
     coding_costs,
+    measured_rate,
     prediction_cost,
     whole_coding_costs,
     without_values,
 )
-from stablesr_kit.tiling.latents import LatentTiling
-from stablesr_kit.tiling.memory_plan import MemoryPlan, Planner, measured_rate
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline, tiny_vae, unit_noise
 
 PIPELINE = tiny_pipeline(with_text=False)
 F32 = torch.float32
-
-
-def planner() -> Planner:
-    return Planner(PIPELINE.vae, PIPELINE.unet, PIPELINE.adapter, PIPELINE.cfw)
 
 
 def test_live_bytes_are_those_of_tensors_that_are_made_and_not_yet_let_go() -> None:
@@ -52,7 +51,7 @@ def test_a_prediction_holds_what_was_counted_without_values(batch_size: int, bra
     latents = unit_noise(batch_size, 4, 16, 16)
     prompts = unit_noise(branches * batch_size, 77, unet.config.cross_attention_dim)
     with torch.no_grad(), LiveBytes() as live:
-        Sampling.predict(PIPELINE, latents, 500, latents, prompts, 2.0)
+        steered_prediction(PIPELINE.unet, PIPELINE.adapter, latents, 500, latents, prompts, 2.0)
     assert counted.peak_bytes == pytest.approx(live.peak, rel=0.1)
 
 
@@ -111,10 +110,10 @@ def test_coding_in_approximate_tiles_holds_what_was_counted_without_values(tmp_p
 
 def test_a_smaller_limit_gives_smaller_tiles_of_the_autoencoder_before_smaller_latents() -> None:
     limits = [40 * 10**6, 13 * 10**6, 6 * 10**6]
-    plans = [PIPELINE.plan(256, 256, max_memory=limit) for limit in limits]
+    plans = [PIPELINE.plan(256, 256, tiling=Tiling(max_memory=limit)) for limit in limits]
     for plan, limit in zip(plans, limits, strict=True):
         assert plan.peak_bytes <= limit == plan.max_memory
-        assert plan.tiling == LatentTiling(tile=(16, 16), overlap=4)
+        assert plan.grid == TileGrid(tile=(16, 16), overlap=4)
         assert not plan.is_reduced
     assert [plan.vae_tile_px for plan in plans] == [256, 128, 64]
     assert "\n" not in str(plans[0])
@@ -123,87 +122,98 @@ def test_a_smaller_limit_gives_smaller_tiles_of_the_autoencoder_before_smaller_l
 
 def test_where_the_latents_do_not_fit_smaller_ones_are_taken_and_said_to_change_the_picture() -> None:
     whole = PIPELINE.plan(128, 128, w=0)
-    assert (whole.tiling, whole.vae_tile_px, whole.max_memory) == (None, None, None)
-    tiled = PIPELINE.plan(128, 128, w=0, max_memory="4.2MB")
+    assert (whole.grid, whole.vae_tile_px, whole.max_memory) == (None, None, None)
+    tiled = PIPELINE.plan(128, 128, w=0, tiling=Tiling(max_memory="4.2MB"))
     assert tiled.is_reduced
-    assert tiled.tiling is not None
-    assert max(tiled.tiling.tile) < 32
+    assert tiled.grid is not None
+    assert max(tiled.grid.tile) < 32
     assert "memory forces smaller tiles of latents than usual, which changes the picture" in str(tiled)
 
 
 def test_what_is_given_is_kept_to_or_refused_in_one_line() -> None:
     given = {"tile_px": 64, "overlap_px": 8, "vae_tile_px": 96}
     for limit in ("1GiB", "13MB"):
-        plan = PIPELINE.plan(256, 256, max_memory=limit, **given)
-        assert (plan.tiling, plan.vae_tile_px) == (LatentTiling(tile=(16, 16), overlap=2), 96)
+        plan = PIPELINE.plan(256, 256, tiling=Tiling(max_memory=limit, **given))
+        assert (plan.grid, plan.vae_tile_px) == (TileGrid(tile=(16, 16), overlap=2), 96)
     for refused in ({"vae_tile_px": 512}, {"tile_px": "none"}, {"tile_px": 256}):
         with pytest.raises(ConfigError, match=r"^8\.6 MiB of memory are too little, expected .* smaller") as error:
-            PIPELINE.plan(256, 256, max_memory="9MB", **refused)
+            PIPELINE.plan(256, 256, tiling=Tiling(max_memory="9MB", **refused))
         assert "\n" not in str(error.value)
 
 
-def test_a_limit_too_small_for_anything_is_refused_in_one_line_and_too_little_free_memory_is_not() -> None:
+def test_a_limit_too_small_for_anything_is_refused_in_one_line_and_too_little_free_memory_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ConfigError, match=r"^1\.0 MiB of memory[^\n]* are weights\); allow more"):
-        PIPELINE.plan(256, 256, max_memory=2**20)
-    tried = planner().plan(64, 64, [LatentTiling(tile=(8, 8))], 1, 2**20, vae_tiles_px=[64], is_limit=False)
-    assert tried.peak_bytes > 2**20
+        PIPELINE.plan(256, 256, tiling=Tiling(max_memory=2**20))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
+    weights = Planner(PIPELINE.vae, PIPELINE.unet, PIPELINE.adapter, PIPELINE.cfw).weights
+    tried = PIPELINE.plan(256, 256)
+    assert (tried.grid, tried.vae_tile_px) == (TileGrid(tile=(4, 4), overlap=1), 64)
+    assert tried.peak_bytes > weights and tried.max_memory is None
 
 
 @pytest.mark.parametrize("size", ["6", "six GB", "-1GB", "6XB", "infGB", "nanGB"])
 def test_a_limit_that_is_no_size_is_refused_in_one_line(size: str) -> None:
     with pytest.raises(ConfigError, match=rf"^max_memory='{size}' is given, expected bytes or a size such as '6GB'"):
-        PIPELINE.plan(64, 64, max_memory=size)
+        Tiling(max_memory=size)
 
 
 def test_sizes_are_decimal_or_binary_whatever_their_case() -> None:
     sizes = ["6GB", "6gb", "6GiB", "1.5 MB", 7]
-    assert [parsed_bytes(size) for size in sizes] == [6 * 10**9, 6 * 10**9, 6 * 2**30, 1_500_000, 7]
+    assert [Tiling(max_memory=size).allowed_bytes() for size in sizes] == [
+        6 * 10**9,
+        6 * 10**9,
+        6 * 2**30,
+        1_500_000,
+        7,
+    ]
 
 
 def test_a_plan_is_read_as_it_was_saved_and_damage_is_one_line(tmp_path: Path) -> None:
     costs = {"peak_bytes": 7, "flops": 1e12, "attention_flops": 0.5, "seconds": 3.25}
-    tiled = MemoryPlan(tiling=LatentTiling(tile=(16, 24), overlap=4), vae_tile_px=64, max_memory=9, **costs)
-    for plan in (tiled, MemoryPlan(tiling=None, vae_tile_px=None, **costs)):
+    tiled = Plan(grid=TileGrid(tile=(16, 24), overlap=4), vae_tile_px=64, max_memory=9, **costs)
+    for plan in (tiled, Plan(grid=None, vae_tile_px=None, **costs)):
         plan.save(tmp_path / "plan.json")
-        assert MemoryPlan.load(tmp_path / "plan.json") == plan
+        assert Plan.load(tmp_path / "plan.json") == plan
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "plan.json").write_text(damaged)
         with pytest.raises(JobError, match=r"plan\.json: the plan cannot be read .*; start again") as error:
-            MemoryPlan.load(tmp_path / "plan.json")
+            Plan.load(tmp_path / "plan.json")
         assert "\n" not in str(error.value)
 
 
 def test_a_call_keeps_to_its_limit_and_gives_the_same_picture(caplog: pytest.LogCaptureFixture) -> None:
     pipeline, picture = tiny_pipeline(with_text=False), tiny_picture(40, 40)
 
-    def restored(**options: Any) -> Tensor:
-        return pipeline(picture, generator=seeded(0), output_type="pt", **options).images
+    def restored(tiling: Tiling | None = None, **options: Any) -> Tensor:
+        return pipeline(picture, generator=seeded(0), output_type="pt", tiling=tiling, **options).images
 
-    expected = restored(tile_px=64, vae_tile_px=512)
-    torch.testing.assert_close(restored(max_memory="5.2MB"), expected, atol=1e-4, rtol=0)
+    expected = restored(Tiling(tile_px=64, vae_tile_px=512))
+    torch.testing.assert_close(restored(Tiling(max_memory="5.2MB")), expected, atol=1e-4, rtol=0)
     assert pipeline.vae_tile_px == 64
     assert not caplog.messages
     picture = tiny_picture(32, 32)
-    plan = pipeline.plan(128, 128, max_memory="4.2MB", w=0)
-    reduced = restored(max_memory="4.2MB", w=0)
+    plan = pipeline.plan(128, 128, tiling=Tiling(max_memory="4.2MB"), w=0)
+    reduced = restored(Tiling(max_memory="4.2MB"), w=0)
     assert len(caplog.messages) == 1
     assert "memory forces smaller tiles of latents than usual" in caplog.messages[0]
-    assert torch.equal(restored(plan=plan, w=0), reduced)
+    assert torch.equal(restored(job=Job(plan=plan), w=0), reduced)
 
 
 def test_a_small_picture_is_whole_without_a_limit_and_may_be_coded_in_tiles_under_one() -> None:
     pipeline, picture = tiny_pipeline(with_text=False), tiny_picture(24, 24)
     options = {"output_type": "pt", "w": 0.5}
     whole = pipeline(picture, generator=seeded(0), **options).images
-    assert (pipeline.tiling, pipeline.vae_tile_px) == (LatentTiling(tile=(24, 24)), None)
-    coded_in_tiles = pipeline(picture, generator=seeded(0), max_memory="4MB", **options).images
-    assert (pipeline.tiling, pipeline.vae_tile_px) == (LatentTiling(tile=(24, 24)), 64)
+    assert (pipeline.grid, pipeline.vae_tile_px) == (TileGrid(tile=(24, 24)), None)
+    coded_in_tiles = pipeline(picture, generator=seeded(0), tiling=Tiling(max_memory="4MB"), **options).images
+    assert (pipeline.grid, pipeline.vae_tile_px) == (TileGrid(tile=(24, 24)), 64)
     torch.testing.assert_close(coded_in_tiles, whole, atol=1e-4, rtol=0)
 
 
 def test_full_size_networks_restore_24_megapixels_in_eight_gigabytes() -> None:
     plan = full_size_plan(4096, 6144, 8 * 10**9, torch.float16, 50)
-    assert plan.tiling.tile == (64, 64)
+    assert plan.grid.tile == (64, 64)
     assert 2.5e9 < plan.peak_bytes < 8e9
 
 

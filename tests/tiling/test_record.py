@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from stablesr_kit import Job, Tiling
 from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.canvas import Canvas, View, assembled
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
@@ -129,7 +130,11 @@ def test_a_call_goes_on_where_another_was_stopped_while_it_decoded(
         generator = torch.Generator().manual_seed(0)
         return assembled(
             pipeline(
-                image, generator=generator, tile_px=32, vae_tile_px=24, record=record, output_type="canvas"
+                image,
+                generator=generator,
+                tiling=Tiling(tile_px=32, vae_tile_px=24),
+                job=Job(record=record),
+                output_type="canvas",
             ).images[0]
         )
 

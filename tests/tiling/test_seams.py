@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.seams import added_by_restoring, border_lines, gradient, seam_energy, with_hard_tiles
-from stablesr_kit.imaging.tiles import cover
+from stablesr_kit.tiling.latents import cover
 from tests.helpers.tiny import tiny_pipeline, unit_noise
 
 

@@ -11,12 +11,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from stablesr_kit import Job, Tiling
 from stablesr_kit.tiling.team import Team
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline
 
 PICTURE = tiny_picture(30, 41)
 CASES: dict[str, dict[str, Any]] = {
-    "jitter": {"tile_px": 48, "overlap_px": 16, "tile_jitter": True, "guidance_scale": 3.0},
+    "jitter": {"tile_px": 48, "overlap_px": 16, "jitter": True, "guidance_scale": 3.0},
     "memory": {"tile_px": 96, "overlap_px": 24},
     "whole": {"tile_px": "none"},
     "failure": {"tile_px": 64, "overlap_px": 16},
@@ -25,10 +26,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(**options: Any) -> Tensor:
     pipeline = tiny_pipeline(with_text=False)
-    latents: Tensor = pipeline(
-        PICTURE, generator=seeded(0), output_type="latent", w=0.0, vae_tile_px=512, **options
-    ).images
+    latents: Tensor = pipeline(PICTURE, output_type="latent", **arguments(**options)).images
     return latents
+
+
+def arguments(guidance_scale: float = 1.0, **tiles: Any) -> dict[str, Any]:
+    """Of a call that tiles so."""
+    tiling = Tiling(vae_tile_px=512, **tiles)
+    return {"generator": seeded(0), "w": 0.0, "guidance_scale": guidance_scale, "tiling": tiling}
 
 
 def test_two_processes_give_the_bits_of_one_and_share_their_troubles(tmp_path: Path) -> None:
@@ -65,19 +70,17 @@ def _member(rank: int, port: str, folder: Path) -> None:
     team = Team(PartialState(cpu=True))
     torch.set_num_threads(1)  # accelerate has chosen a number; sums depend on it
     pipeline = tiny_pipeline(with_text=False)
-    predict = pipeline.predict
     tiles = 0
 
-    def counted(*, latents: Tensor, **others: Any) -> Tensor:
+    def counted(_unet: Any, inputs: tuple[Tensor, ...]) -> None:
         nonlocal tiles
         tiles += 1
-        if not team.is_lead and latents.shape[-1] == 24:
+        if not team.is_lead and inputs[0].shape[-1] == 24:
             raise MemoryError
-        if not team.is_lead and latents.shape[-1] == 16:
+        if not team.is_lead and inputs[0].shape[-1] == 16:
             raise ValueError("a broken device")
-        return predict(latents=latents, **others)
 
-    pipeline.predict = counted
+    pipeline.unet.register_forward_pre_hook(counted)
     found: dict[str, Any] = {}
     shares: dict[str, int] = {}
     for name, options in CASES.items():
@@ -90,12 +93,11 @@ def _member(rank: int, port: str, folder: Path) -> None:
                 pipeline.assist(team)
         elif name == "failure":
             with pytest.raises(RuntimeError) as error:
-                pipeline(PICTURE, generator=seeded(0), w=0.0, vae_tile_px=512, team=team, **options)
+                pipeline(PICTURE, job=Job(team=team), **arguments(**options))
             found[name] = str(error.value)
             team.tell(None)
         else:
-            call = {"generator": seeded(0), "output_type": "latent", "w": 0.0, "vae_tile_px": 512}
-            found[name] = pipeline(PICTURE, team=team, **call, **options).images
+            found[name] = pipeline(PICTURE, job=Job(team=team), output_type="latent", **arguments(**options)).images
             team.tell(None)
         shares[name] = tiles
     torch.save(shares, folder / f"{rank}.pt")

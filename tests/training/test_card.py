@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.run.config import RunConfig, load_config
+from stablesr_kit.training.run.command_line import load_config
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.hub import open_repository
 from stablesr_kit.training.run.records import means_of, read_records
 from tests.helpers.photo_files import save_photos
@@ -94,7 +95,7 @@ def test_a_finished_run_is_uploaded_with_its_card(folder: Path, hub: ThreadingHT
     names = {"README.md", "config.yaml", "losses.jsonl", "log.txt", "vae/config.json", "validation/metrics.jsonl"}
     names |= {"vae/diffusion_pytorch_model.safetensors", "validation/step-000003/000.png"}
     assert names <= received["files"].keys()
-    assert not [name for name in received["files"] if "checkpoint" in name or "unfinished" in name]
+    assert not [name for name in received["files"] if "checkpoint" in name or ".part" in name]
 
     card = ModelCard(received["files"]["README.md"].decode())
     assert card.data.library_name == "diffusers" and "train_autoencoder" in card.data.tags

@@ -8,7 +8,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.training import SIZES, call_of
-from stablesr_kit.training.run.config import ProgramConfig, RunConfig, load_config
+from stablesr_kit.training.run.command_line import load_config
+from stablesr_kit.training.run.config import ProgramConfig, RunConfig
 from tests.helpers.training_runs import ROOT
 
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))

@@ -25,6 +25,7 @@ from stablesr_kit.training.data.crops import (
 )
 from stablesr_kit.training.data.options import PairOptions, PhotoOptions
 from tests.helpers.photo_files import numbers_in, photo, save_photos
+from tests.helpers.training_runs import FORKS
 
 
 def options_of(folder: Path, **options: Any) -> PhotoOptions:
@@ -69,9 +70,9 @@ def test_crops_depend_on_seed_and_index_alone(tmp_path: Path) -> None:
     assert len(numbers_in(torch.stack(expected[:5]).numpy())) == 5
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", FORKS], ids=["fork", "forkserver"])
 def test_workers_give_the_same_crops_and_their_findings_reach_the_run(
-    context: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_photos(tmp_path / "photos", 6)
     (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
@@ -181,7 +182,6 @@ def test_pairs_are_cut_mirrored_and_turned_alike(tmp_path: Path) -> None:
         ({}, "no photographs given; give one of train_data_dir, dataset_name, shards"),
         ({"train_data_dir": ("a",), "shards": "b.tar"}, "train_data_dir and shards given"),
         ({"train_data_dir": ("nowhere",)}, "nowhere: no such folder"),
-        ({"small_photos": "crop"}, "must be skip or pad"),
         ({"lq_data_dir": "lq", "photo_scales": (1.0, 0.5)}, "photo_scales cannot be used with lq_data_dir"),
         ({"photo_scales": (0.0,)}, "positive"),
         ({"resolution": 0}, "at least 1"),

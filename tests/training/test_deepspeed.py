@@ -1,6 +1,5 @@
 """Training where DeepSpeed shares out optimizer states and gradients equals training in one process."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.training_runs import (
+    FACES,
     ForkedRun,
     assert_kills_change_nothing,
     losses,
@@ -65,30 +65,19 @@ def run_two(calls: list[list[str]], stage: int = 2, begin: Callable[[], None] = 
         ForkedRun(calls, 2, begin).finish()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What programs for photographs need."""
-    with working_folder(tmp_path_factory.mktemp("photos"), "TRAIN_DATA") as folder:
-        one = ["--max_train_steps", "1"]
-        run_programs([tiny("train_autoencoder", "autoencoder", *one), tiny("train_decoder", "decoder", *one)])
-        run_programs([tiny("cache_latents", "latents"), tiny("train_prior", "prior", *one)])
-        return folder / "runs"
-
-
 @pytest.fixture
-def photos(runs: Path, tmp_path: Path) -> Iterator[Path]:
-    """A working folder with it."""
+def photos(photo_runs: Path, tmp_path: Path) -> Iterator[Path]:
+    """A working folder with what programs for photographs need."""
     with working_folder(tmp_path, "TRAIN_DATA") as folder:
-        shutil.copytree(runs, folder / "runs")
+        (folder / "runs").symlink_to(photo_runs)
         yield folder
 
 
 @pytest.fixture
-def faces(tmp_path: Path) -> Iterator[Path]:
+def faces(face_runs: Path, tmp_path: Path) -> Iterator[Path]:
     """A working folder with what programs for faces need."""
-    with working_folder(tmp_path, "TRAIN_FACES", height=32, width=32, distance_px=8) as folder:
-        run_programs([tiny("start_vqgan", "start_vqgan"), tiny("train_vqgan", "vqgan")])
-        run_programs([tiny("train_codeformer", "codeformer_stage2")])
+    with working_folder(tmp_path, "TRAIN_FACES", **FACES) as folder:
+        (folder / "runs").symlink_to(face_runs)
         yield folder
 
 
@@ -131,7 +120,7 @@ def test_a_discriminator_of_adapted_weight_trains_as_by_ddp(program: str, config
 def test_two_processes_killed_twice_end_as_if_they_had_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHARED.items():
         monkeypatch.setenv(name, value)
-    assert_kills_change_nothing(tiny("train_decoder", "decoder"), "vae", processes=2, kills=2, begin=over_gloo)
+    assert_kills_change_nothing(tiny("train_decoder", "decoder"), "vae", processes=2, begin=over_gloo)
 
 
 @pytest.mark.usefixtures("photos")

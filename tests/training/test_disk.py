@@ -11,9 +11,9 @@ from stablesr_kit.errors import OutputError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.run.networks import save_network
 from stablesr_kit.training.run.records import StepRecords, read_records
+from stablesr_kit.training.run.run import LogFile
 from stablesr_kit.training.run.state import whole_checkpoints
 from stablesr_kit.training.run.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
-from stablesr_kit.training.run.writing import LogFile
 from stablesr_kit.training.small.autoencoder import build_small_autoencoder
 from tests.helpers.file_limits import files_end_at
 from tests.helpers.photo_files import save_photos
@@ -39,7 +39,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_whole_one(
         assert f"{run}/checkpoint-4" in line and "cannot be written" in line and "MB are free there" in line
         assert "goes on from the last whole checkpoint" in line
         assert whole_checkpoints(run) == [run / "checkpoint-2"]
-        assert not list(run.rglob("*.unfinished"))
+        assert not list(run.rglob("*.part"))
     run_program(*call, "--max_train_steps", "4")
     assert run / "checkpoint-4" in whole_checkpoints(run)
     assert [record["step"] for record in read_records(run / "losses.jsonl")] == [1, 2, 3, 4]

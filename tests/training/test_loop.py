@@ -16,7 +16,8 @@ from stablesr_kit.models.feature_wrapping import (
 from stablesr_kit.training.data.batches import SampleDraws, SharedBatches, make_loader
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops
 from stablesr_kit.training.data.options import PhotoOptions
-from stablesr_kit.training.run.config import RunConfig, load_config
+from stablesr_kit.training.run.command_line import load_config
+from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.optimizers import learning_rate_schedule
 from stablesr_kit.training.run.records import StepRecords
 from stablesr_kit.training.small.autoencoder import build_small_autoencoder, fold_latent_statistics, start_fusion_silent
@@ -54,10 +55,10 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path: Path) -> None:
     [
         (["--learnin_rate", "1"], "did you mean 'learning_rate'"),
         (["--output_dir", "out"], "max_train_steps must be given"),
-        (["--output_dir", "out", "--max_train_steps", "many"], "max_train_steps='many' must be int"),
+        (["--output_dir", "out", "--max_train_steps", "many"], "max_train_steps=many must be int"),
         (["--output_dir", "out", "--max_train_steps", "0"], "at least 1"),
         (["--output_dir", "out", "--max_train_steps", "1", "--small_photos", "crop"], "must be skip or pad"),
-        (["--output_dir", "out", "--max_train_steps", "1", "--scales", "many"], "scales='many' must be float"),
+        (["--output_dir", "out", "--max_train_steps", "1", "--scales", "many"], "scales=many must be a list of float"),
         (["--output_dir"], "needs a value"),
         (["output_dir"], "expected --key value"),
     ],

@@ -1,7 +1,9 @@
 """A program takes the options it uses, and no others."""
 
 import importlib.util
+import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ from accelerate.state import AcceleratorState
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.losses.denoising import DenoisingOptions, enable_xformers
-from stablesr_kit.training.run.config import ProgramConfig, RunConfig, load_config
+from stablesr_kit.training.run.command_line import load_config
+from stablesr_kit.training.run.config import ProgramConfig, RunConfig
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small.unet import build_small_unet
 from tests.helpers.photo_files import save_photos
-from tests.helpers.training_runs import ROOT, run_program
+from tests.helpers.training_runs import ROOT, run_program, tiny
+
+PROGRAMS = sorted(file.stem for file in (ROOT / "training").glob("*.py"))
 
 UNUSED = {
     "train_autoencoder": ("use_usm", "lq_data_dir", "degradations", "pair_queue_size"),
@@ -32,6 +37,31 @@ def options_of(program: str) -> type[ProgramConfig]:
     own = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, ProgramConfig)]
     (kind,) = [kind for kind in own if kind.__module__ == "options"]
     return kind
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_describes_every_option(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit, match="0"):
+        run_program(program, "--help")
+    _, *parts = re.split(r"^  --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    told = {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    assert set(told) == {"config", *(field.name for field in fields(options_of(program)))}
+    for name, text in told.items():
+        assert re.match(r"\S+ [A-Z].*[a-z].*\((type|default|required)", text), (
+            name,
+            text,
+        )  # a value, a sentence, a type
+
+
+def test_help_shows_the_values_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run_program(*tiny("train_prior", "prior", "--help"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "null builds an untrained one. (type: str | null, default: null)" in told
+    assert "Widths of an untrained UNet. (type: tuple[int, ...] | int, default: (16, 32, 32))" in told
 
 
 @pytest.mark.parametrize("program", UNUSED)

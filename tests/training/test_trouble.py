@@ -79,7 +79,7 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_the_last_whole_one_is_taken(
     network = cut / "checkpoint-6" / "vae" / "diffusion_pytorch_model.safetensors"
     network.write_bytes(network.read_bytes()[:-100])
     (cut / "checkpoint-4" / "optimizer.bin").unlink()
-    (cut / "checkpoint-8.unfinished").mkdir()
+    (cut / ".checkpoint-8.part").mkdir()
     train("cut", *SIX_STEPS)
     for step in (4, 6):
         assert f"cut/checkpoint-{step} was cut off while it was written and is ignored" in caplog.text
@@ -87,6 +87,18 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_the_last_whole_one_is_taken(
     assert (cut / "losses.jsonl").read_text() == Path("whole/losses.jsonl").read_text()
     for name in ("vae", "checkpoint-6/vae", "checkpoint-6/vae_ema"):
         assert worst_difference(cut / name, Path("whole") / name) == 0
+
+
+def test_options_that_were_changed_since_the_checkpoint_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    shutil.copytree("whole", "changed")
+    train("changed", *SIX_STEPS)
+    assert "resumed changed/checkpoint-6 of 6 steps" in caplog.text and "other options" not in caplog.text
+    train("changed", *SIX_STEPS, "--learning_rate", "2e-3", "--logging_steps", "1")
+    assert (
+        "changed/checkpoint-6 was written with other options: learning_rate is 0.002, was 0.001; "
+        "logging_steps is 1, was 2" in caplog.text
+    )
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_shape(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +136,8 @@ def test_folders_without_a_picture_to_train_on_are_one_line(capsys: pytest.Captu
     ("flags", "message"),
     [
         (["--learnig_rate", "1"], "did you mean 'learning_rate'"),
-        (["--train_batch_size", "many"], "train_batch_size='many' must be int"),
-        (["--mixed_precision", "fp8"], "must be no, fp16 or bf16"),
+        (["--train_batch_size", "many"], "train_batch_size=many must be int"),
+        (["--mixed_precision", "fp8"], "must be auto, no, fp16 or bf16"),
         (["--lr_scheduler", "linaer"], "lr_scheduler='linaer' is unknown; use one of"),
         (["--resume_from_checkpoint", "whole"], "is no whole checkpoint; give latest, null, or"),
         (["--train_data_dir", "[]"], "no photographs given"),

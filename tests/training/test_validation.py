@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from stablesr_kit.training.run.validation import (
 )
 from stablesr_kit.training.small.autoencoder import build_small_autoencoder
 from tests.helpers.photo_files import photo, save_photos
-from tests.helpers.training_runs import ROOT, run_program, run_programs
+from tests.helpers.training_runs import run_program, tiny, working_folder
 
 PROGRAMS = {
     "train_autoencoder": ("autoencoder", "vae", ["--validation_hq_dir", "held/hq"]),
@@ -44,40 +45,20 @@ PROGRAMS = {
 """Programs that validate: the name of their tiny config, that of their result, and what they validate with."""
 
 
-def tiny(program: str, config: str, *flags: str) -> list[str]:
-    return [program, "--config", str(ROOT / "configs" / "tiny" / f"{config}.yaml"), *flags]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(photo_runs: Path, face_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder, with what every program needs from the ones before it."""
-    folder = tmp_path_factory.mktemp("validation")
-    photos, faces = save_photos(folder / "photos", 2, 80, 96), save_photos(folder / "faces", 2, 32, 32)
-    save_photos(folder / "held" / "hq", 2, 64, 48)
-    save_photos(folder / "held" / "faces", 2, 32, 32)
-    (folder / "held" / "lq").mkdir()
-    for number in range(2):
-        photo(number, 64, 48).reduce(4).save(folder / "held" / "lq" / f"{number:03d}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TRAIN_DATA", str(photos))
-        patch.setenv("TRAIN_FACES", str(faces))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        run_programs(
-            [
-                tiny("train_autoencoder", "autoencoder", "--max_train_steps", "2"),
-                tiny("cache_latents", "latents"),
-                tiny("train_prior", "prior", "--max_train_steps", "2"),
-                tiny("train_stablesr", "stablesr"),
-                tiny("assemble_pipeline", "pipeline"),
-                tiny("generate_cfw_data", "cfw_data"),
-                tiny("train_vqgan", "vqgan", "--max_train_steps", "3"),
-                tiny("train_codeformer", "codeformer_stage2", "--max_train_steps", "2"),
-            ]
-        )
-        yield folder
-        torch.set_num_threads(threads)
+    with working_folder(tmp_path_factory.mktemp("validation"), "TRAIN_DATA") as folder:
+        shutil.copytree(photo_runs, folder / "runs")
+        shutil.copytree(face_runs, folder / "runs", dirs_exist_ok=True)
+        save_photos(folder / "held" / "hq", 2, 64, 48)
+        faces = save_photos(folder / "held" / "faces", 2, 32, 32)
+        (folder / "held" / "lq").mkdir()
+        for number in range(2):
+            photo(number, 64, 48).reduce(4).save(folder / "held" / "lq" / f"{number:03d}.png")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRAIN_FACES", str(faces))
+            yield folder
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from stablesr_kit.faces.detect.suppression import suppress
-from stablesr_kit.faces.face import Box, Face, Points
+from stablesr_kit.faces.face import Box, Face, Points, suppress
 
 WINDOW_PX = 12
 STRIDE_PX = 2

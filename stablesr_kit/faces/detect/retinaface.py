@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablesr_kit.errors import CheckpointError, ConfigError
-from stablesr_kit.faces.detect.rows import detection_size, faces_from_rows
-from stablesr_kit.faces.detect.suppression import suppress
-from stablesr_kit.faces.face import Face
+from stablesr_kit.faces.face import Face, detection_size, faces_from_rows, suppress
 
 Backbone = Literal["resnet50", "mobile0.25"]
 

@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.faces.detect.rows import faces_from_rows
-from stablesr_kit.faces.face import Face
+from stablesr_kit.faces.face import Face, faces_from_rows
 
 
 class YuNetDetector:

@@ -5,8 +5,15 @@ work in [0, 1], and say so.
 """
 
 from stablesr_kit.imaging.degradations.classical import ClassicalConfig
-from stablesr_kit.imaging.degradations.pipeline import Pair, degrade, make_pair
-from stablesr_kit.imaging.degradations.presets import DESCRIPTIONS, PRESETS, DegradationConfig, find_preset
+from stablesr_kit.imaging.degradations.pairs import (
+    DESCRIPTIONS,
+    PRESETS,
+    DegradationConfig,
+    Pair,
+    degrade,
+    find_preset,
+    make_pair,
+)
 from stablesr_kit.imaging.degradations.second_order import BlurConfig, NoiseConfig, PassConfig, SecondOrderConfig
 
 __all__ = [

@@ -13,20 +13,32 @@ import torch
 from torch import Generator, Tensor
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.degradations.checks import check_odd_sizes, check_probability, check_span
-from stablesr_kit.imaging.degradations.draws import Span, chance, odd_size, pick, uniform, uniform_each
-from stablesr_kit.imaging.degradations.filtering import filter2d
-from stablesr_kit.imaging.degradations.jpeg import jpeg
-from stablesr_kit.imaging.degradations.kernels import (
+from stablesr_kit.imaging.degradations.draws import (
+    Span,
+    add_gaussian_noise,
+    add_poisson_noise,
+    chance,
+    check_odd_sizes,
+    check_probability,
+    check_span,
+    odd_size,
+    pick,
+    uniform,
+    uniform_each,
+)
+from stablesr_kit.imaging.degradations.filtering import (
+    RESIZE_MODES,
     delta_kernel,
+    filter2d,
     gaussian_kernel,
     generalised_gaussian_kernel,
     pad_kernel,
     plateau_kernel,
+    rescale,
+    resize,
     sinc_kernel,
 )
-from stablesr_kit.imaging.degradations.noise import add_gaussian_noise, add_poisson_noise
-from stablesr_kit.imaging.degradations.resizing import RESIZE_MODES, rescale, resize
+from stablesr_kit.imaging.degradations.jpeg import jpeg
 
 
 @dataclass(frozen=True, kw_only=True)

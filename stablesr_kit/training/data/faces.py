@@ -21,13 +21,10 @@ from stablesr_kit.training.data.options import DegradedPhotoOptions, PhotoOption
 from stablesr_kit.training.data.pairs import Mixture
 from stablesr_kit.training.data.sources import FolderPhotos
 
-KINDS = {False: "orig", True: "hflip"}
-"""Whether a face is mirrored -> what its codes are called after its name."""
-
 
 def codes_key(path: Path, folder: str | Path, is_mirrored: bool) -> str:
     """What the codes of a face of this folder are called in the file."""
-    return f"{path.relative_to(folder).with_suffix('')}/{KINDS[is_mirrored]}"
+    return f"{path.relative_to(folder).with_suffix('')}/{'hflip' if is_mirrored else 'orig'}"
 
 
 class StoredCodes:

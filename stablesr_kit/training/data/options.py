@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.data.shards import ShardPhotos
@@ -17,7 +18,7 @@ class PhotoOptions(CheckedOptions):
     """
 
     train_data_dir: tuple[str, ...] = ()
-    """Folders of photographs; what lies in folders below them counts too."""
+    """Folders of photographs, searched recursively."""
     dataset_name: str | None = None
     """Hugging Face dataset: a folder of save_to_disk, a folder of pictures or parquet files, or a repository."""
     dataset_config_name: str | None = None
@@ -40,8 +41,8 @@ class PhotoOptions(CheckedOptions):
     """Photographs of smaller files are passed over, since they are compressed too much; StableSR: 102400."""
     resolution: int = 512
     """Side of the square crops in px."""
-    small_photos: str = "skip"
-    """What becomes of photographs smaller than a crop: skip, or pad by reflection as StableSR does."""
+    small_photos: Literal["skip", "pad"] = "skip"
+    """What happens to photographs smaller than a crop; pad reflects them, as StableSR does."""
     random_flip: bool = True
     """Whether crops are mirrored at random."""
     random_rotation: bool = False
@@ -51,8 +52,6 @@ class PhotoOptions(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.small_photos not in ("skip", "pad"):
-            raise ConfigError(f"small_photos={self.small_photos!r} must be skip or pad")
         if self.resolution < 1:
             raise ConfigError(f"resolution={self.resolution} must be at least 1")
         if not self.photo_scales or min(self.photo_scales) <= 0:
@@ -61,7 +60,7 @@ class PhotoOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DegradedPhotoOptions(PhotoOptions):
-    """Options of programs that degrade photographs by themselves."""
+    """Options of programs that degrade photographs on the fly."""
 
     degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-512": 1.0})
     """Names of degradations and how often each is drawn (`stablesr degrade --list`)."""
@@ -73,14 +72,14 @@ class DegradedPhotoOptions(PhotoOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(DegradedPhotoOptions):
-    """Options of programs that train on pairs: of photographs that are degraded, or as the pairs come."""
+    """Options of programs that train on pairs, given ones or photographs degraded on the fly."""
 
     lq_data_dir: str | None = None
-    """Folder of their damaged versions under the same relative names; None degrades the photographs instead."""
+    """Folder of the damaged versions under the same relative names; None degrades the photographs instead."""
     lq_name_ending: str = ""
-    """What the names in lq_data_dir have more than those of the photographs, such as x4 in 0001x4.png."""
+    """Ending of the names in lq_data_dir, such as x4 where 0001x4.png belongs to 0001.png."""
     conditioning_image_column: str | None = None
-    """Column of their damaged versions; None degrades the photographs instead."""
+    """Column of the damaged versions; None degrades the photographs instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,11 +23,11 @@ from stablesr_kit.training.data.pairs import Mixture
 
 @dataclass(frozen=True, kw_only=True)
 class PairQueueOptions(PairOptions):
-    """Options of a program that can degrade whole batches, and mix them."""
+    """StableSR's queue of pairs."""
 
     pair_queue_size: int = 0
-    """Pairs kept to mix batches (StableSR: 180), whose pictures are then degraded together, on the device of the run,
-    and share some draws; 0 degrades every picture for itself in the loader."""
+    """Pairs in the queue, which mixes batches (StableSR: 180). Pictures are then degraded in batches on the device of
+    the run, and a batch shares some random draws. 0: no queue, every picture is degraded for itself in the loader."""
 
 
 class PairQueue:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair, find_preset, make_pair
-from stablesr_kit.imaging.degradations.resizing import resize
+from stablesr_kit.imaging.degradations.filtering import resize
 from stablesr_kit.seeds import stream
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.training.data.batches import Share

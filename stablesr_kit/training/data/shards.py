@@ -24,7 +24,7 @@ import fsspec
 from filelock import FileLock
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.files import READ_SUFFIXES
+from stablesr_kit.imaging.formats import SUFFIXES
 from stablesr_kit.training.data.sources import StoredPhoto
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def samples_of(path: Path) -> tuple[Sample, ...]:
                 for entry in tar:
                     parent, name = os.path.split(entry.name)
                     key, _, suffix = name.partition(".")
-                    if entry.isfile() and f".{suffix.rpartition('.')[2]}".lower() in READ_SUFFIXES:
+                    if entry.isfile() and f".{suffix.rpartition('.')[2]}".lower() in SUFFIXES:
                         members.setdefault(f"{parent}/{key}", {})[suffix] = Member(entry.offset_data, entry.size)
             except tarfile.ReadError as error:
                 logger.warning("%s is cut short after %d samples: %s", path, len(members), error)

@@ -2,16 +2,16 @@
 
 import fnmatch
 import logging
-import os
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.files import MAX_PIXELS, READ_FORMATS, READ_SUFFIXES, as_picture, read_picture
+from stablesr_kit.imaging.finding import find_pictures
+from stablesr_kit.imaging.formats import SUFFIXES
+from stablesr_kit.imaging.reading import read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -88,20 +88,9 @@ class FolderPhotos:
 
 def list_photos(folder: str | Path) -> list[Path]:
     """Pictures in the folder and below it, sorted; links are followed, hidden files left out. Raises ImageError."""
-    if not Path(folder).is_dir():
-        raise ImageError(f"{folder}: no such folder; give the folder of the photographs")
-
-    def stop(error: OSError) -> None:
-        raise ImageError(f"{error.filename}: the folder cannot be listed ({error.strerror})") from error
-
-    found = sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, onerror=stop, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in READ_SUFFIXES and not name.startswith(".")
-    )
+    found = find_pictures(Path(folder)).pictures
     if not found:
-        raise ImageError(f"{folder}: no picture in this folder; expected {', '.join(sorted(READ_SUFFIXES))}")
+        raise ImageError(f"{folder}: no picture in this folder; expected {', '.join(sorted(SUFFIXES))}")
     return found
 
 
@@ -193,18 +182,7 @@ def _load_dataset(place: str, name: str | None, split: str) -> Any:
 
 def decode(stored: Path | bytes) -> Image.Image:
     """The picture, mode RGB, upright, 8 bits. Raises ImageError for anything that is not a whole picture."""
-    if isinstance(stored, Path):
-        return read_picture(stored).rgb
-    try:
-        with Image.open(BytesIO(stored), formats=READ_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-            image.load()
-            return as_picture(image).rgb
-    except ImageError:
-        raise
-    except Exception as error:  # decoders meet broken data with all kinds of exceptions
-        raise ImageError(f"truncated or damaged ({error})") from error
+    return read_picture(stored).rgb
 
 
 def some_of(names: Iterable[str], most: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""The discriminator beside a decoder: its options, its own step, and what the decoder is told."""
+"""Discriminators that are trained beside a network: their options, their own loss, and the network's."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from stablesr_kit.training.run.run import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialOptions:
-    """Options of a program that trains against a discriminator."""
+    """The discriminator."""
 
     adversarial_weight: float = 0.0
     """Weight of the generator's loss against the discriminator; with feature_matching_weight 0 too, there is none."""
@@ -85,7 +85,7 @@ class Adversary:
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANAdversaryOptions:
-    """Options of a program that trains against CodeFormer's discriminator."""
+    """CodeFormer's discriminator."""
 
     adversarial_weight: float = 0.0
     """Weight of the adversarial loss once it pulls as hard as the reconstruction loss; 0: there is no discriminator."""

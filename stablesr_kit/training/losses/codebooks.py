@@ -1,10 +1,13 @@
-"""Keeping a codebook in use: codes that no latent is near to never learn, and most of a random codebook is such."""
+"""Codebooks: the losses of predicting codes, and how all codes are kept in use.
+
+A code that no latent is near never learns, and most codes of a random codebook are such."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -13,7 +16,7 @@ from stablesr_kit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookOptions:
-    """Options of programs that train a codebook."""
+    """How the codebook is kept in use."""
 
     codebook_fit_steps: tuple[int, ...] = ()
     """Steps before which the codebook is fitted to latents of the data by k-means."""
@@ -32,11 +35,11 @@ def refresh_codebook(
     """Where the options say so, fit the codebook to latents, or move its dead codes onto them.
 
     find_latents: latents (N, C) of a number of pictures. What happens is a function of them, the codebook and the step,
-    so that processes that are given the same do the same. Raises ConfigError where they share out the codebook (FSDP).
+    so that processes that are given the same do the same. Raises ConfigError where FSDP shards the codebook.
     """
     if isinstance(codebook.weight, DTensor) and (options.codebook_fit_steps or options.codebook_revival_steps):
         raise ConfigError(
-            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shares out; "
+            "codebook_fit_steps and codebook_revival_steps need the whole network, which FSDP shards; "
             "use configs/accelerate/eight_gpus.yaml, or leave them out"
         )
     is_fitted = step in options.codebook_fit_steps
@@ -84,4 +87,4 @@ def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
 
 def code_token_loss(logits: Tensor, indices: Tensor) -> Tensor:
     """Mean cross-entropy of the codes' numbers, indices (B, tokens), under logits (B, tokens, codebook size)."""
-    return F.cross_entropy(logits.float().transpose(1, 2), indices)
+    return F.cross_entropy(rearrange(logits.float(), "b tokens codes -> b codes tokens"), indices)

@@ -1,4 +1,4 @@
-"""The loss of a denoiser: hide a latent in noise, compare what the network says with what it should have said."""
+"""Training a denoiser: noised latents, what the network should predict for them, and the loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from stablesr_kit.training.data.batches import SampleDraws
 
 
 class Noised(NamedTuple):
-    """What the denoiser is given and what it should answer, both (B, C, h, w)."""
+    """A noised latent and the prediction target, both (B, C, h, w)."""
 
     x: Tensor
     target: Tensor
@@ -55,13 +55,13 @@ def denoising_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingOptions:
-    """Options of a program that trains by denoising."""
+    """Noise and loss of a diffusion model."""
 
     stratified_timesteps: bool = True
     """Draw one timestep from each of as many equal parts of the schedule as a step has samples: less noise in the loss
     than with timesteps drawn independently."""
     snr_gamma: float | None = None
-    """Weigh a sample's loss by min(SNR, gamma) in units of the prediction's own (Hang et al. 2023); 5 is usual, None
+    """Weigh a sample's loss by min(SNR, gamma) in units of the prediction's own (Hang et al. 2023); 5 is usual; None
     weighs all alike."""
     enable_xformers_memory_efficient_attention: bool = False
     """Compute attention with xformers, on GPUs; torch's own is as lean wherever it has a kernel for the GPU."""
@@ -97,7 +97,7 @@ def noise_schedule(prediction_type: str) -> DDPMScheduler:
 
 
 class DenoisingTask(NamedTuple):
-    """Latents under noise, and what a network should say of them."""
+    """Noised latents, and the targets of the prediction."""
 
     x: Tensor
     """Noised latent, (B, C, h, w)."""

@@ -1,9 +1,10 @@
 """Perceptual losses: how differently a classifier sees two pictures. They are never built on random weights."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.spaces import image_to_unit
+from stablesr_kit.training.data.batches import SampleDraws
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("none", "vgg", "lpips")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -22,9 +23,9 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualOptions:
-    """Options of programs that can train with a perceptual loss."""
+    """The perceptual loss."""
 
-    perceptual: str = "none"
+    perceptual: Literal["none", "vgg", "lpips"] = "none"
     """The perceptual loss: vgg (feature reconstruction, Johnson et al. 2016), lpips (Zhang et al. 2018) or none."""
     perceptual_weights: str | None = None
     """File of VGG-16's ImageNet weights as torchvision saves them; None takes torchvision's cache, or fetches it."""
@@ -35,11 +36,9 @@ class PerceptualOptions:
 def load_perceptual_loss(options: PerceptualOptions) -> "FeatureReconstruction | LPIPS | None":
     """The frozen network of the options, whose call (image, target) gives a scalar; None for "none". The log says so.
 
-    Raises ConfigError for another name or where torchvision or lpips is missing, CheckpointError where the real
+    Raises ConfigError where torchvision or lpips is missing, CheckpointError where the real
     weights cannot be had.
     """
-    if options.perceptual not in KINDS:
-        raise ConfigError(f"perceptual={options.perceptual!r} must be one of {', '.join(KINDS)}")
     if options.perceptual == "none":
         logger.info("trains without a perceptual loss (perceptual: none)")
         return None
@@ -145,10 +144,34 @@ class LPIPS(nn.Module):
         return self.network(image, target).mean()
 
 
+def shifted(pictures: Sequence[Tensor], draws: SampleDraws, most_px: int) -> list[Tensor]:
+    """The same part of every picture (B, 3, H, W), smaller by most_px, from a random place and flipped at random.
+
+    A network that halves its input four times sees patterns of few pixels differently at each place: what is to look
+    right at every place cannot hide one from it.
+    """
+    tops, lefts = ((draws.uniform() * (most_px + 1)).int().tolist() for _ in range(2))
+    flips = [
+        [axis for axis, is_flipped in zip((-2, -1), pair, strict=True) if is_flipped]
+        for pair in zip(*((draws.uniform() < 0.5).tolist() for _ in range(2)), strict=True)
+    ]
+
+    def part(image: Tensor, top: int, left: int, axes: list[int]) -> Tensor:
+        height, width = (side - most_px for side in image.shape[-2:])
+        return image[..., top : top + height, left : left + width].flip(axes)
+
+    return [
+        torch.stack([part(*place) for place in zip(images, tops, lefts, flips, strict=True)]).contiguous(
+            memory_format=torch.channels_last
+        )
+        for images in pictures
+    ]
+
+
 def imagenet_normalised(image: Tensor) -> Tensor:
     """A picture (B, 3, H, W) in [-1, 1] with the mean and deviation that ImageNet classifiers expect."""
     mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-    return ((image + 1) / 2 - mean) / deviation
+    return (image_to_unit(image) - mean) / deviation
 
 
 def _vgg16_features() -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""What a run has made, on the Hugging Face hub: the login is checked before the run, the upload comes at its end."""
+"""Upload of the results to the Hugging Face hub: the login is checked before training, the upload comes at the end."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from stablesr_kit.errors import ConfigError, OutputError
 from stablesr_kit.training.run.config import RunConfig
 
-LEFT_OUT = ("checkpoint-*", "diverged-*", "*.unfinished", "logs/wandb*", ".*")
-"""Patterns of what stays where it is: what only this run can go on from, and what is half written."""
+LEFT_OUT = ("checkpoint-*", "diverged-*", "logs/wandb*", ".*")
+"""Files that are not uploaded: checkpoints, which only this run resumes from, and files that are half written."""
 
 
 def open_repository(config: RunConfig) -> str:
-    """The repository that the options name, made if there is none: OWNER/NAME.
+    """OWNER/NAME of the repository that the options name; it is created if it does not exist.
 
     Raises ConfigError where nobody is logged in, or the hub cannot be reached or refuses.
     """

@@ -1,8 +1,8 @@
-"""Networks in training as folders that diffusers loads, and back, also where processes share their parameters."""
+"""Networks that a run trains: how they are saved as diffusers folders, averaged and loaded, under FSDP too."""
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.optim import Optimizer
 
 from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.storage import replacing_folder
 from stablesr_kit.training.run.config import CheckedOptions
-from stablesr_kit.training.run.writing import replacing_folder
 from stablesr_kit.training.run.zero import ZeroOptimizer
 
 Network = TypeVar("Network", bound=ModelMixin)
+
+
+class Weights(nn.Module):
+    """Some of a network's weights under the names they have there."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            holder: nn.Module = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(holder, step):
+                    holder.add_module(step, nn.Module())
+                holder = getattr(holder, step)
+            holder.register_parameter(last, nn.Parameter(weight.detach(), requires_grad=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +54,30 @@ class SavedPart:
     """The part without its weights, on the meta device."""
 
     @classmethod
-    def of(cls, network: nn.Module, name: str, path: str) -> Self:
-        """The part of a network that no process has taken over yet."""
-        return cls(name=name, path=path, blueprint=copy.deepcopy(network.get_submodule(path)).to("meta"))
+    def of(cls, network: nn.Module, name: str, path: str, *, only_trained: bool = False) -> Self:
+        """The part of a network that accelerate has not prepared yet; only_trained: what of it requires gradients."""
+        part = network.get_submodule(path)
+        if only_trained:
+            trained = {name: weight for name, weight in part.named_parameters() if weight.requires_grad}
+            return cls(name=name, path=path, blueprint=Weights(trained).to("meta"))
+        return cls(name=name, path=path, blueprint=copy.deepcopy(part).to("meta"))
 
     def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
         """A copy of the part as it is now; None off the main process. Every process must call it."""
-        state = accelerator.get_state_dict(prepared)
-        if not accelerator.is_main_process:
+        state = self._state(accelerator, prepared)
+        if state is None:
             return None
-        prefix = self.path and f"{self.path}."
         copied = copy.deepcopy(self.blueprint)
-        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        copied.load_state_dict({name: tensor.detach().clone() for name, tensor in own.items()}, assign=True)
+        copied.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         return copied
+
+    def write(self, accelerator: Accelerator, prepared: nn.Module, folder: Path) -> None:
+        """Write the part as it is now; the main process does. Every process must call it."""
+        state = self._state(accelerator, prepared)
+        if state is not None:
+            self.blueprint.load_state_dict(state, assign=True)  # shares the weights, for this moment
+            _write(self.blueprint, folder)
+            self.blueprint.to("meta")
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """Weights of a saved part by their names in the whole network.
@@ -71,26 +96,42 @@ class SavedPart:
         prefix = self.path and f"{self.path}."
         return {prefix + name: tensor for name, tensor in state.items()}
 
+    def _state(self, accelerator: Accelerator, prepared: nn.Module) -> dict[str, Tensor] | None:
+        """The weights by their names in the part, shared with the network where that is possible."""
+        state = accelerator.get_state_dict(prepared)
+        if not accelerator.is_main_process:
+            return None
+        prefix = self.path and f"{self.path}."
+        return {name: state[prefix + name].detach() for name in self.blueprint.state_dict()}
+
 
 def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
-    """Put the weights of folder/NAME + suffix of every part into the network; what is no part of it stays."""
+    """Load folder/NAME + suffix of every part into the network; other weights stay as they are."""
     state: dict[str, Any] = {}
     for part in parts:
         state |= part.read(folder / (part.name + suffix))
     set_model_state_dict(prepared, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a network to a folder that appears whole; one without a config as its weights alone.
+def save_network(network: nn.Module | DiffusionPipeline, folder: Path) -> None:
+    """Write a network to a folder that appears whole; one without a config as its weights alone, a pipeline in float16.
 
     Raises OutputError; what was there before is then still there.
     """
-    with replacing_folder(folder) as beside:
-        if isinstance(network, ModelMixin):
-            network.save_pretrained(beside)
-        else:
-            state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-            save_file(state, beside / SAFETENSORS_WEIGHTS_NAME)
+    if isinstance(network, DiffusionPipeline):
+        save_small_pipeline(network, folder)
+        return
+    with replacing_folder(folder) as part:
+        _write(network, part)
+
+
+def _write(network: nn.Module, folder: Path) -> None:
+    if isinstance(network, ModelMixin):
+        network.save_pretrained(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -98,9 +139,9 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
     Raises OutputError; what was there before is then still there.
     """
-    with replacing_folder(folder) as beside:
-        pipeline.to(torch.float16).save_pretrained(beside)
-        for file in beside.glob("*/config.json"):
+    with replacing_folder(folder) as part:
+        pipeline.to(torch.float16).save_pretrained(part)
+        for file in part.glob("*/config.json"):
             options = json.loads(file.read_text())
             options.pop("_name_or_path", None)
             file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
@@ -119,8 +160,8 @@ def load_network(kind: type[Network], folder: str, option: str) -> Network:
     return network
 
 
-def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
-    """Change a network that FSDP is about to share out so that it can, and so that loops may call what is frozen."""
+def prepare_for_fsdp(network: nn.Module, accelerator: Accelerator) -> None:
+    """Prepare a network for FSDP; frozen modules stay whole in every process, so that loops may call them."""
     network.to(accelerator.device)
     network.to(memory_format=torch.contiguous_format)
     frozen = [part for part in network.modules() if not any(weight.requires_grad for weight in part.parameters())]
@@ -129,16 +170,16 @@ def make_shareable(network: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """For the forward passes in the context, a network that was prepared is not trained, and waits for no gradients.
+    """Within the context, forward passes of a prepared network give it no gradients, and DDP waits for none.
 
-    It must be called as it was prepared, or its parameters are not there where processes share them.
+    It must be called as it was prepared, or FSDP has not gathered its parameters.
     """
     parameters = list(network.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
     with accelerator.no_sync(network):
         yield
-    # those it has now are others where processes share them: whole ones, until the next backward pass
+    # under FSDP its parameters are other objects now: whole ones, until the next backward pass
     for parameter in [*parameters, *network.parameters()]:
         parameter.requires_grad_(True)
 
@@ -148,7 +189,7 @@ class TrainedNetwork:
     """A network that the run steps. Every process must call the methods that copy, save or load."""
 
     parts: list[SavedPart]
-    """What of it checkpoints hold."""
+    """The parts that checkpoints hold."""
     prepared: nn.Module
     """The network as the loop must call it, so that its gradients are those of all processes."""
     optimizer: Optimizer | ZeroOptimizer
@@ -179,7 +220,7 @@ class TrainedNetwork:
             self.optimizer.save(folder, self.parts[0].name)
 
     def load(self, folder: Path, step: int) -> None:
-        """Take up what `save` has written after a step. Raises CheckpointError where it does not fit."""
+        """Load what `save` wrote after a step. Raises CheckpointError where it does not fit."""
         if self.ema is not None:
             load_parts(self.prepared, self.parts, folder, "_ema")
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters()]
@@ -190,13 +231,11 @@ class TrainedNetwork:
 
     def _save_parts(self, folder: Path, suffix: str, accelerator: Accelerator) -> None:
         for part in self.parts:
-            copied = part.copy_from(accelerator, self.prepared)
-            if copied is not None:
-                save_network(copied, folder / (part.name + suffix))
+            part.write(accelerator, self.prepared, folder / (part.name + suffix))
 
     @contextmanager
     def _averages_in(self) -> Iterator[None]:
-        """For the time of the context the network has its averaged weights."""
+        """Within the context the network has its averaged weights."""
         if self.ema is None:
             yield
             return
@@ -210,11 +249,11 @@ class TrainedNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolationOptions(CheckedOptions):
-    """How far the result goes from the network that the run started from."""
+    """Mixing the result with the network that the run started from."""
 
     trained_share: float = 1.0
-    """What is saved is this share of the trained network and the rest of the one it started from (network
-    interpolation, Wang et al. 2018, ESRGAN): between clean and textured."""
+    """Share of the trained network in the result; the rest is the network that the run started from (network
+    interpolation, Wang et al. 2018, ESRGAN). Between clean and textured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,6 +263,6 @@ class InterpolationOptions(CheckedOptions):
 
 @torch.no_grad()
 def interpolate(trained: nn.Module, first: nn.Module, options: InterpolationOptions) -> None:
-    """Make `trained` share * trained + (1 - share) * first, parameter by parameter; both have the same ones."""
+    """Set every parameter of `trained` to share * trained + (1 - share) * first, for networks of one class."""
     for parameter, before in zip(trained.parameters(), first.parameters(), strict=True):
         parameter.lerp_(before.to(parameter), 1 - options.trained_share)

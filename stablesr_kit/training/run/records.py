@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 
-from stablesr_kit.training.run.state import UNFINISHED
-from stablesr_kit.training.run.writing import writing
+from stablesr_kit.storage import replacing_file
+from stablesr_kit.training.run.state import writing
 
 
 class StepRecords:
@@ -20,10 +20,9 @@ class StepRecords:
     def __init__(self, file: Path, step: int) -> None:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         whole = [line for line in lines if line.endswith("}\n")]
-        beside = file.with_name(file.name + UNFINISHED)
         with writing(file):
-            beside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-            beside.rename(file)
+            with replacing_file(file) as part:
+                part.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
             # without a buffer, in which what cannot be written would wait and fail once more
             self.stream = FileIO(file, "a")
         self.file = file
@@ -43,7 +42,7 @@ class StepRecords:
         return means_of(recent)
 
     def close(self) -> None:
-        """Nothing can be added any more."""
+        """Close the file."""
         self.stream.close()
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,29 +26,42 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from stablesr_kit import storage
 from stablesr_kit.errors import CheckpointError, ConfigError, DivergenceError, OutputError
 from stablesr_kit.training.data.batches import SampleDraws, Share, SharedBatches, make_loader
 from stablesr_kit.training.run.card import model_card
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.hub import open_repository, upload
-from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, make_shareable, save_network
+from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, prepare_for_fsdp, save_network
 from stablesr_kit.training.run.optimizers import build_optimizer, learning_rate_schedule
 from stablesr_kit.training.run.records import StepRecords
 from stablesr_kit.training.run.state import (
-    UNFINISHED,
+    OPTIONS,
+    RESUMES,
+    changed_options,
     checkpoint_folder,
     find_checkpoint,
     prune,
     publish,
     seconds_of,
     step_of,
+    writing,
 )
 from stablesr_kit.training.run.trackers import find_trackers, show_pictures, start_trackers
 from stablesr_kit.training.run.validation import Example, Measure, Restore, Validation, ValidationOptions
-from stablesr_kit.training.run.writing import LogFile, writing
 from stablesr_kit.training.run.zero import SHARED_STATES, ZeroOptimizer, clip_shares, resting_groups, zero_stage
 
 logger = logging.getLogger(__name__)
+
+
+class LogFile(logging.FileHandler):
+    """A log that ends the run with OutputError when it cannot be written."""
+
+    def handleError(self, _record: logging.LogRecord) -> None:
+        """Raise OutputError in place of the error that is being handled."""
+        error = sys.exc_info()[1]
+        assert error is not None  # logging calls this while it handles one
+        raise storage.unwritable(Path(self.baseFilename), error, RESUMES) from error
 
 
 class TrainingRun:
@@ -74,11 +88,13 @@ class TrainingRun:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.some_rest = some_rest
-        self.zero_stage = zero_stage(config.mixed_precision)
+        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.precision = config.precision_on(gpu or torch.device("cpu"))
+        self.zero_stage = zero_stage(self.precision)
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # which is used without accelerate, see zero.py
             self.accelerator = Accelerator(
-                cpu=not torch.accelerator.is_available(),  # said aloud, so that several processes find each other there
-                mixed_precision=config.mixed_precision,
+                cpu=gpu is None,  # said aloud, so that several processes find each other there
+                mixed_precision=self.precision,
                 # as a plugin, or a value in the environment, which accelerate's configs set, would count instead
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
                 log_with=find_trackers(config.report_to) or None,
@@ -124,7 +140,7 @@ class TrainingRun:
     @property
     def frozen_dtype(self) -> torch.dtype:
         """Precision of the weights of networks that are not trained."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.mixed_precision, torch.float32)
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.float32)
 
     @property
     def is_first_batch_of_step(self) -> bool:
@@ -136,6 +152,7 @@ class TrainingRun:
         network: nn.Module,
         parts: Mapping[str, str],
         *,
+        only_trained: bool = False,
         learning_rate: float | None = None,
         betas: tuple[float, float] | None = None,
         weight_decay: float | None = None,
@@ -148,8 +165,9 @@ class TrainingRun:
         gathered where they share parameters.
 
         parts: what of it checkpoints hold, folder name -> name of the submodule, "" for the network itself.
-        learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
-        the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
+        only_trained: whether they hold nothing but what is trained. learning_rate: a constant one; None takes the
+        schedule of the options. betas, weight_decay: None takes those of the options. is_clipped: whether max_grad_norm
+        holds for it. average: whether its moving average is kept.
         """
         config = self.config
         peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
@@ -158,8 +176,8 @@ class TrainingRun:
         groups = resting_groups(network) if self.zero_stage is not None and self.some_rest else trained
         optimizer = build_optimizer(config, groups, betas=betas, weight_decay=weight_decay)
         if self.accelerator.is_fsdp2:
-            make_shareable(network, self.accelerator)
-        saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
+            prepare_for_fsdp(network, self.accelerator)
+        saved = [SavedPart.of(network, name, path, only_trained=only_trained) for name, path in parts.items()]
         if self.zero_stage is None:
             prepared, stepped = self.accelerator.prepare(network, optimizer)
         else:
@@ -185,9 +203,14 @@ class TrainingRun:
         return prepared
 
     def validate(
-        self, options: ValidationOptions, part: str, examples: Sequence[Example], restore: Restore, measure: Measure
+        self,
+        options: ValidationOptions,
+        part: str | Sequence[str],
+        examples: Sequence[Example],
+        restore: Restore,
+        measure: Measure,
     ) -> None:
-        """Have the averaged weights of a part make and measure pictures when the options say so.
+        """Have the averaged weights of a part, or of several, make and measure pictures when the options say so.
 
         Arguments as `Validation`. The main process makes them, the others wait; what training draws is not touched.
         """
@@ -329,6 +352,8 @@ class TrainingRun:
                 f"{folder} was written by DeepSpeed; resume it with configs/accelerate/deepspeed.yaml and as many "
                 "processes, or give another output_dir"
             )
+        if changed := changed_options(self.config, folder / OPTIONS):
+            logger.warning("%s was written with other options: %s", folder, "; ".join(changed))
         self.step, self.seconds = step_of(folder), seconds_of(folder)
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew
@@ -336,15 +361,16 @@ class TrainingRun:
 
     def _write_state(self, folder: Path) -> None:
         """The whole state as a folder that appears complete; every process must call it."""
-        unfinished = folder.with_name(folder.name + UNFINISHED)
+        part = storage.part_of(folder)
         try:
             with writing(folder):
-                self.accelerator.save_state(str(unfinished))
+                self.accelerator.save_state(str(part))
                 self.accelerator.wait_for_everyone()
                 if self.is_main:
-                    publish(unfinished, folder, self.step, self._seconds())
+                    self.config.save(part / OPTIONS)
+                    publish(part, folder, self.step, self._seconds())
         except OutputError:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
 
@@ -403,7 +429,8 @@ class TrainingRun:
             return
         if self.step % self.validation.every and self.step != self.config.max_train_steps:
             return
-        network = self.averaged(self.validation.part)
+        part = self.validation.part
+        network = self.averaged(part) if isinstance(part, str) else {name: self.averaged(name) for name in part}
         if self.is_main:
             metrics, pictures = self.validation.show(network, self.step)
             logger.info("step %d validation %s", self.step, " ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

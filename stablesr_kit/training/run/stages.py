@@ -1,13 +1,14 @@
 """Which stages of a chain of programs are finished, which go on, and which begin anew since they were changed."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.storage import replacing_file
+from stablesr_kit.training.run.command_line import expand_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Stage:
     @classmethod
     def of(cls, program: str, options: dict[str, Any]) -> Self:
         """options: as they are given, before defaults fill the rest."""
-        return cls(program=program, options=_expanded(options))
+        return cls(program=program, options=expand_variables(options))
 
     @property
     def trains(self) -> bool:
@@ -43,14 +44,14 @@ class BegunStage:
 
 
 class Continuation(NamedTuple):
-    """What becomes of every stage of a chain."""
+    """Which stages of a chain are skipped, resumed, or begin anew."""
 
     kept: list[BegunStage]
-    """Records of the first stages: those that are finished, and perhaps one to go on with."""
+    """The first stages: those that are finished, and perhaps one to resume."""
     reasons: dict[int, str]
     """Why each stage that was begun before begins anew, by its place in the chain from 0."""
     outdated: list[Path]
-    """Folders of checkpoints to put away first, or training would go on from them."""
+    """Folders of checkpoints to rename first, or training would resume from them."""
 
 
 def find_continuation(stages: Sequence[Stage], records: Sequence[BegunStage]) -> Continuation:
@@ -99,11 +100,10 @@ def read_journal(file: Path) -> list[BegunStage]:
 
 
 def write_journal(file: Path, records: Sequence[BegunStage]) -> None:
-    """Replace the journal; it appears whole."""
-    beside = file.with_name(file.name + ".unfinished")
+    """Replace the journal; it appears whole. Raises OutputError."""
     entries = [asdict(record.stage) | {"seconds": record.seconds} for record in records]
-    beside.write_text(json.dumps(entries, indent=1) + "\n")
-    beside.rename(file)
+    with replacing_file(file) as part:
+        part.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def put_away(folder: Path) -> Path:
@@ -112,13 +112,3 @@ def put_away(folder: Path) -> Path:
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     return folder.rename(aside)
-
-
-def _expanded(value: Any) -> Any:
-    if isinstance(value, str):
-        return os.path.expanduser(os.path.expandvars(value))
-    if isinstance(value, list):
-        return [_expanded(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _expanded(item) for key, item in value.items()}
-    return value

@@ -1,20 +1,34 @@
 """Checkpoint folders of a run: they appear whole or not at all, and a run goes on from the newest whole one."""
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import yaml
+
+from stablesr_kit import storage
 from stablesr_kit.errors import ConfigError
+from stablesr_kit.training.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 """Written last into a checkpoint: its step, the seconds it took, and the size of every file."""
 
-UNFINISHED = ".unfinished"
-"""Suffix of what is still being written."""
+OPTIONS = "config.yaml"
+"""The options that a checkpoint was written with."""
+
+RESUMES = "free space or choose another place; the same command then goes on from the last whole checkpoint"
+"""What to do where a file of a run cannot be written."""
+
+
+def writing(path: Path) -> AbstractContextManager[None]:
+    """While `path` is written, raise OutputError in place of every error that says it cannot be."""
+    return storage.writing(path, RESUMES)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -22,16 +36,15 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
-def publish(unfinished: Path, final: Path, step: int, seconds: float) -> None:
-    """Give a folder that is completely written its manifest and its final name, in place of what has that name.
+def publish(part: Path, folder: Path, step: int, seconds: float) -> None:
+    """Give a checkpoint that is completely written its manifest and its final name, in place of what has that name.
 
-    step, seconds: how many are behind the run.
+    step, seconds: how many are behind the run. Raises OutputError.
     """
-    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
-    (unfinished / MANIFEST).write_text(json.dumps({"step": step, "seconds": seconds, "files": sizes}, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(part)): path.stat().st_size for path in files}
+    (part / MANIFEST).write_text(json.dumps({"step": step, "seconds": seconds, "files": sizes}, indent=1) + "\n")
+    storage.publish(part, folder)
 
 
 def prune(output_dir: Path, keep: int) -> None:
@@ -85,3 +98,16 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
             f"resume_from_checkpoint={choice} is no whole checkpoint; give latest, null, or a checkpoint-STEP folder"
         )
     return folder
+
+
+def changed_options(config: RunConfig, file: Path) -> list[str]:
+    """How the options differ from those of a checkpoint, one text each; none where the checkpoint does not say.
+
+    Left out is where the run lies and where it goes on.
+    """
+    if not file.exists():
+        return []
+    before = yaml.safe_load(file.read_text())
+    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))
+    names = [name for name in now if name not in ("output_dir", "resume_from_checkpoint")]
+    return [f"{name} is {now[name]}, was {before.get(name)}" for name in names if now[name] != before.get(name)]

@@ -26,7 +26,7 @@ def find_trackers(report_to: str) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, step: int) -> None:
-    """Begin the trackers' run, or go on with it after a step: what it knows of later steps is superseded.
+    """Start the trackers' run, or resume it after a step; what it holds of later steps is replaced.
 
     Raises ConfigError where a tracker cannot start.
     """
@@ -64,5 +64,5 @@ def _wandb_id(folder: Path, step: int) -> str:
 
 
 def _plain(value: Any) -> int | float | str:
-    """What a table of hyperparameters can hold."""
+    """The value as a table of hyperparameters can hold it."""
     return value if isinstance(value, int | float | str) else str(value)

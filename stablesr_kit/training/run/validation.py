@@ -10,14 +10,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
+from stablesr_kit.storage import replacing_folder
 from stablesr_kit.training.data.sources import FolderPhotos, decode
 from stablesr_kit.training.run.config import CheckedOptions
 from stablesr_kit.training.run.records import StepRecords, means_of
-from stablesr_kit.training.run.writing import replacing_folder
 
 SMALLEST_PX = 32
 """Side of the smallest picture that can be measured."""
@@ -25,15 +25,17 @@ SMALLEST_PX = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(CheckedOptions):
-    """Options of programs that show what their network does while it is trained."""
+    """Validation while training."""
 
     validation_steps: int = 0
-    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end; 0:
-    never."""
+    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end.
+    0: never."""
     num_validation_images: int = 4
     """How many pictures are made, the first ones by name."""
     niqe_statistics: str | None = None
     """File niqe_pris_params.npz of NIQE's published implementation; None leaves NIQE out."""
+    metric_weights: str | None = None
+    """Folder of lpips_alex.safetensors, vgg16_fp16.safetensors and DISTS' weights; None leaves LPIPS and DISTS out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +48,10 @@ class ValidationOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoValidationOptions(ValidationOptions):
-    """Options of programs whose network gives back the picture that it gets."""
+    """Photographs for validation, which the network reconstructs."""
 
     validation_hq_dir: str | None = None
-    """Folder of good photographs that are not trained on."""
+    """Folder of photographs that are not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,12 +61,12 @@ class PhotoValidationOptions(ValidationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationValidationOptions(ValidationOptions):
-    """Options of programs whose network restores pictures."""
+    """Photographs for validation, which the network restores."""
 
     validation_lq_dir: str | None = None
     """Folder of damaged photographs."""
     validation_hq_dir: str | None = None
-    """Folder of what they should become, under the same names; None: there is nothing to compare them with."""
+    """Folder of their ground truth, under the same names; None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,15 +79,15 @@ class Example(NamedTuple):
 
     name: str
     lq: Tensor
-    """What the network gets."""
+    """The input of the network."""
     hq: Tensor | None
-    """What it should make of it, if that is known."""
+    """The ground truth, if there is one."""
     latent: Tensor | None = None
     """The sample (1, C, h, w) between the two, for fusion layers."""
 
 
 def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Example]:
-    """The first photographs, cut around their middle to sides that are multiples; they are what they should become.
+    """The first photographs, center-cropped to sides divisible by `multiple`; each is its own ground truth.
 
     Raises ImageError where there are none, ConfigError for one that is too small.
     """
@@ -104,7 +106,7 @@ def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Examp
 
 
 def restoration_examples(options: RestorationValidationOptions) -> list[Example]:
-    """The first damaged photographs, and what they should become where that is given.
+    """The first damaged photographs, with their ground truth where it is given.
 
     Raises ImageError where there are none, ConfigError for one that is too small.
     """
@@ -151,17 +153,18 @@ Measure = Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
 
 
 class Validation:
-    """Makes and measures the pictures of a run.
+    """Makes and measures the validation pictures of a run.
 
-    part: which of the networks, by the name it is saved under, makes them. They are written to
-    output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to output_dir/validation/metrics.jsonl.
+    part: which of the networks, by the name it is saved under, makes them; `restore` gets several as a dictionary. They
+    are written to output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to
+    output_dir/validation/metrics.jsonl.
     """
 
     def __init__(
         self,
         output_dir: Path,
         options: ValidationOptions,
-        part: str,
+        part: str | Sequence[str],
         examples: Sequence[Example],
         restore: Restore,
         measure: Measure,
@@ -175,7 +178,7 @@ class Validation:
         self.records: StepRecords | None = None
 
     def resume(self, step: int) -> None:
-        """Begin after a step, 0 for a run that starts; what was recorded of later ones is forgotten.
+        """Start after a step, 0 for a new run; records of later steps are dropped.
 
         Only the main process calls it.
         """
@@ -188,7 +191,8 @@ class Validation:
 
         Raises ConfigError for a result of another size than it should have, OutputError.
         """
-        device = next(network.parameters()).device
+        first = network if isinstance(network, nn.Module) else next(iter(network.values()))
+        device = next(first.parameters()).device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # whatever the network draws, training goes on as if it had not
             pictures = {example.name: self._restored(network, example, device) for example in self.examples}

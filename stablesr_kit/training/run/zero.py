@@ -1,4 +1,4 @@
-"""Optimizers that DeepSpeed shares out between the processes (ZeRO 1 and 2), for several networks in one run.
+"""Optimizers that DeepSpeed shards over the processes (ZeRO 1 and 2), for several networks in one run.
 
 Accelerate's own use of DeepSpeed is not used: it steps one network within `backward`, and casts it to half precision.
 """
@@ -49,14 +49,14 @@ def zero_stage(mixed_precision: str) -> int | None:
 
 
 def resting_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters by the submodule of the network that holds them: each rests, or is stepped, as a whole."""
+    """The trained parameters by the network's submodules: a group is stepped, or left alone, as a whole."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     parts = groupby(trained, key=lambda named: named[0].split(".")[0])
     return [{"params": [parameter for _, parameter in named]} for _, named in parts]
 
 
 class ZeroOptimizer:
-    """An optimizer whose states, and from stage 2 on gradients, are shared out between the processes.
+    """An optimizer whose states, and from stage 2 on gradients, are sharded over the processes.
 
     Every process has the whole network, which is called as it is. In a step: any number of backward passes, each
     followed by `take_in`; `finish`; perhaps `clip_shares`; `step`. What had no gradient in a step is left alone by it.
@@ -95,14 +95,14 @@ class ZeroOptimizer:
         return self._optimizer.param_groups
 
     def take_in(self) -> None:
-        """Take up the gradients of a backward pass; at stage 2 only this process's share of them stays."""
+        """Add the gradients of a backward pass; at stage 2 only this process's shard of them is kept."""
         active = {i for i, group in enumerate(self._groups) if any(parameter.grad is not None for parameter in group)}
         if active:
             self._active |= active
             self._engine.allreduce_gradients()
 
     def finish(self) -> None:
-        """No backward pass follows in this step: have the mean of the gradients over the processes."""
+        """End the backward passes of a step: average the gradients over the processes."""
         if not self._active:
             return
         self._engine.set_gradient_accumulation_boundary(True)
@@ -133,7 +133,7 @@ class ZeroOptimizer:
         torch.save(self._optimizer.state_dict(), self._file(folder, name))
 
     def load(self, folder: Path, name: str) -> None:
-        """Take up what `save` has written. Raises CheckpointError where other processes than these have."""
+        """Load what `save` wrote. Raises CheckpointError if another number of processes wrote it."""
         file = self._file(folder, name)
         if not file.exists():
             raise CheckpointError(f"{file} is not there; resume as many processes by DeepSpeed as wrote the checkpoint")
@@ -145,7 +145,7 @@ class ZeroOptimizer:
         return folder / f"optimizer_{name}_{process + 1}_of_{processes}.bin"
 
     def _let_rest(self, *_: Any) -> None:
-        """Take away the zeros that DeepSpeed gives for gradients that are none: momentum and decay would act."""
+        """Remove the zeros that DeepSpeed gives in place of missing gradients; momentum and decay would act on them."""
         for i, share in enumerate(self._shares):
             if i not in self._active:
                 share.grad = None

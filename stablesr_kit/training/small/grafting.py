@@ -8,6 +8,7 @@ outer level of its decoder, of which all but the innermost are left out.
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from einops import rearrange
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
@@ -106,7 +107,7 @@ class GraftedVQGAN(nn.Module):
         h = target_features(vae, images)
         for i in range(self.inner, self.inner + self.outer - 1):
             h = ours.levels[i + 1](ours.upsamplers[i](h))
-        x = ours.norm_out(h).transpose(0, 1).flatten(1)  # (channels, values)
+        x = rearrange(ours.norm_out(h), "b c h w -> c (b h w)")
         y = F.silu(x)
         centred = x - x.mean(1, keepdim=True)
         slope = (centred * y).sum(1) / centred.square().sum(1)
