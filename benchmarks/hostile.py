@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import torch
 
+from stablesr_kit import Tiling
 from stablesr_kit.cli.degrade import degrade_file
 from stablesr_kit.cli.face_stage import load_face_model
 from stablesr_kit.cli.faces import restore_photo
@@ -110,9 +111,8 @@ def tried(inputs: Path, out: Path, make_work: Callable[[Path], Callable[[Job], N
 
 def restorer(model: Path, out: Path) -> Restorer:
     """What `stablesr restore` does with each picture, with a tiny model."""
-    options = {"w": 0.5, "scale": 2, "num_inference_steps": 1, "guidance_scale": 1.0, "start": "lq"}
-    options |= {"color_fix": "wavelet", "tile_px": "auto", "overlap_px": None, "vae_mode": "exact"}
-    options |= {"vae_attention": "global", "max_memory": None, "prompt": None, "negative_prompt": None}
+    options: dict[str, Any] = {"w": 0.5, "scale": 2, "num_inference_steps": 1, "guidance_scale": 1.0, "start": "lq"}
+    options |= {"color_fix": "wavelet", "prompt": None, "negative_prompt": None}
     return Restorer(
         Restoring(
             folder=out,
@@ -122,6 +122,7 @@ def restorer(model: Path, out: Path) -> Restorer:
             dtype=torch.float32,
             seed=0,
             options=options,
+            tiling=Tiling(),
             face_model=None,
             face_w=0.5,
             is_huge_allowed=False,

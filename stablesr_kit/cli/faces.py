@@ -202,17 +202,17 @@ def restore_photo(
 
     from stablesr_kit.imaging.canvas import View
     from stablesr_kit.imaging.neutral import neutral_like
-    from stablesr_kit.pipelines.coding import scaled_size
     from stablesr_kit.pipelines.pictures import pixel_bands, to_image
+    from stablesr_kit.pipelines.stablesr import result_size
 
     picture = read_job(job)
     result_pixels = picture.width * picture.height * upscale * upscale
     check_result(job, result_pixels, psutil.virtual_memory().total / _BYTES_PER_PIXEL, "give a smaller --upscale")
-    check_output(job.target, picture, scaled_size(picture.height, picture.width, upscale))
+    check_output(job.target, picture, result_size(picture.height, picture.width, upscale))
     crops = job.target.with_name(f"{job.target.stem}_faces")
     with naming(job, less="give a smaller --upscale or --background none"):
         lq = to_image(picture.pixels[..., :3])
-        height, width = scaled_size(picture.height, picture.width, upscale)
+        height, width = result_size(picture.height, picture.width, upscale)
         given = place_by_hand(np.asarray(picture.rgb), stage.detector, by_hand.get(job.source.name))
         canvas = enlarge(lq, height, width)[0].permute(1, 2, 0).contiguous().numpy()
         reports: list[FaceReport] = []
