@@ -363,9 +363,13 @@ def _load_diffusers(folder: Path, kind: str) -> Restore:
     pipeline.set_progress_bar_config(disable=True)
 
     def restore(given: Given, settings: Settings) -> Pixels:
-        generator = torch.Generator().manual_seed(int(settings.get("seed", 0)))
+        seed = int(settings.get("seed", 0))
         steps = int(settings["steps"]) if "steps" in settings else None
-        return np.asarray(_DIFFUSERS_CALLS[kind](pipeline, Image.fromarray(given.lq), steps, generator).convert("RGB"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # some of them draw the noise of their steps from the global generator
+            generator = torch.Generator().manual_seed(seed)
+            restored = _DIFFUSERS_CALLS[kind](pipeline, Image.fromarray(given.lq), steps, generator)
+        return np.asarray(restored.convert("RGB"))
 
     return restore
 

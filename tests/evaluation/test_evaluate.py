@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
-from stablesr_kit.errors import ImageError
+from stablesr_kit.errors import CheckpointError, ImageError
 from stablesr_kit.evaluation.methods import Given, Method, Settings, baselines
 from stablesr_kit.evaluation.metrics import MetricSettings
 from stablesr_kit.evaluation.protocols import PROTOCOLS, find_sets
@@ -216,6 +216,21 @@ def test_a_method_that_fails_on_one_picture_is_reported_for_that_picture(pairs: 
         "Tiny/02, picky: the result has 16x12 px (height x width), expected 64x48",
     ]
     assert [bool(record.error) for record in records] == 6 * [False] + [False, True, True]
+
+
+def test_a_method_that_cannot_be_loaded_is_tried_once_and_the_others_go_on(pairs: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    tried: list[int] = []
+
+    def load() -> Any:
+        tried.append(1)
+        raise CheckpointError("cut short")
+
+    evaluation = an_evaluation(tmp_path / "out", told)
+    broken = Method(name="broken", what="", identity="", load=load)
+    tasks = evaluation.tasks(find_sets(pairs, PROTOCOLS["classic-sr"]), [broken, *baselines(4)])
+    assert [bool(record.error) for record in evaluation.run(tasks)] == 3 * [True] + 6 * [False]
+    assert len(tried) == 1 and told[0] == "Tiny/00, broken: cannot be loaded: cut short"
 
 
 def test_pictures_that_cannot_be_compared_are_named_and_the_rest_goes_on(pairs: Path, tmp_path: Path) -> None:
