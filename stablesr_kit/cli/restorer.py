@@ -145,7 +145,6 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
     """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
     pipeline.set_progress_bar_config(
         desc=job.source.name,
-        unit="tile",
         leave=False,
         position=int(is_below_another_bar),
         disable=not sys.stderr.isatty(),

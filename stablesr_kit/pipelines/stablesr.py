@@ -775,7 +775,8 @@ class StableSRPipeline(
         lq_latents = lq_latents.to(device) if grid is None else lq_latents.cpu().float()
 
         # 6. Choose the timesteps and the latent to start from
-        kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, strength, timesteps)
+        # On the CPU, where schedulers look up numbers: on a GPU every step would wait for it
+        kept_timesteps = self.get_timesteps(num_inference_steps, torch.device("cpu"), start, strength, timesteps)
         with drawing_from(noise, stage=1):
             latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
         first_step = 0
@@ -799,12 +800,13 @@ class StableSRPipeline(
         self._aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
         with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+            aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
                     continue
                 prediction = aggregation.predict(
                     partial(
-                        steered_prediction,
+                        self.predict,
                         self.unet,
                         self.adapter,
                         timestep=t,
@@ -817,7 +819,7 @@ class StableSRPipeline(
                     i,
                     image_embeds,
                     on_tile=progress_bar.update,
-                    on_halving=partial(_recount, progress_bar, aggregation, range(i, self._num_timesteps)),
+                    on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
                 with drawing_from(noise, stage=2 + i):
                     latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
@@ -970,9 +972,9 @@ class StableSRPipeline(
     def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling) -> PictureCoder:
         config = getattr(self, "_progress_bar_config", {})
 
-        def bar(doing: str, total: int) -> "tqdm[Any]":
+        def bar(doing: str, total: int, unit: str) -> "tqdm[Any]":
             description = f"{config['desc']}, {doing}" if config.get("desc") else doing
-            return tqdm(total=total, **{"unit": "tile", **config, "desc": description})
+            return tqdm(total=total, **{"unit": unit, **config, "desc": description})
 
         return PictureCoder(
             self.vae,
@@ -984,6 +986,25 @@ class StableSRPipeline(
             progress=None if config.get("disable") else bar,
         )
 
+    def predict(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One prediction, as `steered_prediction`."""
+        return steered_prediction(*args, **kwargs)
+
+    def compile_prediction(self, **options: Any) -> None:
+        """Compile adapter and UNet together: the first step of each size takes minutes, later ones less time.
+
+        options: of `torch.compile`. On a GPU its default here is to record a step as CUDA graphs.
+        """
+        if self._execution_device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():
+            options["mode"] = "reduce-overhead"
+        compiled = torch.compile(steered_prediction, **{"dynamic": False, **options})
+
+        def predict(*args: Any, **kwargs: Any) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*args, **kwargs).clone()  # schedulers keep it, and graphs write over what they gave
+
+        self.predict = predict
+
     @torch.no_grad()
     def assist(self, team: Team) -> None:
         """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
@@ -991,7 +1012,7 @@ class StableSRPipeline(
         Raises:
             Exception: what happened here, once the first process has given up.
         """
-        predict = partial(steered_prediction, self.unet, self.adapter)
+        predict = partial(self.predict, self.unet, self.adapter)
         latent_tiles.assist(team, predict, self._execution_device, self.unet.dtype)
 
     @property
@@ -1049,8 +1070,3 @@ def _for_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> T
         prompts, pictures = len(embeds) // num_images_per_prompt, batch_size // num_images_per_prompt
         raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
     return embeds.repeat(batch_size // len(embeds), 1, 1)
-
-
-def _recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
-    """Correct a progress bar's total when the tiles of the steps still to come have become others."""
-    progress_bar.total = progress_bar.n + aggregation.count(steps)

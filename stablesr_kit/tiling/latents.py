@@ -111,6 +111,13 @@ class Aggregation:
         """Tiles that these steps predict."""
         return sum(len(self.regions(step)) for step in steps)
 
+    def show_on(self, progress_bar: Any, steps: range) -> None:
+        """Let a bar of tqdm count the tiles of the steps still to come, or the steps where there are no tiles."""
+        tiles = self.count(steps)
+        progress_bar.total = progress_bar.n + tiles
+        progress_bar.unit = "tile" if tiles > len(steps) else "step"
+        progress_bar.refresh()
+
     def predict(
         self,
         predict: Predict,
