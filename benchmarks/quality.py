@@ -3,7 +3,8 @@
     python -m benchmarks.quality --data DATA --json
 
 DATA holds folders NAME_HR and NAME_LRx4 (Set5_HR, Set5_LRx4, ...) with the same pictures, the small ones under the
-same name or with x4 appended; and, for NIQE, niqe_pris_params.npz in DATA or in DATA/../metrics.
+same name or with x4 appended; and, for NIQE, niqe_pris_params.npz in DATA or in DATA/../metrics. LPIPS and DISTS are
+measured where --weights names the folder of their weights.
 """
 
 import argparse
@@ -15,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from stablesr_kit.evaluation.metrics import PristineStatistics, gmsd, niqe, psnr, ssim
+from stablesr_kit.evaluation.metrics import BORDER_PX, gmsd
+from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
-BORDER_PX = 4
 Restorer = Callable[[Image.Image], Image.Image]
 
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; the model's own number if not given")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of every picture")
+    parser.add_argument("--weights", type=Path, default=None, help="folder of the weights of LPIPS and DISTS")
     parser.add_argument("--sheets", type=Path, default=None, help="folder for a strip of all methods per picture")
     parser.add_argument("--json", action="store_true", help="print JSON; a table if not given")
     options = parser.parse_args()
@@ -44,9 +45,9 @@ def main() -> None:
         methods[f"w={w}"] = restorer(pipeline, w, options.steps, options.eta, options.seed)
 
     file = next(path for path in (options.data, options.data.parent / "metrics") if (path / NIQE_FILE).is_file())
-    pristine = PristineStatistics.load(file / NIQE_FILE)
+    quality = Quality(str(file / NIQE_FILE), None if options.weights is None else str(options.weights))
     results = {
-        folder.name.removesuffix("_HR"): evaluate(folder, methods, pristine, options.sheets)
+        folder.name.removesuffix("_HR"): evaluate(folder, methods, quality, options.sheets)
         for folder in sorted(options.data.glob("*_HR"))
     }
     if options.json:
@@ -77,7 +78,7 @@ def restorer(pipeline: StableSRPipeline, w: float, steps: int | None, eta: float
 
 
 def evaluate(
-    folder: Path, methods: dict[str, Restorer], pristine: PristineStatistics, sheets: Path | None
+    folder: Path, methods: dict[str, Restorer], quality: Quality, sheets: Path | None
 ) -> dict[str, dict[str, float]]:
     """Means over a folder's pictures, per method; `truth` is the undamaged picture itself."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*methods, "truth")}
@@ -90,25 +91,15 @@ def evaluate(
             start = time.perf_counter()
             restored = np.asarray(restore(lq))[: truth.shape[0], : truth.shape[1]]
             seconds = time.perf_counter() - start
-            rows[name].append(measure(restored, truth, pristine) | {"seconds": seconds})
+            rows[name].append(quality(restored, truth) | {"gmsd": gmsd(restored, truth)} | {"seconds": seconds})
             strip.append(restored)
-        rows["truth"].append({"niqe": niqe(truth, pristine, BORDER_PX)})
+        rows["truth"].append(quality(truth, None))
         if sheets is not None:
             sheets.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.concatenate([*strip, truth], axis=1)).save(sheets / f"{folder.name}_{file.stem}.png")
     return {
         name: {key: float(np.nanmean([row[key] for row in metrics])) for key in metrics[0]}
         for name, metrics in rows.items()
-    }
-
-
-def measure(restored: NDArray[np.uint8], truth: NDArray[np.uint8], pristine: PristineStatistics) -> dict[str, float]:
-    """Every metric of one picture."""
-    return {
-        "psnr_y": psnr(restored, truth, BORDER_PX),
-        "ssim": ssim(restored, truth, BORDER_PX),
-        "gmsd": gmsd(restored, truth),
-        "niqe": niqe(restored, pristine, BORDER_PX),
     }
 
 

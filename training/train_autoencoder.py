@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.spaces import vae_scale_factor
+from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.pictures import reconstruction_loss
@@ -69,8 +69,8 @@ def main(config: AutoencoderConfig) -> None:
         vae.enable_gradient_checkpointing()
     network = Reconstruction(vae.to(memory_format=torch.channels_last).train())
     reconstruct = run.train(network, {"vae": "vae"})
-    examples = photo_examples(config, multiple=vae_scale_factor(vae))
-    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
+    examples = photo_examples(config, multiple=scale_factor(vae))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics, config.metric_weights))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
@@ -95,7 +95,7 @@ def main(config: AutoencoderConfig) -> None:
 
 def latent_shape(vae: AutoencoderKL, image: Tensor) -> tuple[int, int, int, int]:
     """(B, C, h, w) of the latent of an image batch (B, 3, H, W)."""
-    factor = vae_scale_factor(vae)
+    factor = scale_factor(vae)
     batch, _, height, width = image.shape
     return batch, vae.config.latent_channels, height // factor, width // factor
 

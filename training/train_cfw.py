@@ -97,7 +97,7 @@ def main(config: CFWConfig) -> None:
         return decode_with_features(vae, cfw, from_latent(example.latent, vae), features, 1.0)
 
     examples = sample_examples(config, config.validation_samples)
-    run.validate(config, "cfw", examples, restored, Quality(config.niqe_statistics))
+    run.validate(config, "cfw", examples, restored, Quality(config.niqe_statistics, config.metric_weights))
 
     for _, (lq, latent, hq) in run.batches(crops):
         lq, hq = lq.to(memory_format=torch.channels_last), hq.to(memory_format=torch.channels_last)

@@ -115,7 +115,13 @@ def main(config: CodeFormerConfig) -> None:
         faces = pipeline(image_to_pixels(example.lq), w=config.w, output_type="pt", return_dict=False)[0]
         return unit_to_image(faces)
 
-    run.validate(config, "codeformer", restoration_examples(config), restored, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "codeformer",
+        restoration_examples(config),
+        restored,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     for draws, (strong, mild, hq, targets) in run.batches(faces):
         w = config.fidelity(run.step)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from stablesr_kit.evaluation.quality import Quality
-from stablesr_kit.spaces import vae_scale_factor
+from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
 from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.losses.adversarial import AdversarialOptions, Adversary
@@ -64,8 +64,8 @@ def main(config: DecoderConfig) -> None:
         vae.enable_gradient_checkpointing()
     decode = run.train(Decoding(vae), {"vae": "vae"})
     adversary = Adversary(run, config)
-    examples = photo_examples(config, multiple=vae_scale_factor(vae))
-    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics))
+    examples = photo_examples(config, multiple=scale_factor(vae))
+    run.validate(config, "vae", examples, reconstructed, Quality(config.niqe_statistics, config.metric_weights))
 
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)

@@ -109,7 +109,13 @@ def main(config: StableSRConfig) -> None:
         lq = image_to_pixels(example.lq)[0]
         return unit_to_image(pipeline(lq, height=height, width=width, generator=generator, output_type="pt").images)
 
-    run.validate(config, "adapter", restoration_examples(config), restored, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "adapter",
+        restoration_examples(config),
+        restored,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     for draws, batch in run.batches(data):
         lq, hq = batch if queue is None else queue(batch)

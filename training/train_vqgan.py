@@ -71,7 +71,13 @@ def main(config: VQGANConfig) -> None:
     reconstruct = run.train(vqgan.to(memory_format=torch.channels_last).train(), {"vqgan": ""})
     picture_loss = PictureLoss(config, run.accelerator.device)
     adversary = VQGANAdversary(run, config) if config.adversarial_weight > 0 else None
-    run.validate(config, "vqgan", photo_examples(config, vqgan.factor), reconstructed, Quality(config.niqe_statistics))
+    run.validate(
+        config,
+        "vqgan",
+        photo_examples(config, vqgan.factor),
+        reconstructed,
+        Quality(config.niqe_statistics, config.metric_weights),
+    )
 
     def find_latents(count: int) -> Tensor:
         first = run.step * run.samples_per_step

@@ -35,7 +35,7 @@ def evaluate(
         ),
     ] = None,
     study: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="w, steps, seeds, degradation or kernel-mismatch.")
+        list[str] | None, typer.Option(metavar="NAME", help="w, steps, seeds, degradation, kernel-mismatch or losses.")
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Measured beside those of the protocol.")

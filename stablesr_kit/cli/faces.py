@@ -17,7 +17,7 @@ from stablesr_kit.cli.messages import failing_in_one_line, usage_error
 from stablesr_kit.cli.restore import choose_device, choose_dtype
 from stablesr_kit.cli.restorer import load_pipeline
 from stablesr_kit.imaging.reading import as_picture, read_picture
-from stablesr_kit.imaging.writing import output_dtype, write_bands, write_picture
+from stablesr_kit.imaging.writing import check_output, output_dtype, write_bands, write_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -203,14 +203,16 @@ def restore_photo(
     from stablesr_kit.imaging.canvas import View
     from stablesr_kit.imaging.neutral import neutral_like
     from stablesr_kit.pipelines.pictures import pixel_bands, to_image
+    from stablesr_kit.pipelines.stablesr import result_size
 
     picture = read_job(job)
     result_pixels = picture.width * picture.height * upscale * upscale
     check_result(job, result_pixels, psutil.virtual_memory().total / _BYTES_PER_PIXEL, "give a smaller --upscale")
+    check_output(job.target, picture, result_size(picture.height, picture.width, upscale))
     crops = job.target.with_name(f"{job.target.stem}_faces")
     with naming(job, less="give a smaller --upscale or --background none"):
         lq = to_image(picture.pixels[..., :3])
-        height, width = (max(round(side * upscale), 1) for side in lq.shape[2:])
+        height, width = result_size(picture.height, picture.width, upscale)
         given = place_by_hand(np.asarray(picture.rgb), stage.detector, by_hand.get(job.source.name))
         canvas = enlarge(lq, height, width)[0].permute(1, 2, 0).contiguous().numpy()
         reports: list[FaceReport] = []

@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.processes import gathered, is_first
-from stablesr_kit.errors import ImageError, OutputError, StableSRKitError
+from stablesr_kit.errors import ImageError, OutputError, StableSRKitError, is_out_of_memory
 from stablesr_kit.imaging.finding import find_pictures
 from stablesr_kit.imaging.formats import SUFFIXES
 from stablesr_kit.imaging.reading import MAX_PIXELS, MAX_STREAMED_PIXELS, Picture, open_picture, read_picture
 from stablesr_kit.imaging.writing import check_output, left_out, output_format
-from stablesr_kit.tiling.memory import is_out_of_memory
 
 HUGE_ADVICE = "give --huge if you trust the file, or scale or crop it first"
 LONGEST_NAME = 255
@@ -211,14 +210,15 @@ def run(jobs: list[Job], work: Callable[[Job], None], report: Report) -> None:
 
 def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Picture:
     """The job's picture, not decoded yet, whose result can be written. Raises StableSRKitError."""
-    from stablesr_kit.pipelines.coding import scaled_size
+    from stablesr_kit.pipelines.stablesr import result_size
 
     picture = open_picture(
         job.source,
         max_pixels=MAX_STREAMED_PIXELS if is_huge_allowed else MAX_PIXELS,
         advice="scale or crop it first" if is_huge_allowed else HUGE_ADVICE,
     )
-    check_output(job.target, picture, scaled_size(picture.height, picture.width, scale))
+    check_result(job, picture.height * picture.width * scale * scale, MAX_STREAMED_PIXELS, "give a smaller --scale")
+    check_output(job.target, picture, result_size(picture.height, picture.width, scale))
     return picture
 
 

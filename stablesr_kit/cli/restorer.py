@@ -15,7 +15,7 @@ from stablesr_kit.cli.journal import Journal, Settings
 from stablesr_kit.cli.memory_limits import plan_for
 from stablesr_kit.cli.messages import loading, quieten_libraries
 from stablesr_kit.imaging.metadata import Metadata
-from stablesr_kit.imaging.reading import MAX_PIXELS, MAX_STREAMED_PIXELS, Picture, Pixels
+from stablesr_kit.imaging.reading import MAX_PIXELS, Picture, Pixels
 from stablesr_kit.imaging.writing import output_dtype, write_bands
 
 if TYPE_CHECKING:
@@ -85,9 +85,8 @@ class Restorer:
         restoring = self.restoring
         show_steps(self.pipeline, job, self.is_below_another_bar)
         picture = open_job(job, restoring.is_huge_allowed, restoring.options["scale"])
-        pixels = picture.height * picture.width * restoring.options["scale"] ** 2
-        check_result(job, pixels, MAX_STREAMED_PIXELS, "give a smaller --scale")
         if self.stages:  # which take a picture whole
+            pixels = picture.height * picture.width * restoring.options["scale"] ** 2
             check_result(job, pixels, psutil.virtual_memory().total / BYTES_PER_PIXEL, "give a smaller --scale")
         tell_changes(job, picture)
         if picture.height * picture.width <= MAX_PIXELS:  # so that nothing is begun with a damaged one

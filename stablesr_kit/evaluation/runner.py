@@ -112,7 +112,7 @@ def load_metrics(names: Iterable[str], settings: MetricSettings) -> Loaded:
             elif metric.load_set is not None:
                 set_measures[name] = metric.load_set(settings)
         except ImportError as error:
-            absent[name] = f"needs the package {error.name}; pip install 'stablesr-kit[{metric.extra}]'"
+            absent[name] = f"needs the package {error.name}; {metric.install}"
         except StableSRKitError as error:
             absent[name] = " ".join(str(error).split())
     identity = [*(version_of(name) for name in METRIC_PACKAGES), *settings.weights.hashes(), __version__]
@@ -203,7 +203,7 @@ class Evaluation:
                 try:
                     if not record.sha256:
                         if loaded is None:
-                            loaded = task.method.load()
+                            loaded = _loaded(task.method)
                         self._restore(task, loaded, record, lq, truth)
                     self._measure(task, record, lq, truth)
                 except OutputError:
@@ -305,7 +305,7 @@ class Evaluation:
             "method": [task.method.name, task.method.identity, dict(task.method.settings)],
             "settings": dict(task.settings),
             "source": task.source.describe(),
-            "protocol": [self.protocol.scale, self.protocol.channel, self.protocol.border_px, self.protocol.seed],
+            "protocol": [getattr(self.protocol, name) for name in ("scale", "channel", "border_px", "w", "seed")],
             "crop_px": self.crop_px,
             "files": [self._hash_of(file) for file in files],
         }
@@ -352,6 +352,20 @@ class Evaluation:
                 yield Record(**content)
             except (ValueError, TypeError):
                 continue
+
+
+def _loaded(method: Method) -> Restore:
+    """The method; one that cannot be loaded fails on every picture, and is not loaded again for each."""
+    try:
+        return method.load()
+    # Libraries raise any of these for weights that are not theirs.
+    except (StableSRKitError, ImportError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        reason = StableSRKitError(f"cannot be loaded: {reason_of(error)}")
+
+        def fail(*_: object) -> Pixels:
+            raise reason
+
+        return fail
 
 
 def _cropped(pixels: Pixels, crop_px: int | None, multiple: int) -> Pixels:

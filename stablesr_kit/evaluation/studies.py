@@ -58,6 +58,7 @@ W_VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEP_VALUES = (1, 2, 4, 8, 16)
 SEED_VALUES = (0, 1, 2, 3)
 PHOTO_DEGRADATIONS = ("bicubic", "area", "light", "classical", "stablesr-512")
+LOSSES = ("mse", "perceptual", "adversarial")
 FACE_DEGRADATIONS = ("codeformer-small", "codeformer", "codeformer-inpainting")
 
 
@@ -99,6 +100,12 @@ def _kernels(methods: Sequence[Method], protocol: Protocol) -> list[Point]:
         ),
         *(Point(method, {}, Source(blur_sigma=true), {"sigma_lr": true}) for method in blind for true in KERNEL_SIGMAS),
     ]
+
+
+def _losses(methods: Sequence[Method], _: Protocol) -> list[Point]:
+    """The methods that are called as the losses are, in the order of the lecture."""
+    named = {method.name: method for method in methods}
+    return [Point(named[loss], {}, AS_GIVEN, {"loss": loss}) for loss in LOSSES if loss in named]
 
 
 def _nothing_else(_: str, what: str) -> Method:
@@ -153,9 +160,19 @@ STUDIES: Mapping[str, Study] = {
             points=_kernels,
             lacking="it needs a protocol that enlarges",
         ),
+        Study(
+            name="losses",
+            title="Losses",
+            caption="The same small network trained by mean squared error, a perceptual loss and an adversarial one. "
+            "The first averages what is possible, which looks smooth; each of the others buys detail with PSNR.",
+            axes=("loss",),
+            points=_losses,
+            lacking="train the networks by configs/losses/stages.yaml and give them as --method mse=DIR, "
+            "--method perceptual=DIR and --method adversarial=DIR",
+        ),
     )
 }
-"""Every study by name that needs nothing but methods."""
+"""Every study by name."""
 
 
 def find_study(name: str) -> Study:

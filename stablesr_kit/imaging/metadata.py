@@ -365,7 +365,10 @@ def _tiff_start(file: IO[bytes]) -> tuple[TiffImagePlugin.ImageFileDirectory_v2,
     file.seek(0)
     start = file.read(16)
     is_big = start[2:4] in (b"+\0", b"\0+")
-    directory = TiffImagePlugin.ImageFileDirectory_v2(start if is_big else start[:8])
+    if is_big:  # Pillow looks for the mark where only little-endian files have it
+        directory = TiffImagePlugin.ImageFileDirectory_v2(b"II+\0" + start[4:], prefix=start[:2])
+    else:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(start[:8])
     return directory, directory.next, is_big
 
 
@@ -381,7 +384,8 @@ def _of_tiff(file: IO[bytes]) -> Described:
         kept = descriptive_exif(exif)
     except Exception:
         kept = None
-        notes.append("EXIF cannot be read and is left out")
+        if any(tag in directory for tag in _INNER_DIRECTORIES):
+            notes.append("EXIF cannot be read and is left out")
     tags = {}
     for tag in list(directory):
         with suppress(Exception):  # a tag that cannot be decoded is none

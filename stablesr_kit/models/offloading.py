@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
@@ -26,7 +27,7 @@ def offload_groups_to_disk(networks: Mapping[str, nn.Module], folder: str | Path
         own = tempfile.mkdtemp(prefix=f"{name}-", dir=folder)
         weakref.finalize(network, shutil.rmtree, own, ignore_errors=True)
         network.to(memory_format=torch.contiguous_format)
-        if hasattr(network, "enable_group_offload"):
+        if isinstance(network, ModelMixin):
             network.enable_group_offload(*args, offload_to_disk_path=own, **options)
         else:  # of transformers
             apply_group_offloading(network, *args, offload_to_disk_path=own, **options)

@@ -8,31 +8,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-_users: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_users: "WeakKeyDictionary[nn.Module, tuple[int, torch.dtype]]" = WeakKeyDictionary()
 _counting = Lock()
 
 
 @contextmanager
 def in_float32(*networks: nn.Module) -> Iterator[None]:
-    """Those of the networks that are in float16, in float32 meanwhile; float16 ends at 65504.
+    """Networks that work together, all in float32 meanwhile if one of them is in float16, which ends at 65504.
 
     Threads may share a network: the last of them to leave casts it back.
     """
     with _counting:
-        entered = [one for one in networks if one in _users or _is_half(one)]
-        for network in entered:
-            _users[network] = _users.get(network, 0) + 1
+        dtypes = {one: next((p.dtype for p in one.parameters()), torch.float32) for one in networks}
+        overflows = any(one in _users or dtype == torch.float16 for one, dtype in dtypes.items())
+        entered = dtypes if overflows else {}
+        for network, dtype in entered.items():
+            users, before = _users.get(network, (0, dtype))
+            _users[network] = users + 1, before
             network.float()
     try:
         yield
     finally:
         with _counting:
             for network in entered:
-                _users[network] -= 1
-                if not _users[network]:
-                    del _users[network]
-                    network.half()
-
-
-def _is_half(network: nn.Module) -> bool:
-    return any(parameter.dtype == torch.float16 for parameter in network.parameters())
+                users, before = _users.pop(network)
+                if users > 1:
+                    _users[network] = users - 1, before
+                else:
+                    nn.Module.to(network, before)  # that of diffusers warns of every cast

@@ -152,6 +152,12 @@ class StableSRAdapter(ModelMixin, ConfigMixin):
             **config,
         )
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in any model; the empty prompt's embedding, which is read outside of a forward, stays in memory."""
+        embeds = None if self.empty_prompt_embeds is None else self.empty_prompt_embeds.clone()
+        super().enable_group_offload(*args, **kwargs)
+        self.empty_prompt_embeds = embeds
+
     def encode(self, lq_latents: Tensor, timestep: Tensor | float) -> list[Tensor]:
         """Features (b, cond_channels, h / 2**i, w / 2**i) of each level i.
 

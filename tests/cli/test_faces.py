@@ -160,7 +160,7 @@ def test_photos_of_every_kind_keep_what_belongs_to_them(model: Path, photo: Path
     result = faces(folder, "-o", out, "--model", model, "--background", "none", "--max-identity-distance", "inf")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("face 1 of 1") == 4
-    for name, mode in (("grey", "L"), ("deep", "L"), ("alpha", "RGBA"), ("cmyk", "RGB")):
+    for name, mode in (("grey", "L"), ("deep", "I;16"), ("alpha", "RGBA"), ("cmyk", "RGB")):
         with Image.open(out / f"{name}.png") as written:
             assert (written.size, written.mode) == ((256, 256), mode)
 

@@ -301,3 +301,19 @@ def test_doctor_reports_versions_and_whether_the_embedded_model_loads() -> None:
         assert re.search(rf"^{subject} +\S", result.stdout, re.MULTILINE), subject
     assert re.search(r"^model +mini: [0-9.]+ M parameters .*, loaded in", result.stdout, re.MULTILINE), result.stdout
     assert result.exit_code == 0
+
+
+def test_a_model_of_one_variant_alone_is_taken_and_several_are_named(model: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    pipeline = StableSRPipeline.from_pretrained(model)
+    pipeline.save_pretrained(folder, variant="fp16")
+    out = tmp_path / "out.png"
+    result = stablesr("restore", photos / "colour.jpg", "-o", out, "--model", folder)
+    assert (result.exit_code, result.stderr) == (0, "")
+    pipeline.save_pretrained(folder, variant="bf16")
+    result = stablesr("restore", photos / "colour.jpg", "-o", out, "--model", folder)
+    assert result.exit_code == 1
+    assert error_lines(result) == [
+        f"error: {folder}: holds its weights as bf16, fp16 and none without such a name; "
+        "keep one of them in a folder, or give variant= in Python"
+    ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
-from stablesr_kit.errors import ImageError
+from stablesr_kit.errors import CheckpointError, ImageError
 from stablesr_kit.evaluation.methods import Given, Method, Settings, baselines
 from stablesr_kit.evaluation.metrics import MetricSettings
 from stablesr_kit.evaluation.protocols import PROTOCOLS, find_sets
@@ -218,6 +218,21 @@ def test_a_method_that_fails_on_one_picture_is_reported_for_that_picture(pairs: 
     assert [bool(record.error) for record in records] == 6 * [False] + [False, True, True]
 
 
+def test_a_method_that_cannot_be_loaded_is_tried_once_and_the_others_go_on(pairs: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    tried: list[int] = []
+
+    def load() -> Any:
+        tried.append(1)
+        raise CheckpointError("cut short")
+
+    evaluation = an_evaluation(tmp_path / "out", told)
+    broken = Method(name="broken", what="", identity="", load=load)
+    tasks = evaluation.tasks(find_sets(pairs, PROTOCOLS["classic-sr"]), [broken, *baselines(4)])
+    assert [bool(record.error) for record in evaluation.run(tasks)] == 3 * [True] + 6 * [False]
+    assert len(tried) == 1 and told[0] == "Tiny/00, broken: cannot be loaded: cut short"
+
+
 def test_pictures_that_cannot_be_compared_are_named_and_the_rest_goes_on(pairs: Path, tmp_path: Path) -> None:
     (pairs / "Tiny_LRx4" / "00x4.png").write_bytes(b"no picture")
     save(np.zeros((64, 60, 3), np.uint8), pairs / "Tiny_HR" / "01.png")
@@ -336,6 +351,16 @@ def test_faces_are_measured_as_faces(tmp_path: Path) -> None:
     assert own.keys() >= {"psnr", "ssim", "identity"}
     assert own["psnr"]["mean"] != nearest["psnr"]["mean"]
     assert len(report["studies"]["w"]["rows"]) == 10
+
+
+def test_the_losses_study_compares_what_is_called_as_the_losses_are(pairs: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    methods = [f"adversarial={model},steps=1", f"mse={model},steps=2", "known=nonblind"]
+    arguments = [word for method in methods for word in ("--method", method)]
+    stablesr("evaluate", pairs, "--protocol", "classic-sr", *arguments, "--limit", 1, "--study", "losses", "-o", out)
+    rows = report_of(out)["studies"]["losses"]["rows"]
+    assert [(row["method"], row["at"]) for row in rows] == [(name, {"loss": name}) for name in ("mse", "adversarial")]
+    assert rows[0]["metrics"] == row_of(report_of(out), "mse")
 
 
 @pytest.mark.parametrize(

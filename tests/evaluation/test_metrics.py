@@ -23,6 +23,7 @@ from stablesr_kit.evaluation.metrics import (
     Sample,
     Weights,
     fid,
+    grid,
     kid,
     seam_energy,
     warping_error,
@@ -200,6 +201,15 @@ def test_a_seam_is_seen_where_it_is_and_nowhere_else() -> None:
     assert seam_energy(shifted.astype(np.uint8)) > 2 * seam_energy(plain)
     assert math.isnan(seam_energy(plain[:100]))
     assert math.isnan(seam_energy(np.zeros((200, 200, 3), np.uint8)))
+
+
+def test_a_lattice_too_faint_to_see_stands_out_of_a_photograph() -> None:
+    photo = data.astronaut()
+    lattice = photo.astype(np.int16)
+    lattice[::4, ::4] += 2
+    assert grid(photo) < 0.05
+    assert grid(np.clip(lattice, 0, 255).astype(np.uint8)) > 5 * grid(photo)
+    assert grid(np.full((64, 64, 3), 90, np.uint8)) == pytest.approx(0, abs=1e-9)
 
 
 def test_what_moves_with_the_picture_has_a_small_warping_error_and_what_flickers_a_large_one() -> None:

@@ -23,7 +23,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
-from stablesr_kit.imaging.tiles import cover, gaussian_weights, merge
 from torch import Tensor, nn
 
 from stablesr_kit.checkpoints import Hints, inspect_checkpoint
@@ -37,7 +36,7 @@ from stablesr_kit.imaging.canvas import Region
 from stablesr_kit.imaging.color_fix import adain_color_fix, wavelet_color_fix, ycbcr_color_fix
 from stablesr_kit.pipelines.one_step import OneStepPipeline
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
+from stablesr_kit.tiling.latents import Aggregation, LatentTiling, cover, gaussian_weights, merge
 from tests.parity.references import Quantity, difference
 
 RELATIVE = 2e-5

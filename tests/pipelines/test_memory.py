@@ -10,6 +10,7 @@ from accelerate.hooks import CpuOffload
 from torch import nn
 
 from stablesr_kit import StableSRPipeline
+from stablesr_kit.models.norms import to_channels_last
 from tests.helpers.pipeline_runs import differs, run, same
 from tests.helpers.tiny import tiny_components, tiny_pipeline
 
@@ -128,3 +129,15 @@ def test_networks_of_different_precision_work_together() -> None:
     pipeline = StableSRPipeline(**components, default_steps=2)
     pipeline.set_progress_bar_config(disable=True)
     assert not differs(run(pipeline), run(tiny_pipeline(with_text=False)), by=0.2)
+
+
+def test_components_offloaded_to_one_folder_restore_the_same(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    expected = run(pipeline)
+    for network in (pipeline.unet, pipeline.vae):
+        to_channels_last(network)
+    pipeline.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path), exclude_modules="cfw"
+    )
+    assert len(list(tmp_path.iterdir())) == 3
+    same(run(pipeline), expected)

@@ -22,6 +22,8 @@ def photo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tiny("generate_cfw_data", "cfw_data"),
                 tiny("train_cfw", "cfw"),
                 tiny("assemble_pipeline", "pipeline", "--pretrained_cfw", "runs/tiny/cfw/cfw"),
+                tiny("cache_pairs", "pairs"),
+                tiny("train_few_step", "few_step"),
             ]
         )
         return folder / "runs"

@@ -12,6 +12,7 @@ from stablesr_kit.training.losses.pictures import (
     PIXEL_LOSSES,
     adaptive_adversarial_weight,
     feature_matching_loss,
+    flat_loss,
     reconstruction_loss,
 )
 
@@ -34,6 +35,18 @@ def test_reconstruction_loss_is_zero_for_equal_pictures_and_sees_a_colour_cast()
     assert reconstruction_loss(image, image) == 0
     # L1 0.1 / 3; halves of: no gradient, colour 0.1 / 2, block means 0.1 / 3
     assert reconstruction_loss(cast, image).item() == pytest.approx(0.1 / 3 + 0.5 * (0.1 / 2 + 0.1 / 3), rel=1e-4)
+
+
+def test_flat_loss_weighs_patterns_on_flat_parts_and_hardly_any_in_texture() -> None:
+    draws = torch.Generator().manual_seed(0)
+    flat = torch.full((1, 3, 32, 32), 0.2)
+    texture = flat + 0.5 * torch.randn(flat.shape, generator=draws)
+    lattice = torch.zeros_like(flat)
+    lattice[..., ::4, ::4] = 0.02
+    on_flat, on_texture = (flat_loss(target + lattice, target) for target in (flat, texture))
+    assert on_flat == pytest.approx(2 * 2 * 0.02 / 16, rel=0.1)  # two edges per period, in rows and in columns
+    assert 0 < on_texture < 0.02 * on_flat
+    assert flat_loss(flat + 0.1, flat) == pytest.approx(0, abs=1e-7)  # brightness is no pattern
 
 
 def test_hinge_losses_are_those_of_the_paper() -> None:

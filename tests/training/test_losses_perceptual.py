@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stablesr_kit.errors import CheckpointError
+from stablesr_kit.training.data.batches import SampleDraws
 from stablesr_kit.training.losses.perceptual import (
     LPIPS,
     FeatureReconstruction,
     PerceptualOptions,
     load_perceptual_loss,
     read_vgg16,
+    shifted,
 )
 from tests.helpers.vgg_files import random_vgg16, save_vgg16
 
@@ -88,6 +90,22 @@ def test_the_options_choose_the_loss_and_the_log_names_its_weights(
     loss = load_perceptual_loss(PerceptualOptions(perceptual=kind, perceptual_weights=str(weights)))
     assert isinstance(loss, expected)
     assert f"perceptual loss {kind} on the VGG-16 of {weights}" in caplog.text
+
+
+def test_shifted_pictures_are_the_same_part_of_both_and_another_for_every_sample() -> None:
+    image = torch.arange(4 * 3 * 20 * 24).float().view(4, 3, 20, 24)
+    draws = SampleDraws(0, torch.arange(4), 4)
+    ours, other = shifted((image, image + 0.5), draws, 8)
+    assert ours.shape == (4, 3, 12, 16)
+    torch.testing.assert_close(other, ours + 0.5)
+    for sample, part in zip(image, ours, strict=True):
+        views = [sample[:, top : top + 12, left : left + 16] for top in range(9) for left in range(9)]
+        flips = [view.flip(axes) for view in views for axes in ((), (-2,), (-1,), (-2, -1))]
+        assert sum(torch.equal(part, view) for view in flips) == 1
+    again, _ = shifted((image, image), SampleDraws(0, torch.arange(4), 4), 8)
+    assert torch.equal(again, ours)
+    first = [part.amin() - sample.amin() for part, sample in zip(ours, image, strict=True)]
+    assert len({float(value) for value in first}) > 1
 
 
 def test_a_run_without_perceptual_loss_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.degradations import Pair
 from stablesr_kit.imaging.degradations.filtering import usm_sharpen
+from stablesr_kit.training.data.computed import CachedPairs
 from stablesr_kit.training.data.crops import PhotoCrops
 from stablesr_kit.training.data.options import PairOptions
 from stablesr_kit.training.data.pairs import DegradedCrops, open_pairs
@@ -67,3 +69,15 @@ def test_degradations_without_weight_or_of_unknown_name_are_refused(tmp_path: Pa
         DegradedCrops(crops_of(tmp_path, degradations={"area": 0.0}))
     with pytest.raises(ConfigError, match="did you mean 'light'"):
         DegradedCrops(crops_of(tmp_path, degradations={"ligth": 1.0}))
+
+
+def test_parts_of_cached_pairs_are_the_same_of_both_pictures_and_fit(tmp_path: Path) -> None:
+    hq = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    save_file({"hq": hq, "lq": 255 - hq}, tmp_path / "pairs.safetensors")
+    pairs = CachedPairs(tmp_path / "pairs.safetensors", 8, seed=0)
+    lq, good = pairs[5]
+    assert good.shape == (3, 8, 8)
+    torch.testing.assert_close(lq, -good)
+    assert torch.equal(pairs[5].hq, good) and not torch.equal(pairs[6].hq, good)
+    with pytest.raises(ConfigError, match="resolution=17 is larger than the cached pairs"):
+        CachedPairs(tmp_path / "pairs.safetensors", 17, seed=0)

@@ -34,6 +34,7 @@ LOOPS = {
     "train_prior": ("prior", "adapter"),
     "train_stablesr": ("stablesr", "adapter"),
     "train_cfw": ("cfw", "cfw"),
+    "train_few_step": ("few_step", "pipeline/unet"),
 }
 """Programs with a loop: the name of their tiny config, and of a result."""
 
@@ -158,6 +159,22 @@ def test_training_on_every_source_resumes_at_the_exact_sample(
         ("train_prior", "conditional", 0.5, ["UNet2DConditionModel.", "StableSRAdapter."], []),
         ("train_stablesr", "loss", 0.9, ["StableSRAdapter."], ["--learning_rate", "1e-2", *CACHED]),
         ("train_cfw", "pixel", 0.9, ["FusedDecoding.cfw.", *DISCRIMINATOR], []),
+        (
+            "train_few_step",
+            "pixel_w1",
+            0.8,
+            [
+                "UNet2DConditionModel.",
+                "StableSRAdapter.",
+                "StudentDecoding.vae.decoder.",
+                "StudentDecoding.vae.post_quant_conv.",
+                "StudentDecoding.cfw.",
+                "UNet2DConditionModel1.",  # the score of the student's latents; the teacher comes after it
+                "StableSRAdapter1.",
+                *DISCRIMINATOR,
+            ],
+            [],
+        ),
     ],
     ids=[*LOOPS],
 )
@@ -185,6 +202,7 @@ def test_two_processes_killed_twice_end_as_if_they_had_not_been(program: str) ->
     [
         ("cache_latents", "latents", "latents.safetensors", ["--crops", "30"]),
         ("generate_cfw_data", "cfw_data", "samples.safetensors", ["--crops", "12", "--batch_size", "1"]),
+        ("cache_pairs", "pairs", "pairs.safetensors", ["--crops", "30"]),
     ],
 )
 def test_data_computed_beforehand_go_on_after_a_kill_to_the_same_file(

@@ -75,6 +75,18 @@ AREA = ClassicalConfig(
     up_mode="bicubic",
 )
 
+BLURRED = ClassicalConfig(
+    kernel_size=31,
+    blur_sigma=(1.0, 5.0),
+    isotropic_probability=0.7,
+    downsample=(4.0, 4.0),
+    down_modes=("area", "bicubic"),
+    antialias=True,
+    noise_sigma=(0.0, 2.0),
+    jpeg_quality=(85.0, 100.0),
+    up_mode="bicubic",
+)
+
 PRESETS: dict[str, DegradationConfig] = {
     "stablesr-512": STABLESR_512,
     "stablesr-768v": STABLESR_768V,
@@ -89,6 +101,7 @@ PRESETS: dict[str, DegradationConfig] = {
     "light": LIGHT,
     "bicubic": BICUBIC,
     "area": AREA,
+    "blurred": BLURRED,
 }
 """Every named degradation."""
 
@@ -106,6 +119,7 @@ DESCRIPTIONS: dict[str, str] = {
     "light": "a clean photograph of today, 4x smaller and enlarged again",
     "bicubic": "nothing but 4x smaller by bicubic reduction, and enlarged again",
     "area": "nothing but 4x smaller by the mean of 4x4 pixels, and enlarged again",
+    "blurred": "out of focus or shaken, hardly noisy, 4x smaller and enlarged again",
 }
 """What each is, in one line."""
 

@@ -45,6 +45,30 @@ class CachedLatents(Dataset[Pair]):
         return Pair(self.lq[which, version][part].float(), self.hq[which][part].float())
 
 
+class CachedPairs(Dataset[Pair]):
+    """Random square parts of the pairs of pictures that cache_pairs.py has written, (3, crop_px, crop_px) in [-1, 1].
+
+    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached,
+    CheckpointError for another file.
+    """
+
+    def __init__(self, file: str | Path, crop_px: int, seed: int) -> None:
+        self.hq, self.lq = read_tensors(file, "hq", "lq")  # (N, H, W, 3) uint8
+        if crop_px > min(self.hq.shape[1:3]):
+            raise ConfigError(f"resolution={crop_px} is larger than the cached pairs, {tuple(self.hq.shape[1:3])}")
+        self.crop_px = crop_px
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Pair:
+        random = stream(self.seed, index)
+        which = random.integers(len(self.hq))
+        top = random.integers(self.hq.shape[1] - self.crop_px + 1)
+        left = random.integers(self.hq.shape[2] - self.crop_px + 1)
+        rows, columns = slice(top, top + self.crop_px), slice(left, left + self.crop_px)
+        lq, hq = (pixels_to_image(pixels[which, rows, columns].numpy())[0] for pixels in (self.lq, self.hq))
+        return Pair(lq, hq)
+
+
 class RestoredCrop(NamedTuple):
     """What fusion layers learn from: pictures (3, crop_px, crop_px) in [-1, 1] and the latent (C, h, w) between."""
 
@@ -104,17 +128,14 @@ class TensorParts:
     Raises OutputError where there is no room for them.
 
     file: what `join` writes. Parts that an interrupted call left are used if they have the same origin: these options,
-    and the same files in the folder `model`; others are deleted.
+    and the same files in the folder `model`, None where there is none; others are deleted.
     """
 
-    def __init__(self, file: Path, config: ProgramConfig, model: Path) -> None:
+    def __init__(self, file: Path, config: ProgramConfig, model: Path | None) -> None:
         self.file = file
         self.folder = file.with_name(f"{file.name}.parts")
-        stamps = {
-            str(path.relative_to(model)): [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(model.rglob("*"))
-            if path.is_file()
-        }
+        files = [] if model is None else [path for path in sorted(model.rglob("*")) if path.is_file()]
+        stamps = {str(path.relative_to(str(model))): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         origin = json.dumps({"options": asdict(config), "model": stamps}, indent=1)
         note = self.folder / ORIGIN
         if self.folder.exists() and not (note.exists() and note.read_text() == origin):

@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     CROP = 2
     DEGRADATION = 3
     BATCH = 4
+    STEP = 5
 
 
 class Fault(IntEnum):

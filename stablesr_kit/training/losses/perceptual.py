@@ -1,6 +1,7 @@
 """Perceptual losses: how differently a classifier sees two pictures. They are never built on random weights."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.spaces import image_to_unit
+from stablesr_kit.training.data.batches import SampleDraws
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,30 @@ class LPIPS(nn.Module):
         if self.official_quirks:
             image, target = imagenet_normalised(image), imagenet_normalised(target)
         return self.network(image, target).mean()
+
+
+def shifted(pictures: Sequence[Tensor], draws: SampleDraws, most_px: int) -> list[Tensor]:
+    """The same part of every picture (B, 3, H, W), smaller by most_px, from a random place and flipped at random.
+
+    A network that halves its input four times sees patterns of few pixels differently at each place: what is to look
+    right at every place cannot hide one from it.
+    """
+    tops, lefts = ((draws.uniform() * (most_px + 1)).int().tolist() for _ in range(2))
+    flips = [
+        [axis for axis, is_flipped in zip((-2, -1), pair, strict=True) if is_flipped]
+        for pair in zip(*((draws.uniform() < 0.5).tolist() for _ in range(2)), strict=True)
+    ]
+
+    def part(image: Tensor, top: int, left: int, axes: list[int]) -> Tensor:
+        height, width = (side - most_px for side in image.shape[-2:])
+        return image[..., top : top + height, left : left + width].flip(axes)
+
+    return [
+        torch.stack([part(*place) for place in zip(images, tops, lefts, flips, strict=True)]).contiguous(
+            memory_format=torch.channels_last
+        )
+        for images in pictures
+    ]
 
 
 def imagenet_normalised(image: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,21 @@ from stablesr_kit.training.run.zero import ZeroOptimizer
 Network = TypeVar("Network", bound=ModelMixin)
 
 
+class Weights(nn.Module):
+    """Some of a network's weights under the names they have there."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            holder: nn.Module = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(holder, step):
+                    holder.add_module(step, nn.Module())
+                holder = getattr(holder, step)
+            holder.register_parameter(last, nn.Parameter(weight.detach(), requires_grad=False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedPart:
     """A part of a network in training that is saved as a folder of its own."""
@@ -39,9 +54,13 @@ class SavedPart:
     """The part without its weights, on the meta device."""
 
     @classmethod
-    def of(cls, network: nn.Module, name: str, path: str) -> Self:
-        """The part of a network that accelerate has not prepared yet."""
-        return cls(name=name, path=path, blueprint=copy.deepcopy(network.get_submodule(path)).to("meta"))
+    def of(cls, network: nn.Module, name: str, path: str, *, only_trained: bool = False) -> Self:
+        """The part of a network that accelerate has not prepared yet; only_trained: what of it requires gradients."""
+        part = network.get_submodule(path)
+        if only_trained:
+            trained = {name: weight for name, weight in part.named_parameters() if weight.requires_grad}
+            return cls(name=name, path=path, blueprint=Weights(trained).to("meta"))
+        return cls(name=name, path=path, blueprint=copy.deepcopy(part).to("meta"))
 
     def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
         """A copy of the part as it is now; None off the main process. Every process must call it."""
@@ -83,8 +102,7 @@ class SavedPart:
         if not accelerator.is_main_process:
             return None
         prefix = self.path and f"{self.path}."
-        own = (name for name in state if name.startswith(prefix))
-        return {name.removeprefix(prefix): state[name].detach() for name in own}
+        return {name: state[prefix + name].detach() for name in self.blueprint.state_dict()}
 
 
 def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix: str = "") -> None:
@@ -95,11 +113,14 @@ def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix
     set_model_state_dict(prepared, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a network to a folder that appears whole; one without a config as its weights alone.
+def save_network(network: nn.Module | DiffusionPipeline, folder: Path) -> None:
+    """Write a network to a folder that appears whole; one without a config as its weights alone, a pipeline in float16.
 
     Raises OutputError; what was there before is then still there.
     """
+    if isinstance(network, DiffusionPipeline):
+        save_small_pipeline(network, folder)
+        return
     with replacing_folder(folder) as part:
         _write(network, part)
 

@@ -1,5 +1,6 @@
 """The optimizer and the learning-rate schedule that the options of a run name."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +25,9 @@ def build_optimizer(
 
     Raises ConfigError when the 8-bit one is not installed.
     """
-    kind: Callable[..., Optimizer] = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
+    kind: Callable[..., Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
+    if config.use_8bit_adam:
+        kind = _adamw_8bit()
     return kind(
         parameters,
         lr=config.learning_rate,

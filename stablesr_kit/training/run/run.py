@@ -152,6 +152,7 @@ class TrainingRun:
         network: nn.Module,
         parts: Mapping[str, str],
         *,
+        only_trained: bool = False,
         learning_rate: float | None = None,
         betas: tuple[float, float] | None = None,
         weight_decay: float | None = None,
@@ -164,8 +165,9 @@ class TrainingRun:
         gathered where they share parameters.
 
         parts: what of it checkpoints hold, folder name -> name of the submodule, "" for the network itself.
-        learning_rate: a constant one; None takes the schedule of the options. betas, weight_decay: None takes those of
-        the options. is_clipped: whether max_grad_norm holds for it. average: whether its moving average is kept.
+        only_trained: whether they hold nothing but what is trained. learning_rate: a constant one; None takes the
+        schedule of the options. betas, weight_decay: None takes those of the options. is_clipped: whether max_grad_norm
+        holds for it. average: whether its moving average is kept.
         """
         config = self.config
         peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
@@ -175,7 +177,7 @@ class TrainingRun:
         optimizer = build_optimizer(config, groups, betas=betas, weight_decay=weight_decay)
         if self.accelerator.is_fsdp2:
             prepare_for_fsdp(network, self.accelerator)
-        saved = [SavedPart.of(network, name, path) for name, path in parts.items()]
+        saved = [SavedPart.of(network, name, path, only_trained=only_trained) for name, path in parts.items()]
         if self.zero_stage is None:
             prepared, stepped = self.accelerator.prepare(network, optimizer)
         else:
@@ -201,9 +203,14 @@ class TrainingRun:
         return prepared
 
     def validate(
-        self, options: ValidationOptions, part: str, examples: Sequence[Example], restore: Restore, measure: Measure
+        self,
+        options: ValidationOptions,
+        part: str | Sequence[str],
+        examples: Sequence[Example],
+        restore: Restore,
+        measure: Measure,
     ) -> None:
-        """Have the averaged weights of a part make and measure pictures when the options say so.
+        """Have the averaged weights of a part, or of several, make and measure pictures when the options say so.
 
         Arguments as `Validation`. The main process makes them, the others wait; what training draws is not touched.
         """
@@ -422,7 +429,8 @@ class TrainingRun:
             return
         if self.step % self.validation.every and self.step != self.config.max_train_steps:
             return
-        network = self.averaged(self.validation.part)
+        part = self.validation.part
+        network = self.averaged(part) if isinstance(part, str) else {name: self.averaged(name) for name in part}
         if self.is_main:
             metrics, pictures = self.validation.show(network, self.step)
             logger.info("step %d validation %s", self.step, " ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

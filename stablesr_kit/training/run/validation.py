@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
@@ -34,6 +34,8 @@ class ValidationOptions(CheckedOptions):
     """How many pictures are made, the first ones by name."""
     niqe_statistics: str | None = None
     """File niqe_pris_params.npz of NIQE's published implementation; None leaves NIQE out."""
+    metric_weights: str | None = None
+    """Folder of lpips_alex.safetensors, vgg16_fp16.safetensors and DISTS' weights; None leaves LPIPS and DISTS out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,15 +155,16 @@ Measure = Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
 class Validation:
     """Makes and measures the validation pictures of a run.
 
-    part: which of the networks, by the name it is saved under, makes them. They are written to
-    output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to output_dir/validation/metrics.jsonl.
+    part: which of the networks, by the name it is saved under, makes them; `restore` gets several as a dictionary. They
+    are written to output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to
+    output_dir/validation/metrics.jsonl.
     """
 
     def __init__(
         self,
         output_dir: Path,
         options: ValidationOptions,
-        part: str,
+        part: str | Sequence[str],
         examples: Sequence[Example],
         restore: Restore,
         measure: Measure,
@@ -188,7 +191,8 @@ class Validation:
 
         Raises ConfigError for a result of another size than it should have, OutputError.
         """
-        device = next(network.parameters()).device
+        first = network if isinstance(network, nn.Module) else next(iter(network.values()))
+        device = next(first.parameters()).device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # whatever the network draws, training goes on as if it had not
             pictures = {example.name: self._restored(network, example, device) for example in self.examples}

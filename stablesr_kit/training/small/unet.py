@@ -38,14 +38,14 @@ def build_small_adapter(unet: UNet2DConditionModel, block_out_channels: tuple[in
     )
 
 
-def build_small_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule for a v-prediction, with the few steps spread evenly down from the last."""
+def build_small_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with the few steps spread evenly down from the last."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
     )
