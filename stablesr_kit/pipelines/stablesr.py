@@ -129,6 +129,8 @@ class StableSRPipeline(
         default_steps: number of steps if the call names none.
         min_size_px: smaller results are restored on a canvas padded to this size, since a UNet trained on large
             pictures fails on tiny ones.
+        margin_px: the canvas goes on by reflection this far beyond the picture on all sides, and is cut back at the
+            end: the networks see zeros beyond their canvas, which makes borders shine. 0 is what the references have.
 
     Raises:
         ConfigError: adapter or cfw were made for other networks, or the networks are of another family.
@@ -159,6 +161,7 @@ class StableSRPipeline(
         feature_extractor: CLIPImageProcessor | None = None,
         default_steps: int = 50,
         min_size_px: int = 0,
+        margin_px: int = 0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -172,7 +175,7 @@ class StableSRPipeline(
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
+        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px, margin_px=margin_px)
         self._check_networks()
         if scheduler is not None:
             self._schedule = ModelSchedule.of_config(scheduler.config)
@@ -489,11 +492,17 @@ class StableSRPipeline(
         if height is None or width is None:
             height, width = result_size(*image.shape[1:], scale)
         enlarged = resized(image, height, width)
-        return enlarged, Padded(enlarged, *self.padded_size(height, width))
+        return enlarged, Padded(enlarged, *self.padded_size(height, width), self.config.margin_px)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the canvas for a result of height x width, see `canvas_size`."""
+        """Height and width of the canvas for a result of height x width and its margin, see `canvas_size`."""
+        height, width = (side + 2 * self.config.margin_px for side in (height, width))
         return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
+
+    def _inside(self, height: int, width: int) -> Region:
+        """Where on its canvas a result of height x width pixels lies."""
+        margin = self.config.margin_px
+        return Region(margin, margin, margin + height, margin + width)
 
     def encode(
         self,
@@ -697,7 +706,7 @@ class StableSRPipeline(
             raise ValueError(f"{prompts} prompts are given for {len(given)} pictures; give one, or one per picture")
         given = given * (max(prompts, len(given)) // len(given))
         enlarged, canvases = zip(*(self.prepare_image(one, scale, height, width) for one in given), strict=True)
-        canvas_size = canvases[0].shape[1], canvases[0].shape[2]
+        size_px = enlarged[0].shape[1], enlarged[0].shape[2]
         batch_size = len(given) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
@@ -730,9 +739,9 @@ class StableSRPipeline(
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
         plan = job.plan
-        if plan is None and self.needs_plan(*canvas_size, tiling):
+        if plan is None and self.needs_plan(*size_px, tiling):
             plan = self.plan(
-                *canvas_size,
+                *size_px,
                 w=w,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -741,7 +750,7 @@ class StableSRPipeline(
             )
             if plan.is_reduced:
                 logger.warning("%s", plan)
-        grid, vae_tile_px = self._grid(*canvas_size, tiling), tiling.vae_tile_px
+        grid, vae_tile_px = self._grid(*size_px, tiling), tiling.vae_tile_px
         if plan is not None:
             grid, vae_tile_px = plan.grid, plan.vae_tile_px
         if job.state is not None and job.state.grid is not None:
@@ -893,7 +902,7 @@ class StableSRPipeline(
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """
         restored = [
-            color_fixed(Part(image, Region(0, 0, *reference.shape[1:])), reference, color_fix)
+            color_fixed(Part(image, self._inside(*reference.shape[1:])), reference, color_fix)
             for image, reference in zip(decoded, enlarged, strict=True)
         ]
         return finished(restored, lq, post_stages, output_type, self.image_processor)
