@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.full_size import FULL, TINY, Size, random_weights, unet_and_adapter, vae_and_cfw
 from benchmarks.timing import compare, seconds
-from stablesr_kit import ControllableFeatureWrapping, SpacedDDPMScheduler, StableSRPipeline
+from stablesr_kit import ControllableFeatureWrapping, OneStepPipeline, SpacedDDPMScheduler, StableSRPipeline
 from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
@@ -127,8 +127,6 @@ class Bench:
         return found
 
     def one_step(self) -> dict[str, Any]:
-        from stablesr_kit import OneStepPipeline
-
         stable = self._pipeline()
         pipeline = OneStepPipeline(stable.vae, stable.unet, stable.scheduler, default_prompt=self._default_prompt())
         pipeline.set_progress_bar_config(disable=True)

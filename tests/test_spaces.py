@@ -18,6 +18,7 @@ ALLOWED = {
     "stablesr_kit/faces/parse.py": "the mask is blurred in levels of 255, as the published one",
     "stablesr_kit/imaging/neutral.py": "chroma is judged in levels of 255",
     "stablesr_kit/cli/face_stage.py": "the share of a white mask",
+    "stablesr_kit/evaluation/methods.py": "networks of other projects take [0, 1], as torch or numpy",
     "stablesr_kit/evaluation/resampling.py": "places of a mirrored row",
     "stablesr_kit/evaluation/metrics.py": "luma by the published formula, which is stated in levels of 255",
     "benchmarks/seams.py": "thresholds in levels of 255",
@@ -54,8 +55,10 @@ def conversions(source: str, *, is_degradation: bool = False) -> Iterator[int]:
 
 
 def with_constant(node: ast.BinOp) -> tuple[type[ast.operator], object, ast.expr] | None:
-    """(operation, constant, the other side) where exactly one side is a constant."""
+    """(operation, constant, the other side) where exactly one side is a constant, and the other no NAMED one."""
     left, right = node.left, node.right
+    if any(isinstance(side, ast.Name) and side.id.isupper() for side in (left, right)):
+        return None
     if isinstance(left, ast.Constant) and not isinstance(right, ast.Constant):
         return type(node.op), left.value, right
     if isinstance(right, ast.Constant) and not isinstance(left, ast.Constant):

@@ -201,7 +201,7 @@ LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.wei
 def merged(
     kind: type[Network], network: Network, tensors: Mapping[str, Tensor], system: System, options: AssemblyOptions
 ) -> Network:
-    """The float32 network with LoRAs added to its weights; the given one, whose other tensors it shares, stays as it is.
+    """A network like the given one, in float32, with LoRAs added to its weights; it shares all other tensors with it.
 
     tensors: `<module>.lora_A.<adapter>.weight` and `.lora_B.`, and `<module>.base_layer.<weight or bias>` of a layer
         that was trained as a whole, which takes the place of the network's own.
@@ -235,7 +235,7 @@ def merged(
             weights[target] = weight + scale * (up @ down.flatten(1)).reshape(weight.shape)
     complain(f"other shapes than in the {named}", wrong)
     with init_empty_weights():
-        built = kind.from_config(network.config)
+        built: Network = kind.from_config(network.config)  # type: ignore[attr-defined]
     built.load_state_dict(weights, strict=True, assign=True)
     return built.eval()
 

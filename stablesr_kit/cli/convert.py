@@ -93,7 +93,7 @@ def convert(
 
         models: dict[str, Savable] = {}
         kind = None if checkpoint is None else inspect_checkpoint(checkpoint, tensors_only=tensors_only).kind
-        system = SYSTEMS.get(kind)
+        system = None if kind is None else SYSTEMS.get(kind)
         if checkpoint is not None and system is not None:
             for option, value in of_stablesr.items():
                 if value is not None:

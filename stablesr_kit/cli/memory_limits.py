@@ -46,10 +46,10 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
         return dtype
     half = torch.bfloat16 if device.type == "cpu" else torch.float16
     name = str(half).removeprefix("torch.")
+    slowness = SLOW_HALF if device.type == "cpu" and not has_bf16(device) else ""
     tqdm.write(
         f"note: {needed / GIB:.2f} GiB of weights in float32 do not fit into {budget / GIB:.2f} GiB of memory; "
-        f"restoring in {name}, as --dtype {name} does"
-        + ("" if has_bf16(device) or device.type != "cpu" else SLOW_HALF),
+        f"restoring in {name}, as --dtype {name} does{slowness}",
         file=sys.stderr,
     )
     return half

@@ -1,27 +1,36 @@
 """Reflection padding that works for any size."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from stablesr_kit.imaging.canvas import Region, Resized
 
 
+@dataclass(frozen=True)
 class Padded(Resized):
-    """A picture continued to the right and below to height x width by mirror reflection, where it is read.
+    """A picture continued on all sides to height x width by mirror reflection, where it is read.
 
     Edges are not doubled; a picture smaller than its padding is reflected again and again, a single pixel is repeated.
+
+    Attributes:
+        margin: rows above the picture, and columns to the left of it; the rest is below and to the right.
     """
+
+    margin: int = 0
 
     def read(self, region: Region) -> Tensor:
         _, height, width = self.image.shape
-        if region.bottom <= height and region.right <= width:
-            return self.image.read(region)
-        rows = _reflected(height, region.top, region.bottom)
-        columns = _reflected(width, region.left, region.right)
-        top, bottom = rows.aminmax()
-        left, right = columns.aminmax()
-        values = self.image.read(Region(int(top), int(left), int(bottom) + 1, int(right) + 1))
-        return values[:, :, rows - top][:, :, :, columns - left]
+        top, left, bottom, right = (edge - self.margin for edge in region)
+        if min(top, left) >= 0 and bottom <= height and right <= width:
+            return self.image.read(Region(top, left, bottom, right))
+        rows = _reflected(height, top, bottom)
+        columns = _reflected(width, left, right)
+        first_row, last_row = rows.aminmax()
+        first_column, last_column = columns.aminmax()
+        read = Region(int(first_row), int(first_column), int(last_row) + 1, int(last_column) + 1)
+        return self.image.read(read)[:, :, rows - first_row][:, :, :, columns - first_column]
 
 
 def _reflected(length: int, first: int, end: int) -> Tensor:

@@ -16,6 +16,6 @@ class DefaultPrompt(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, text: str = "", length: int = 77, channels: int = 1024) -> None:
+    def __init__(self, text: str = "", length: int = 77, channels: int = 1024) -> None:  # noqa: ARG002, in the config
         super().__init__()
         self.embeds = torch.nn.Buffer(torch.zeros(1, length, channels))

@@ -212,8 +212,12 @@ class CodeFormerPipeline(DiffusionPipeline):
         for first in range(0, len(images), batch_size):
             group = images[first : first + batch_size]
             hidden = masks[first : first + batch_size] if masks is not None else None
-            # The network knows what to complete by its being white.
-            shown = group if hidden is None else [face + m * (1 - face) for face, m in zip(group, hidden, strict=True)]
+            # The network knows what to complete by its being white, which lerp gives exactly and face + (1 - face) not.
+            shown = (
+                group
+                if hidden is None
+                else [torch.lerp(face, torch.ones_like(face), m) for face, m in zip(group, hidden, strict=True)]
+            )
             restored = self.restore(
                 torch.cat([resize_bicubic(face, size, size) for face in shown]), w, adain, code_lookup
             ).cpu()

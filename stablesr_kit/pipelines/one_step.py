@@ -3,16 +3,18 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import replace_example_docstring
 from PIL import Image
@@ -27,19 +29,31 @@ from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.default_prompt import DefaultPrompt
+from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
-from stablesr_kit.pipelines.checking import OutputType
-from stablesr_kit.pipelines.coding import Generators, PostStage
-from stablesr_kit.pipelines.pictures import Picture, as_readables, to_pil
-from stablesr_kit.pipelines.planning import Planning
-from stablesr_kit.pipelines.prompting import batch_size_of
-from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput
-from stablesr_kit.tiling.autoencoder import AttentionMode, TilingMode
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling
-from stablesr_kit.tiling.planner import TileSize, choose_tiling, tile_multiple
+from stablesr_kit.pipelines.job import Generators, Job
+from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.pipelines.pictures import (
+    OutputType,
+    Picture,
+    PostStage,
+    as_readables,
+    check_finite,
+    check_output,
+    check_size,
+    finished,
+    is_number,
+    to_pil,
+)
+from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput, StepCallback, result_size
+from stablesr_kit.spaces import from_latent, to_latent
+from stablesr_kit.tiling import latents as latent_tiles
+from stablesr_kit.tiling.autoencoder import PictureCoder, coding_bars
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, canvas_size, tile_multiple
+from stablesr_kit.tiling.memory import Plan, Planner, Tiling
+from stablesr_kit.tiling.team import Team
 
 Tagger = Callable[[Image.Image], str | list[str]]
-Prediction = Literal["epsilon", "residual"]
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -54,7 +68,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class OneStepPipeline(Planning, StableDiffusionMixin):
+class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     """Restores and enlarges photographs with networks that were trained to do it at once: PiSA-SR (Sun et al. 2025),
     OSEDiff (Wu et al. 2024), HYPIR (Lin et al. 2025) and, in one to five steps, InvSR (Yue et al. 2025).
 
@@ -78,8 +92,13 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->unet_pix->unet->vae"
-    cfw = None
     _optional_components = ["unet_pix", "noise_predictor", "default_prompt", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    _num_timesteps: int
+    _interrupt: bool
+    _aggregation: Aggregation
+    _coder: PictureCoder
 
     def __init__(
         self,
@@ -121,8 +140,26 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
             min_size_px=min_size_px,
             licence=licence,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.vae_scale_factor = scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a folder that `stablesr convert` or `save_pretrained` made, or a repository of the Hugging Face hub.
+
+        Keyword arguments as `DiffusionPipeline.from_pretrained`; text_encoder=None, tokenizer=None load less where no
+        text is to be given, unet_pix=None where PiSA-SR's strengths stay as they are.
+
+        Raises:
+            ModelNotFoundError: there is no such model here or on the hub.
+        """
+        pipeline = super().from_pretrained(
+            str(resolve_model(pretrained_model_name_or_path, embedded={}, **kwargs)), **kwargs
+        )
+        for network in (pipeline.vae, pipeline.unet, pipeline.unet_pix, pipeline.noise_predictor):
+            if network is not None:  # convolutions on the CPU are a fifth faster in this layout
+                network.to(memory_format=torch.channels_last)
+        return pipeline
 
     @classmethod
     def from_original(cls, checkpoint: str | Path, base: str | Path, **kwargs: Any) -> Self:
@@ -140,6 +177,194 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.licence:
             (Path(save_directory) / "LICENCE.txt").write_text(f"{self.config.licence}\n", encoding="utf-8")
+
+    def check_inputs(
+        self,
+        image: Picture | list[Picture] | None,
+        prompt: str | list[str] | None,
+        tags: str | list[str] | Tagger | None,
+        scale: float | None,
+        height: int | None,
+        width: int | None,
+        lambda_pix: float,
+        lambda_sem: float,
+        color_fix: str,
+        prompt_embeds: Tensor | None,
+        output_type: str,
+        post_stages: Sequence[PostStage],
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
+
+        Raises:
+            ValueError: a value is out of range or two arguments exclude each other.
+        """
+        if image is None:
+            raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
+        check_size(scale, height, width)
+        check_output(color_fix, output_type, post_stages)
+        if prompt_embeds is not None and (prompt is not None or tags is not None):
+            raise ValueError("prompt_embeds and prompt or tags exclude each other; give one of them")
+        for name, text in (("prompt", prompt), ("tags", tags)):
+            if not (text is None or isinstance(text, str | list) or (name == "tags" and callable(text))):
+                raise ValueError(f"{name} of type {type(text).__name__} are given, expected text or a list of texts")
+        for name, value in (("lambda_pix", lambda_pix), ("lambda_sem", lambda_sem)):
+            if not (is_number(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} is given, expected a number from 0; 1 is usual")
+        if lambda_pix != 1 or lambda_sem != 1:
+            if self.config.prediction != "residual":
+                raise ValueError(
+                    "lambda_pix and lambda_sem are strengths of PiSA-SR, which this is not; leave them out"
+                )
+            if lambda_pix != lambda_sem and self.unet_pix is None:
+                raise ValueError("lambda_pix other than lambda_sem needs the component unet_pix; load it")
+        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={unknown} are unknown, "
+                f"expected some of {self._callback_tensor_inputs}"
+            )
+
+    def texts(
+        self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, lq: list[Readable]
+    ) -> list[str] | None:
+        """What is encoded, one text for all pictures or one for each; None is the model's own text.
+
+        Raises:
+            ValueError: there are several prompts and another number of tags.
+        """
+        if prompt is None and tags is None:
+            return None
+        prompts = prompt if isinstance(prompt, list) else [prompt or ""]
+        if callable(tags):
+            found = [tags(to_pil(one)) for one in lq]
+            tags = [words if isinstance(words, str) else ", ".join(words) for words in found]
+        keywords = tags if isinstance(tags, list) else [tags or ""]
+        count = max(len(prompts), len(keywords))
+        if {len(prompts), len(keywords)} - {1, count}:
+            raise ValueError(f"{len(keywords)} tags are given for {len(prompts)} prompts; give one, or one per picture")
+        pairs = zip(keywords * (count // len(keywords)), prompts * (count // len(prompts)), strict=True)
+        return [self._text(*pair) for pair in pairs]
+
+    def _text(self, tags: str, prompt: str) -> str:
+        if tags and self.config.tags_format is not None:
+            return self.config.tags_format.format(tags=tags, prompt=prompt)
+        return ", ".join(filter(None, (tags, prompt)))
+
+    def encode_prompt(self, texts: list[str] | None = None) -> Tensor:
+        """Embeddings (len(texts), tokens, channels); None is the model's own text, as one.
+
+        Raises:
+            ValueError: there is a text but no text encoder and tokenizer.
+        """
+        if texts is None and self.default_prompt is not None:
+            return self.default_prompt.embeds
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                f"the text {(texts or [''])[0]!r} needs the components text_encoder and tokenizer, which this pipeline "
+                "lacks; load them, or give prompt_embeds"
+            )
+        return torch.cat([embed_prompt(text, self.text_encoder, self.tokenizer) for text in texts or [""]])
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the canvas for a result of height x width, see `canvas_size`."""
+        return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
+
+    def get_timesteps(self, num_inference_steps: int | None = None, timesteps: list[int] | None = None) -> list[int]:
+        """Descending timesteps of the model's, for a number of steps, or those given.
+
+        Raises:
+            ValueError: the model has none for that number, or those given are none.
+        """
+        known = {len(one): list(one) for one in self.config.timesteps}
+        if timesteps is None:
+            steps = min(known) if num_inference_steps is None else num_inference_steps
+            if steps not in known:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} is given, expected one of {sorted(known)}, which this "
+                    "model was made for"
+                )
+            return known[steps]
+        if num_inference_steps not in (None, len(timesteps)):
+            raise ValueError("num_inference_steps and timesteps exclude each other; give one of them")
+        if self.noise_predictor is None and list(timesteps) not in known.values():
+            raise ValueError(
+                f"timesteps={timesteps} are given, but this model was made for {known[min(known)]}; leave them out"
+            )
+        end = len(self.scheduler.alphas_cumprod)
+        is_descending = all(one > other for one, other in itertools.pairwise(timesteps))
+        if not timesteps or not is_descending or not all(0 <= t < end for t in timesteps):
+            raise ValueError(f"timesteps={timesteps} are given, expected descending ones from {end - 1} to 0")
+        return list(timesteps)
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: int,
+        prompt_embeds: Tensor,
+        lq_latents: Tensor | None = None,  # noqa: ARG002, the LQ latent itself is what is denoised
+        image_embeds: Sequence[Tensor] = (),  # noqa: ARG002, no IP adapter was trained with these models
+        lambda_pix: float = 1.0,
+        lambda_sem: float = 1.0,
+    ) -> Tensor:
+        """What the UNet predicts for latents (B, C, h, w); prompt_embeds are (B, tokens, channels) or (1, ...).
+
+        PiSA-SR's residual is lambda_pix * pix + lambda_sem * (both - pix), pix and both being what the UNets with one
+        and with both LoRAs predict. What counts nothing does not run.
+        """
+        prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
+        if self.config.prediction != "residual":
+            return self.unet(latents, timestep, prompt_embeds, return_dict=False)[0]
+        residual = torch.zeros_like(latents)
+        for unet, strength in ((self.unet_pix, lambda_pix - lambda_sem), (self.unet, lambda_sem)):
+            if strength != 0:
+                residual = residual + strength * unet(latents, timestep, prompt_embeds, return_dict=False)[0]
+        return residual
+
+    def predict_noise(
+        self,
+        images: Sequence[Readable],
+        height: int,
+        width: int,
+        timestep: int,
+        grid: TileGrid | None,
+        prompt_embeds: Tensor,
+    ) -> DiagonalGaussianDistribution:
+        """The noise (B, C, h, w) that LQ pictures (3, H, W) are to begin with at a timestep, in tiles of latents.
+
+        It is predicted from the pictures at a quarter of the result's height x width, which is their own size where the
+        scale is 4. The pixels of a latent position are folded into channels, so that both are cut by the same tiles.
+        """
+        fold = 2 ** (len(self.noise_predictor.config.block_out_channels) - 1)  # pixels per latent position
+        scale = self.vae_scale_factor // fold
+        canvas_height, canvas_width = (side // scale for side in self.padded_size(height, width))
+        quarters = (resized(one, math.ceil(height / scale), math.ceil(width / scale)) for one in images)
+        lq = torch.cat([assembled(Padded(one, canvas_height, canvas_width)) for one in quarters])
+        pixels = F.pixel_unshuffle(lq, fold)  # (B, 3 fold^2, h, w)
+        aggregation = Aggregation(
+            (pixels.shape[-2], pixels.shape[-1]),
+            grid,
+            tile_multiple(self.unet),
+            self._execution_device,
+            self.noise_predictor.dtype,
+        )
+
+        def predict(latents: Tensor, **_: Any) -> Tensor:
+            return self.noise_predictor(F.pixel_shuffle(latents, fold), timestep)
+
+        return DiagonalGaussianDistribution(aggregation.predict(predict, pixels, pixels, prompt_embeds, 0))
+
+    def denoised(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
+        """x0 of latents and what was predicted for them, in closed form (Ho et al. 2020, eq. 15, or the residual)."""
+        if self.config.prediction == "residual":
+            return latents - prediction
+        a = self.scheduler.alphas_cumprod[timestep].to(latents)
+        return (latents - (1 - a).sqrt() * prediction) / a.sqrt()
+
+    def noised(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """x0 with noise at a timestep; with the predicted one it is a step of DDIM (Song et al. 2021, eq. 12)."""
+        a = self.scheduler.alphas_cumprod[timestep].to(x0)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -160,39 +385,35 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
         prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        tile_px: TileSize = "auto",
-        overlap_px: int | None = None,
-        tile_batch_size: int | None = None,
-        vae_tile_px: int | None = None,
-        vae_mode: TilingMode = "exact",
-        vae_attention: AttentionMode = "global",
-        canvas_folder: Path | None = None,
-        record: Path | None = None,
+        tiling: Tiling | None = None,
+        job: Job | None = None,
         post_stages: Sequence[PostStage] = (),
-    ) -> StableSRPipelineOutput | tuple[Any]:
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the signature of diffusers
+    ) -> StableSRPipelineOutput | tuple[Any, ...]:
         r"""Restore pictures.
 
         Args:
             image: the LQ picture or pictures (all of one size), as `StableSRPipeline` takes them.
             prompt: what the picture shows, one text for all or one per picture; None is the model's own text.
-            tags: the same in keywords, as the model was trained with them; or what finds them, a function of the LQ
-                picture. They stand before the prompt.
+            tags: the same in keywords, as OSEDiff was trained with them, one text for all or one per picture; or what
+                finds them, a function of the LQ picture. They stand before the prompt.
             scale: size of the result relative to the input, default 4.
             height, width: size of the result, instead of `scale`.
-            num_inference_steps: None is the fewest the model takes; only those with a noise predictor take more.
-            timesteps: of each step, descending, instead of those of `num_inference_steps`.
+            num_inference_steps: None is the fewest the model takes; models with a noise predictor take more.
+            timesteps: of each step, descending, for models with a noise predictor.
             lambda_pix: of PiSA-SR, how much degradation is removed; more is smoother.
-            lambda_sem: of PiSA-SR, how much detail is invented. Beside lambda_pix = lambda_sem, and 0, the UNet with one
-                of its LoRAs runs as well.
+            lambda_sem: of PiSA-SR, how much detail is invented. Where the two differ the UNet runs twice, but for 0.
             color_fix: "wavelet", "adain", "ycbcr" or "none": where the result's colours come from; None is the model's.
             generator: source of all randomness, or one per picture.
             prompt_embeds: text embeddings instead of texts, one or one per picture.
             output_type: "pil", "np", "pt", "canvas", or "latent" for the undecoded latents.
             return_dict: False returns a tuple.
-            tile_px: side of the tiles a large picture is restored in, in pixels of the result; "auto" takes the
-                model's, and leaves pictures of no more than their area whole; "none" never tiles.
-            overlap_px: what neighbouring tiles share, in pixels; None is the model's.
+            tiling: tiles, memory and room on disk for large pictures; None leaves all to the pipeline. "auto" takes the
+                model's tiles, and pictures of no more than their area whole.
+            job: what a stopped call goes on from, and other processes that take part.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in any pipeline.
 
         Examples:
 
@@ -203,251 +424,202 @@ class OneStepPipeline(Planning, StableDiffusionMixin):
             ValueError: an argument cannot work; the message says what is expected.
         """
         # 1. Check the arguments
-        color_fix = self.config.default_color_fix if color_fix is None else color_fix
-        self.check_inputs(image, scale, height, width, lambda_pix, lambda_sem, color_fix, output_type)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        color_fix = color_fix or self.config.default_color_fix
+        self.check_inputs(
+            image,
+            prompt,
+            tags,
+            scale,
+            height,
+            width,
+            lambda_pix,
+            lambda_sem,
+            color_fix,
+            prompt_embeds,
+            output_type,
+            post_stages,
+            callback_on_step_end_tensor_inputs,
+        )
         kept_timesteps = self.get_timesteps(num_inference_steps, timesteps)
-        predict = partial(self.predict, lambda_pix=lambda_pix, lambda_sem=lambda_sem)
+        tiling, job = tiling or Tiling(), job or Job()
+        self._interrupt = False
+        self._num_timesteps = len(kept_timesteps)
         device = self._execution_device
 
-        # 2. Bring the picture to the result's size, on a canvas that the networks can halve evenly
+        # 2. Encode the texts
         given = as_readables(image)
         texts = self.texts(prompt, tags, given)
-        batch_size = batch_size_of(len(given), texts, prompt_embeds)
-        given = given * (batch_size // len(given))
-        enlarged = [self.upsample(one, scale, height, width) for one in given]
-        lq, canvases, used_size = self.prepare_canvases(given, enlarged)
-
-        # 3. Encode the text
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(texts)
         prompt_embeds = prompt_embeds.to(device, self.unet.dtype)
+        batch_size = max(len(given), len(prompt_embeds))
+        if {len(given), len(prompt_embeds)} - {1, batch_size}:
+            raise ValueError(
+                f"{len(prompt_embeds)} texts are given for {len(given)} pictures; give one, or one per picture"
+            )
+        if isinstance(generator, list) and len(generator) not in (1, batch_size):
+            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
+
+        # 3. Bring the picture to the result's size, on a canvas that the networks can halve evenly
+        given = given * (batch_size // len(given))
+        size = (height, width) if height and width else result_size(*given[0].shape[1:], scale)
+        enlarged = [resized(one, *size) for one in given]
+        canvases = [Padded(one, *self.padded_size(*size)) for one in enlarged]
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
-        canvas_size = canvases[0].shape[1:]
-        tiling = self.choose_tiling(*canvas_size, tile_px, overlap_px, tile_batch_size or 1)
-        noise = autoencoder = None
-        if tiling is not None:
+        plan = job.plan
+        if plan is None and self.needs_plan(*size, tiling):
+            plan = self.plan(*size, num_inference_steps=len(kept_timesteps), batch_size=batch_size, tiling=tiling)
+        grid, vae_tile_px = (
+            (self._grid(*size, tiling), tiling.vae_tile_px) if plan is None else (plan.grid, plan.vae_tile_px)
+        )
+        if job.state is not None and job.state.grid is not None:
+            grid, vae_tile_px = TileGrid(**job.state.grid), job.state.vae_tile_px
+        noise = None
+        if grid is not None:
             noise, generator = CanvasNoise.from_generator(generator, batch_size), None
-        if vae_tile_px is not None or tiling is not None:
-            autoencoder = self.prepare_autoencoder(
-                *canvas_size, vae_tile_px or 256, vae_mode, vae_attention, canvas_folder
-            )
-        aggregation = Aggregation(
-            (canvas_size[0] // self.vae_scale_factor, canvas_size[1] // self.vae_scale_factor),
-            tiling,
+        self._coder = PictureCoder(
+            self.vae,
+            tile_px=vae_tile_px,
+            mode=tiling.vae_mode,
+            attention=tiling.vae_attention,
+            folder=tiling.folder,
+            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
+        )
+
+        # 5. Encode the picture, and noise it where the model was made for that
+        moments, _ = self._coder.encode(canvases, (), job.record)
+        moments = moments.to("cpu" if grid is not None else device, torch.float32)
+        with drawing_from(noise, stage=0):
+            latents = to_latent(DiagonalGaussianDistribution(moments).sample(generator), self.vae)
+        if self.noise_predictor is not None:
+            predicted = self.predict_noise(given, *size, kept_timesteps[0], grid, prompt_embeds)
+            with drawing_from(noise, stage=1):
+                latents = self.noised(latents, predicted.sample(generator).to(latents), kept_timesteps[0])
+        first_step = 0
+        if job.state is not None:
+            latents, first_step = job.state.restore(latents, self.scheduler, generator), job.state.step
+
+        # 6. Denoise
+        self._aggregation = aggregation = Aggregation(
+            (latents.shape[-2], latents.shape[-1]),
+            grid,
             tile_multiple(self.unet),
             device,
             self.unet.dtype,
+            team=job.team if grid is not None else None,
         )
-
-        # 5. Encode the picture
-        with drawing_from(noise, stage=0):
-            latents, _ = self.encode_image(canvases, generator, False, 1, autoencoder, record)
-        latents = latents.to("cpu" if tiling is not None else device, torch.float32)
-
-        # 6. Noise it, where the model is made for that
-        if self.noise_predictor is not None:
-            predicted = self.predict_noise(lq, kept_timesteps[0], aggregation, prompt_embeds)
-            with drawing_from(noise, stage=1):
-                latents = self.noised(latents, predicted.sample(generator).to(latents), kept_timesteps[0])
-
-        # 7. Denoise
-        with self.progress_bar(total=aggregation.count(range(len(kept_timesteps)))) as progress_bar:
+        with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+            aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
-                predicting = partial(predict, timestep=t)
+                if self.interrupt or i < first_step:
+                    continue
                 prediction = aggregation.predict(
-                    predicting, latents, latents, prompt_embeds, i, on_tile=progress_bar.update
+                    partial(self.predict, timestep=t, lambda_pix=lambda_pix, lambda_sem=lambda_sem),
+                    latents,
+                    latents,
+                    prompt_embeds,
+                    i,
+                    on_tile=progress_bar.update,
+                    on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
-                x0 = self.denoised(latents, prediction, t)
-                later = kept_timesteps[i + 1 : i + 2]
-                latents = self.noised(x0, prediction, later[0]) if later else x0
+                latents = self.denoised(latents, prediction, t)
+                if i + 1 < len(kept_timesteps):
+                    latents = self.noised(latents, prediction, kept_timesteps[i + 1])
 
-        # 8. Decode, cut the canvas back to the picture, give it the input's colours, let the post-stages work
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    asked = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, asked)
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+
+        # 7. Decode, cut the canvas back to the picture, give it the input's colours, let the post-stages work
         if output_type == "latent":
-            images = latents
+            images: Any = latents
         else:
+            decoded = self._coder.decode(from_latent(latents, self.vae), [{}], 0.0, job.record)
+            check_finite(decoded, self.unet.dtype, self.vae.dtype)
             restored = [
-                color_fixed(resized(Part(one, Region(0, 0, *used_size)), *reference.shape[1:]), reference, color_fix)
-                for one, reference in zip(
-                    self.decode_latents(latents, [{}], 0.0, autoencoder, record), enlarged, strict=True
-                )
+                color_fixed(Part(image, Region(0, 0, *size)), reference, color_fix)
+                for image, reference in zip(decoded, enlarged, strict=True)
             ]
-            images = self.finish(restored, given, post_stages, output_type)
-
+            images = finished(restored, given, post_stages, output_type, self.image_processor)
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
 
-    def prepare_canvases(
-        self, given: list[Readable], enlarged: list[Readable]
-    ) -> tuple[list[Readable], list[Readable], tuple[int, int]]:
-        """LQ pictures, the canvases that the autoencoder takes, and what of a canvas is the picture.
+    def plan(
+        self,
+        height: int,
+        width: int,
+        *,
+        num_inference_steps: int | None = None,
+        batch_size: int = 1,
+        tiling: Tiling | None = None,
+    ) -> Plan:
+        """What a call with these arguments will do, the most memory it will hold on the device, and for how long.
 
-        A noise predictor works at the one scale that lies between its input and the latents'. Results of another size
-        are made at that scale and resized; for larger ones the input is enlarged before.
+        height, width: of the result, in pixels. The others as in the call, which takes the plan as `Job(plan=...)`.
+        What is chosen how, and what is raised: `Planner.plan`. PiSA-SR is planned with one UNet running; a noise
+        predictor's work, less than a step, is not counted.
         """
-        height, width = enlarged[0].shape[1:]
-        if self.noise_predictor is None:
-            return given, [Padded(one, *self.padded_size(height, width)) for one in enlarged], (height, width)
-        working = self.working_scale
-        lq_size = [max(math.ceil(side / working), own) for side, own in zip((height, width), given[0].shape[1:])]
-        used_size = (lq_size[0] * working, lq_size[1] * working)
-        padded_height, padded_width = self.padded_size(*used_size)
-        lq: list[Readable] = [
-            Padded(resized(one, *lq_size), padded_height // working, padded_width // working) for one in given
-        ]
-        return lq, [resized(one, padded_height, padded_width) for one in lq], used_size
+        others = [one for one in (self.unet_pix, self.noise_predictor, self.text_encoder) if one is not None]
+        canvas = self.padded_size(height, width)
+        return Planner(self.vae, self.unet, others=others).plan(
+            *canvas,
+            self._with_own_tiles(*canvas, tiling or Tiling()),
+            self._execution_device,
+            steps=len(self.get_timesteps(num_inference_steps)),
+            pictures=batch_size,
+        )
 
-    def texts(
-        self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, given: list[Readable]
-    ) -> list[str] | None:
-        """What is encoded, one text for all pictures or one for each; None is the model's own text."""
-        if prompt is None and tags is None:
-            return None
-        prompts = prompt if isinstance(prompt, list) else [prompt or ""]
-        if callable(tags):
-            found = [tags(to_pil(one)) for one in given]
-            tags = [words if isinstance(words, str) else ", ".join(words) for words in found]
-        keywords = tags if isinstance(tags, list) else [tags or ""]
-        count = max(len(prompts), len(keywords))
-        if {len(prompts), len(keywords)} - {1, count}:
-            raise ValueError(f"{len(keywords)} tags are given for {len(prompts)} prompts; give one, or one per picture")
-        pairs = zip(keywords * (count // len(keywords)), prompts * (count // len(prompts)), strict=True)
-        return [self._joined(*pair) for pair in pairs]
+    def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
+        """Whether `plan`, which takes a second or two, has anything to decide for a result of height x width pixels."""
+        return tiling.leaves_choice(self._grid(height, width, tiling), self._execution_device)
 
-    def _joined(self, tags: str, prompt: str) -> str:
-        if tags and self.config.tags_format is not None:
-            return self.config.tags_format.format(tags=tags, prompt=prompt)
-        return ", ".join(filter(None, (tags, prompt)))
+    def _grid(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
+        """How a result of height x width pixels is restored if memory does not matter."""
+        canvas = self.padded_size(height, width)
+        factor = self.vae_scale_factor
+        own = self._with_own_tiles(*canvas, tiling)
+        return own.grid(self.unet, canvas[0] // factor, canvas[1] // factor, factor)
 
-    def encode_prompt(self, texts: list[str] | None = None) -> Tensor:
-        """Embeddings (len(texts), tokens, channels); None is the model's own text, as one.
+    def _with_own_tiles(self, height: int, width: int, tiling: Tiling) -> Tiling:
+        """The tiling with the model's own tiles for a canvas of height x width, instead of "auto"."""
+        if tiling.tile_px != "auto":
+            return tiling
+        if height * width <= self.config.tile_px**2:
+            return replace(tiling, tile_px="none")
+        overlap_px = self.config.overlap_px if tiling.overlap_px is None else tiling.overlap_px
+        return replace(tiling, tile_px=self.config.tile_px, overlap_px=overlap_px)
+
+    @torch.no_grad()
+    def assist(self, team: Team) -> None:
+        """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
 
         Raises:
-            ValueError: there is a text but no text encoder and tokenizer.
+            Exception: what happened here, once the first process has given up.
         """
-        if texts is None and self.default_prompt is not None:
-            return self.default_prompt.embeds
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                f"the text {(texts or [''])[0]!r} needs the components text_encoder and tokenizer, which this pipeline "
-                "lacks; load them, or give prompt_embeds"
-            )
-        return torch.cat([embed_prompt(text, self.text_encoder, self.tokenizer) for text in texts or [""]])
-
-    def get_timesteps(self, num_inference_steps: int | None = None, timesteps: list[int] | None = None) -> list[int]:
-        """Descending timesteps of the model's, for a number of steps, or those given.
-
-        Raises:
-            ValueError: the model has none for that number, or those given are none.
-        """
-        known = {len(one): list(one) for one in self.config.timesteps}
-        if timesteps is None:
-            steps = min(known) if num_inference_steps is None else num_inference_steps
-            if steps not in known:
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps} is given, expected one of {sorted(known)}, which this "
-                    "model is made for"
-                )
-            return known[steps]
-        if num_inference_steps not in (None, len(timesteps)):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps exclude each other"
-            )
-        if self.noise_predictor is None and list(timesteps) not in known.values():
-            raise ValueError(
-                f"timesteps={timesteps} are given, but this model is made for {list(known.values())} alone"
-            )
-        end = len(self.scheduler.alphas_cumprod)
-        is_descending = all(one > other for one, other in itertools.pairwise(timesteps))
-        if not timesteps or not is_descending or not all(0 <= t < end for t in timesteps):
-            raise ValueError(f"timesteps={timesteps} are given, expected descending ones from 0 to {end - 1}")
-        return list(timesteps)
+        latent_tiles.assist(team, self.predict, self._execution_device, self.unet.dtype)
 
     @property
-    def working_scale(self) -> int:
-        """How many times larger than its input a noise predictor makes the picture."""
-        return self.vae_scale_factor // 2 ** (len(self.noise_predictor.config.block_out_channels) - 1)
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the running call."""
+        return self._num_timesteps
 
-    def choose_tiling(
-        self, height: int, width: int, tile_px: TileSize = "auto", overlap_px: int | None = None, batch_size: int = 1
-    ) -> LatentTiling | None:
-        """How latents of a canvas of height x width pixels are covered; None is as a whole.
+    @property
+    def grid(self) -> TileGrid:
+        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
+        return self._aggregation.grid
 
-        Raises:
-            ValueError: the tile or the overlap cannot work; the message says what can.
-        """
-        factor = self.vae_scale_factor
-        if tile_px == "auto":
-            tile_px = "none" if height * width <= self.config.tile_px**2 else self.config.tile_px
-            overlap_px = self.config.overlap_px if overlap_px is None else overlap_px
-        return choose_tiling(self.unet, height // factor, width // factor, factor, tile_px, overlap_px, batch_size)
+    @property
+    def vae_tile_px(self) -> int | None:
+        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
+        return self._coder.tile_px
 
-    def predict(
-        self,
-        latents: Tensor,
-        timestep: int,
-        prompt_embeds: Tensor,
-        lq_latents: Tensor | None = None,  # noqa: ARG002, what is denoised is the LQ latent itself
-        lambda_pix: float = 1.0,
-        lambda_sem: float = 1.0,
-    ) -> Tensor:
-        """What the UNet predicts for latents (B, C, h, w); prompt_embeds are (B, tokens, channels) or (1, ...).
-
-        With `unet_pix` it is lambda_pix pix + lambda_sem (both - pix), pix and both being the UNets' outputs (Sun et al.
-        2025, eq. 9). What counts nothing does not run.
-        """
-        prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
-        if self.unet_pix is None:
-            return self.unet(latents, timestep, prompt_embeds, return_dict=False)[0]
-        prediction = torch.zeros_like(latents)
-        for unet, weight in ((self.unet_pix, lambda_pix - lambda_sem), (self.unet, lambda_sem)):
-            if weight != 0:
-                prediction = prediction + weight * unet(latents, timestep, prompt_embeds, return_dict=False)[0]
-        return prediction
-
-    def predict_noise(
-        self, lq: list[Readable], timestep: int, aggregation: Aggregation, prompt_embeds: Tensor
-    ) -> DiagonalGaussianDistribution:
-        """The noise (B, C, h, w) that LQ pictures (3, H, W) are to begin with at a timestep, in the UNet's tiles."""
-        fold = self.vae_scale_factor // self.working_scale
-        pixels = F.pixel_unshuffle(torch.cat([assembled(one) for one in lq]), fold)  # (B, 3 fold^2, h, w)
-
-        def predict(latents: Tensor, **_: Tensor) -> Tensor:
-            image = F.pixel_shuffle(latents, fold)
-            return self.noise_predictor(image.to(self.noise_predictor.dtype), timestep)
-
-        return DiagonalGaussianDistribution(aggregation.predict(predict, pixels, pixels, prompt_embeds, 0))
-
-    def denoised(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
-        """x0 of latents and what was predicted for them; schedulers of diffusers refuse one step from 999 to the end."""
-        if self.config.prediction == "residual":
-            return latents - prediction
-        a = self.scheduler.alphas_cumprod[timestep].to(latents)
-        return (latents - (1 - a).sqrt() * prediction) / a.sqrt()
-
-    def noised(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """x0 with noise at a timestep."""
-        a = self.scheduler.alphas_cumprod[timestep].to(x0)
-        return a.sqrt() * x0 + (1 - a).sqrt() * noise
-
-    def check_inputs(
-        self,
-        image: object,
-        scale: float | None,
-        height: int | None,
-        width: int | None,
-        lambda_pix: float,
-        lambda_sem: float,
-        color_fix: str,
-        output_type: str,
-    ) -> None:
-        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
-
-        Raises:
-            ValueError: a value is out of range or two arguments exclude each other.
-        """
-        for name, value in (("lambda_pix", lambda_pix), ("lambda_sem", lambda_sem)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} is given, expected a number of 0 or more; 1 is usual")
-            if value != 1 and self.unet_pix is None:
-                raise ValueError(f"{name}={value} is given, but only PiSA-SR has two strengths; leave it out")
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call skips its remaining steps; a callback sets it through `_interrupt`."""
+        return self._interrupt

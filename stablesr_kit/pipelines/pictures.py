@@ -1,21 +1,29 @@
 """Whatever people hold a picture in, as images, and images as pictures again."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, bands
+from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, assembled, bands
+from stablesr_kit.imaging.color_fix import ColorFix
+from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.reading import Picture as FilePicture
 from stablesr_kit.imaging.reading import as_picture
 from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
+OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
+Images = list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
+PostStage = Callable[[Tensor, Tensor], Tensor]
 
 # The value of white in each type of number.
 _WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1, "bool": 1}
@@ -37,6 +45,73 @@ def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
             f"canvases of shapes {shapes} are given, expected three channels and one size; call once per size"
         )
     return canvases
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number, of Python or of numpy."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def check_size(scale: float | None, height: int | None, width: int | None) -> None:
+    """Refuse a size of the result that means nothing. Raises ValueError."""
+    if scale is not None and (height is not None or width is not None):
+        raise ValueError("scale and height/width exclude each other; give one of them")
+    if (height is None) != (width is None):
+        raise ValueError(f"height={height}, width={width}: give both, or scale")
+    if scale is not None and not (is_number(scale) and scale > 0):
+        raise ValueError(f"scale={scale!r} is given, expected a positive number")
+    if height is not None and width is not None:
+        if not (isinstance(height, Integral) and isinstance(width, Integral) and min(height, width) >= 1):
+            raise ValueError(f"height={height!r}, width={width!r} is given, expected at least one pixel each")
+
+
+def check_output(color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
+    """Refuse names that are not known, and post-stages without pictures. Raises ValueError."""
+    for name, value, choices in (
+        ("color_fix", color_fix, get_args(ColorFix)),
+        ("output_type", output_type, get_args(OutputType)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is given, expected one of {choices}")
+    if post_stages and output_type == "latent":
+        raise ValueError("post_stages work on pictures, output_type='latent' gives none; give another")
+
+
+def check_finite(decoded: Sequence[Readable], computed_in: torch.dtype, decoded_in: torch.dtype) -> None:
+    """Refuse decoded images in which a network has overflowed.
+
+    Raises:
+        FloatingPointError: it has.
+    """
+    if not all(torch.isfinite(image.read(band)).all() for image in decoded for band in bands(image)):
+        raise FloatingPointError(
+            f"the restored picture is not finite, computed in {computed_in} and decoded in {decoded_in}; "
+            "load the pipeline in bfloat16 or float32"
+        )
+
+
+def finished(
+    restored: list[Readable],
+    lq: Sequence[Readable],
+    post_stages: Sequence[PostStage],
+    output_type: OutputType,
+    processor: VaeImageProcessor,
+) -> Images:
+    """Restored images (3, H, W) as an output type says, grey where the LQ ones are, after the post-stages.
+
+    lq: as they were given, one per restored one. The post-stages take images whole. processor: of a pipeline.
+    """
+    if post_stages:
+        images, lq_images = (torch.cat([assembled(one) for one in pictures]) for pictures in (restored, lq))
+        for stage in post_stages:
+            images = stage(images, lq_images)
+        restored = [View(one) for one in images.split(1)]
+    restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
+    if output_type == "canvas":
+        return restored
+    if output_type == "pil":
+        return [to_pil(one) for one in restored]
+    return processor.postprocess(torch.cat([assembled(one) for one in restored]), output_type=output_type)
 
 
 def to_canvas(source: FilePicture, folder: Path | None = None) -> Canvas:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -26,16 +24,14 @@ from diffusers.utils import BaseOutput, replace_example_docstring, scale_lora_la
 from diffusers.utils.torch_utils import randn_tensor
 from einops import repeat
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.imaging.canvas import Part, Readable, Region, View, assembled, bands
+from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
@@ -45,11 +41,22 @@ from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job
 from stablesr_kit.pipelines.loading import check_components, resolve_model
-from stablesr_kit.pipelines.pictures import Picture, as_readables, to_pil
+from stablesr_kit.pipelines.pictures import (
+    Images,
+    OutputType,
+    Picture,
+    PostStage,
+    as_readables,
+    check_finite,
+    check_output,
+    check_size,
+    finished,
+    is_number,
+)
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
-from stablesr_kit.tiling.autoencoder import Features, PictureCoder
-from stablesr_kit.tiling.latents import Aggregation, TileGrid, tile_multiple
+from stablesr_kit.tiling.autoencoder import Features, PictureCoder, coding_bars
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, canvas_size, tile_multiple
 from stablesr_kit.tiling.memory import Plan, Planner, Tiling
 from stablesr_kit.tiling.team import Team
 
@@ -69,9 +76,6 @@ EXAMPLE_DOC_STRING = """
 
 DEFAULT_SCALE = 4.0
 Start = Literal["lq", "noise"] | int
-OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
-Images = list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
-PostStage = Callable[[Tensor, Tensor], Tensor]
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 )
@@ -125,6 +129,8 @@ class StableSRPipeline(
         default_steps: number of steps if the call names none.
         min_size_px: smaller results are restored on a canvas padded to this size, since a UNet trained on large
             pictures fails on tiny ones.
+        margin_px: the canvas goes on by reflection this far beyond the picture on all sides, and is cut back at the
+            end: the networks see zeros beyond their canvas, which makes borders shine. 0 is what the references have.
 
     Raises:
         ConfigError: adapter or cfw were made for other networks, or the networks are of another family.
@@ -155,6 +161,7 @@ class StableSRPipeline(
         feature_extractor: CLIPImageProcessor | None = None,
         default_steps: int = 50,
         min_size_px: int = 0,
+        margin_px: int = 0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -168,7 +175,7 @@ class StableSRPipeline(
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
+        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px, margin_px=margin_px)
         self._check_networks()
         if scheduler is not None:
             self._schedule = ModelSchedule.of_config(scheduler.config)
@@ -285,8 +292,8 @@ class StableSRPipeline(
         if isinstance(image, str) and prompt is not None and not isinstance(prompt, str | list):
             raise ValueError("image is a text and prompt a picture; the picture comes first: pipeline(image, prompt)")
         self._check_decoding(w, color_fix, output_type, post_stages)
+        check_size(scale, height, width)
         for one, value, other, other_value in (
-            ("scale", scale, "height/width", height if height is not None else width),
             ("prompt", prompt, "prompt_embeds", prompt_embeds),
             ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
             ("strength", strength, "start", None if start == "lq" else start),
@@ -294,24 +301,17 @@ class StableSRPipeline(
         ):
             if value is not None and other_value is not None:
                 raise ValueError(f"{one} and {other} exclude each other; give one of them")
-        if (height is None) != (width is None):
-            raise ValueError(f"height={height}, width={width}: give both, or scale")
-        if scale is not None and not (_is_number(scale) and scale > 0):
-            raise ValueError(f"scale={scale!r} is given, expected a positive number")
-        if height is not None and width is not None:
-            if not (isinstance(height, Integral) and isinstance(width, Integral) and min(height, width) >= 1):
-                raise ValueError(f"height={height!r}, width={width!r} is given, expected at least one pixel each")
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_prompt", num_images_per_prompt),
         ):
             if count is not None and not (isinstance(count, Integral) and count >= 1):
                 raise ValueError(f"{name}={count!r} is given, expected at least 1, a whole number")
-        if not _is_number(guidance_scale):
+        if not is_number(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale!r} is given, expected a number; 1 is no guidance")
         if not (start in ("lq", "noise") or (isinstance(start, Integral) and start >= 0)):
             raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")
-        if strength is not None and not (_is_number(strength) and 0 <= strength <= 1):
+        if strength is not None and not (is_number(strength) and 0 <= strength <= 1):
             raise ValueError(f"strength={strength!r} is given, expected 0 (no step is run) to 1 (all are)")
         for text in (prompt, negative_prompt):
             if text is not None and not isinstance(text, str | list):
@@ -338,20 +338,13 @@ class StableSRPipeline(
             )
 
     def _check_decoding(self, w: float, color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
-        if not (_is_number(w) and w >= 0):
+        if not (is_number(w) and w >= 0):
             raise ValueError(
                 f"w={w!r} is given, expected a number from 0 (realism) to 1 (fidelity); above 1 extrapolates"
             )
         if w > 0 and self.cfw is None:
             raise ValueError(f"w={w} needs the component cfw, which this pipeline lacks; give w=0 or load a cfw")
-        for name, value, choices in (
-            ("color_fix", color_fix, get_args(ColorFix)),
-            ("output_type", output_type, get_args(OutputType)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is given, expected one of {choices}")
-        if post_stages and output_type == "latent":
-            raise ValueError("post_stages work on pictures, output_type='latent' gives none; give another")
+        check_output(color_fix, output_type, post_stages)
 
     def _check_networks(self) -> None:
         """Refuse networks that do not belong together, and make the UNet able to take SFT maps."""
@@ -499,17 +492,17 @@ class StableSRPipeline(
         if height is None or width is None:
             height, width = result_size(*image.shape[1:], scale)
         enlarged = resized(image, height, width)
-        return enlarged, Padded(enlarged, *self.padded_size(height, width))
+        return enlarged, Padded(enlarged, *self.padded_size(height, width), self.config.margin_px)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the canvas for a result of height x width: every level of the networks halves them.
+        """Height and width of the canvas for a result of height x width and its margin, see `canvas_size`."""
+        height, width = (side + 2 * self.config.margin_px for side in (height, width))
+        return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
 
-        At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
-        """
-        multiple = self.vae_scale_factor * tile_multiple(self.unet)
-        smallest = max(self.config.min_size_px, 2 * multiple)
-        padded_height, padded_width = (math.ceil(max(side, smallest) / multiple) * multiple for side in (height, width))
-        return padded_height, padded_width
+    def _inside(self, height: int, width: int) -> Region:
+        """Where on its canvas a result of height x width pixels lies."""
+        margin = self.config.margin_px
+        return Region(margin, margin, margin + height, margin + width)
 
     def encode(
         self,
@@ -713,7 +706,7 @@ class StableSRPipeline(
             raise ValueError(f"{prompts} prompts are given for {len(given)} pictures; give one, or one per picture")
         given = given * (max(prompts, len(given)) // len(given))
         enlarged, canvases = zip(*(self.prepare_image(one, scale, height, width) for one in given), strict=True)
-        canvas_size = canvases[0].shape[1], canvases[0].shape[2]
+        size_px = enlarged[0].shape[1], enlarged[0].shape[2]
         batch_size = len(given) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
@@ -746,9 +739,9 @@ class StableSRPipeline(
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
         plan = job.plan
-        if plan is None and self.needs_plan(*canvas_size, tiling):
+        if plan is None and self.needs_plan(*size_px, tiling):
             plan = self.plan(
-                *canvas_size,
+                *size_px,
                 w=w,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -757,7 +750,7 @@ class StableSRPipeline(
             )
             if plan.is_reduced:
                 logger.warning("%s", plan)
-        grid, vae_tile_px = self._grid(*canvas_size, tiling), tiling.vae_tile_px
+        grid, vae_tile_px = self._grid(*size_px, tiling), tiling.vae_tile_px
         if plan is not None:
             grid, vae_tile_px = plan.grid, plan.vae_tile_px
         if job.state is not None and job.state.grid is not None:
@@ -892,11 +885,7 @@ class StableSRPipeline(
         """
         coder = coder or PictureCoder(self.vae, self.cfw)
         images = coder.decode(from_latent(latents, self.vae), features, w, record)
-        if not all(torch.isfinite(image.read(band)).all() for image in images for band in bands(image)):
-            raise FloatingPointError(
-                f"the restored picture is not finite, computed in {self.unet.dtype} and decoded in {self.vae.dtype}; "
-                "load the pipeline in bfloat16 or float32"
-            )
+        check_finite(images, self.unet.dtype, self.vae.dtype)
         return images
 
     def finish(
@@ -915,22 +904,10 @@ class StableSRPipeline(
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """
         restored = [
-            color_fixed(Part(image, Region(0, 0, *reference.shape[1:])), reference, color_fix)
+            color_fixed(Part(image, self._inside(*reference.shape[1:])), reference, color_fix)
             for image, reference in zip(decoded, enlarged, strict=True)
         ]
-        if post_stages:
-            images, lq_images = (torch.cat([assembled(one) for one in pictures]) for pictures in (restored, lq))
-            for stage in post_stages:
-                images = stage(images, lq_images)
-            restored = [View(one) for one in images.split(1)]
-        restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
-        if output_type == "canvas":
-            return restored
-        if output_type == "pil":
-            return [to_pil(one) for one in restored]
-        return self.image_processor.postprocess(
-            torch.cat([assembled(one) for one in restored]), output_type=output_type
-        )
+        return finished(restored, lq, post_stages, output_type, self.image_processor)
 
     def plan(
         self,
@@ -970,12 +947,6 @@ class StableSRPipeline(
         return tiling.grid(self.unet, height // factor, width // factor, factor)
 
     def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling) -> PictureCoder:
-        config = getattr(self, "_progress_bar_config", {})
-
-        def bar(doing: str, total: int, unit: str) -> "tqdm[Any]":
-            description = f"{config['desc']}, {doing}" if config.get("desc") else doing
-            return tqdm(total=total, **{"unit": unit, **config, "desc": description})
-
         return PictureCoder(
             self.vae,
             self.cfw,
@@ -983,7 +954,7 @@ class StableSRPipeline(
             mode=tiling.vae_mode,
             attention=tiling.vae_attention,
             folder=tiling.folder,
-            progress=None if config.get("disable") else bar,
+            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
         )
 
     def predict(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -1055,10 +1026,6 @@ def result_size(height: int, width: int, scale: float | None = None) -> tuple[in
     """Height and width of the result for a picture of height x width; scale=None is 4."""
     factor = DEFAULT_SCALE if scale is None else scale
     return max(round(height * factor), 1), max(round(width * factor), 1)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _for_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:

@@ -229,6 +229,16 @@ class PictureCoder:
         return in_float32(*parts) if self.vae.config.force_upcast else nullcontext()
 
 
+def coding_bars(config: Mapping[str, Any]) -> "Callable[[str, int, str], tqdm[Any]] | None":
+    """The `progress` of a `PictureCoder` for the configuration of a pipeline's progress bars."""
+
+    def bar(doing: str, total: int, unit: str) -> "tqdm[Any]":
+        description = f"{config['desc']}, {doing}" if config.get("desc") else doing
+        return tqdm(total=total, **{"unit": unit, **config, "desc": description})
+
+    return None if config.get("disable") else bar
+
+
 class TiledAutoencoder:
     """A stock AutoencoderKL, with CFW if wanted, run over tiles. The networks are used as they are and not changed.
 

@@ -378,6 +378,19 @@ def tile_multiple(unet: UNet2DConditionModel) -> int:
     return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
+def canvas_size(
+    unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int, min_size_px: int = 0
+) -> tuple[int, int]:
+    """Height and width in pixels of the canvas for a result of height x width: every level of the networks halves them.
+
+    At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
+    """
+    multiple = pixels_per_latent * tile_multiple(unet)
+    smallest = max(min_size_px, 2 * multiple)
+    canvas_height, canvas_width = (math.ceil(max(side, smallest) / multiple) * multiple for side in (height, width))
+    return canvas_height, canvas_width
+
+
 def choose_grid(
     unet: UNet2DConditionModel,
     height: int,

@@ -197,7 +197,7 @@ class Planner:
     """Plans calls of a pipeline's networks, which are counted and not changed.
 
     Args:
-        vae, unet, adapter: of the pipeline, on any device, "meta" included.
+        vae, unet, adapter: of the pipeline, on any device, "meta" included; without an adapter the UNet runs as it is.
         cfw: None plans for w = 0.
         others: networks that stay on the device beside them.
     """
@@ -206,11 +206,11 @@ class Planner:
         self,
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
-        adapter: StableSRAdapter,
+        adapter: StableSRAdapter | None = None,
         cfw: ControllableFeatureWrapping | None = None,
         others: Sequence[nn.Module] = (),
     ) -> None:
-        networks = [vae, unet, adapter, *([] if cfw is None else [cfw]), *others]
+        networks = [vae, unet, *(one for one in (adapter, cfw) if one is not None), *others]
         self.networks = networks
         self.weights = sum(weight_bytes(network) for network in networks)
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
@@ -220,7 +220,7 @@ class Planner:
         self.vae = without_values(vae, coding_dtype)
         self.cfw = None if cfw is None else without_values(cfw, coding_dtype)
         self.unet = without_values(unet, unet.dtype)
-        self.adapter = without_values(adapter, adapter.dtype)
+        self.adapter = None if adapter is None else without_values(adapter, adapter.dtype)
 
     def plan(
         self,
@@ -406,7 +406,11 @@ def weight_bytes(network: nn.Module) -> int:
 
 @torch.no_grad()
 def prediction_cost(
-    unet: UNet2DConditionModel, adapter: StableSRAdapter, tile: tuple[int, int], batch_size: int, branches: int = 1
+    unet: UNet2DConditionModel,
+    adapter: StableSRAdapter | None,
+    tile: tuple[int, int],
+    batch_size: int,
+    branches: int = 1,
 ) -> Cost:
     """Of one prediction for a batch of tiles of latents; the networks are on the meta device.
 
@@ -414,6 +418,8 @@ def prediction_cost(
     """
     latents = torch.empty(batch_size, unet.config.in_channels, *tile, dtype=unet.dtype, device=META)
     prompts = torch.empty(branches * batch_size, 77, unet.config.cross_attention_dim, dtype=unet.dtype, device=META)
+    if adapter is None:
+        return _counted(lambda: unet(latents, 500, prompts))
     return _counted(lambda: steered_prediction(unet, adapter, latents, 500, latents, prompts, 2.0))
 
 

@@ -36,7 +36,7 @@ from stablesr_kit.imaging.canvas import Region
 from stablesr_kit.imaging.color_fix import adain_color_fix, wavelet_color_fix, ycbcr_color_fix
 from stablesr_kit.pipelines.one_step import OneStepPipeline
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
-from stablesr_kit.tiling.latents import Aggregation, LatentTiling, cover, gaussian_weights, merge
+from stablesr_kit.tiling.latents import Aggregation, TileGrid, cover, gaussian_weights, merge
 from tests.parity.references import Quantity, difference
 
 RELATIVE = 2e-5
@@ -199,12 +199,12 @@ def run_tagged(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -
 
     size = (z.shape[-2], z.shape[-1])
     tile, overlap = case.settings.get("tile", 96), case.settings.get("overlap", 32)
-    tiling = None
+    grid = None
     weights = partial(gaussian_weights, official_quirks=not is_pisa)
     if size[0] * size[1] > tile**2:
         side = min(tile, *size)
-        tiling = LatentTiling(tile=(side, side), overlap=overlap)
-        tiles = sorted(cover(*size, tiling.tile, overlap), key=lambda one: (one.left, one.top))
+        grid = TileGrid(tile=(side, side), overlap=overlap)
+        tiles = sorted(cover(*size, grid.tile, overlap), key=lambda one: (one.left, one.top))
         ours["tile_xy"] = torch.tensor([[one.left, one.top] for one in tiles])
         ours["tile_weights_f64"] = weights(side, side)
         for key, strengths in (("tile_out", {}), ("tile_out_pix", {"lambda_sem": 0.0})):
@@ -213,7 +213,7 @@ def run_tagged(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -
                 for one in tiles
             ]
             ours[key] = torch.cat(parts)
-    aggregation = Aggregation(size, tiling, 1, z.device, z.dtype, weights=weights)
+    aggregation = Aggregation(size, grid, 1, z.device, z.dtype, weights=weights)
 
     def restored(suffix: str = "", **strengths: float) -> None:
         prediction = aggregation.predict(partial(predict, **strengths), z, z, ours["prompt_embeds"], 0)
@@ -300,7 +300,7 @@ def run_hypir(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) ->
     predict = partial(pipeline.predict, timestep=timestep)
     latents = z * scaling
     aggregation = Aggregation(
-        size, LatentTiling(tile=(patch, patch), overlap=overlap), 1, z.device, z.dtype, weights=weights
+        size, TileGrid(tile=(patch, patch), overlap=overlap), 1, z.device, z.dtype, weights=weights
     )
     eps = aggregation.predict(predict, latents, latents, ours["prompt_embeds"], 0)
     x0 = pipeline.denoised(latents, eps, timestep) / scaling

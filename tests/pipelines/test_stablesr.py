@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from stablesr_kit import SpacedDDIMScheduler, SpacedDDPMScheduler
+from stablesr_kit import SpacedDDIMScheduler, SpacedDDPMScheduler, Tiling
 from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput
 from tests.helpers.pipeline_runs import PICTURE, contents, differs, run, same
 from tests.helpers.tiny import seeded, tiny_cfw, tiny_picture, tiny_pipeline, unit_noise
@@ -62,6 +62,20 @@ def test_small_results_are_restored_on_a_larger_canvas(min_size_px: int, side: i
     pipeline = tiny_pipeline(with_text=False, min_size_px=min_size_px)
     assert run(pipeline, output_type="latent").shape == (1, 4, side // 4, side // 4)
     assert run(pipeline).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(tile_px=24, overlap_px=8, vae_tile_px=16)])
+def test_a_margin_is_the_reflected_picture_around_it_and_is_cut_back(tiling: Tiling | None) -> None:
+    picture = tiny_picture(16, 24)
+    around = np.pad(picture[0].numpy(), [(0, 0), (8, 8), (8, 8)], mode="reflect")
+    options = {"scale": 1, "color_fix": "none", "tiling": tiling}
+    with_margin = tiny_pipeline(with_text=False, margin_px=8)
+    assert with_margin.padded_size(16, 24) == (32, 40)
+    restored = run(with_margin, picture, **options)
+    expected = run(tiny_pipeline(with_text=False), torch.from_numpy(around)[None], **options)
+    assert torch.equal(restored, expected[..., 8:-8, 8:-8])
+    uneven = run(with_margin, tiny_picture(5, 7), tiling=tiling)
+    assert uneven.shape == (1, 3, 20, 28)
 
 
 def test_the_wavelet_colour_fix_is_the_default_and_gives_the_colours_of_the_input() -> None:

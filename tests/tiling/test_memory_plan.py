@@ -149,7 +149,7 @@ def test_a_limit_too_small_for_anything_is_refused_in_one_line_and_too_little_fr
     monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
     weights = Planner(PIPELINE.vae, PIPELINE.unet, PIPELINE.adapter, PIPELINE.cfw).weights
     tried = PIPELINE.plan(256, 256)
-    assert (tried.grid, tried.vae_tile_px) == (TileGrid(tile=(4, 4), overlap=1), 64)
+    assert (tried.grid, tried.vae_tile_px) == (TileGrid(tile=(4, 4), overlap=2), 64)
     assert tried.peak_bytes > weights and tried.max_memory is None
 
 
