@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,7 @@ class Bench:
         image = self._image(self.scale.latent * 2)
         found = {}
         for steps in STEPS:
-            def call(steps: int = steps) -> object:
-                return pipeline(image, num_inference_steps=steps, w=0.5, generator=torch.Generator().manual_seed(0))
-
+            call = partial(pipeline, image, w=0.5, num_inference_steps=steps)
             call()
             found[str(steps)] = seconds(call)
         return found
@@ -155,11 +154,11 @@ class Bench:
     def memory(self) -> dict[str, Any]:
         """One step of each size, with CFW; the largest, which takes the longest, is the last."""
         found: dict[str, Any] = {}
+        pipeline = self._pipeline()
         for height, width in self.scale.results:
-            pipeline = self._pipeline()
             plan = pipeline.plan(height, width, w=0.5, num_inference_steps=1)
             self._forget()
-            took = seconds(lambda: pipeline(self._image(height // 4, width // 4), w=0.5, num_inference_steps=1))
+            took = seconds(partial(pipeline, self._image(height // 4, width // 4), w=0.5, num_inference_steps=1))
             measured = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
             ratio = None if measured is None else measured / plan.peak_bytes
             found[f"{height}x{width}"] = {
@@ -196,9 +195,7 @@ class Bench:
                 lambda: steered_prediction(unet, adapter, z, 500, z, prompt, 4.0), lambda: unet(x, 500, prompt), repeats
             ),
             "encode": compare(lambda: encode_with_features(vae, image, levels), lambda: vae.encode(image), repeats),
-            "decode": compare(
-                lambda: decode_with_features(vae, cfw, z, features, 0.5), lambda: vae.decode(z), repeats
-            ),
+            "decode": compare(lambda: decode_with_features(vae, cfw, z, features, 0.5), lambda: vae.decode(z), repeats),
         }
 
     def _results(self, networks: Networks) -> dict[str, Tensor]:
@@ -225,7 +222,8 @@ class Bench:
         side = self.scale.latent
         x, lq = self._noise(tiles, 4, side, side), self._noise(tiles, 4, side, side)
         x, lq, prompt = x.to(unet.dtype), lq.to(unet.dtype), self._prompt(tiles, unet.dtype)
-        return lambda: predict(unet, adapter, x, 500, lq, prompt)
+        at = torch.tensor(500)
+        return lambda: predict(unet, adapter, latents=x, timestep=at, lq_latents=lq, prompt_embeds=prompt)
 
     def _networks(self, dtype: torch.dtype, device: torch.device | None = None) -> Networks:
         """In the layout that from_pretrained gives them, the same weights every time on one device."""

@@ -82,9 +82,7 @@ def vae_and_cfw(
     return vae, random_weights(lambda: ControllableFeatureWrapping.from_vae(vae, **size.cfw), dtype, device)
 
 
-def random_weights(
-    build: Callable[[], Network], dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Network:
+def random_weights(build: Callable[[], Network], dtype: torch.dtype, device: torch.device | str = "cpu") -> Network:
     """The network without the slow initialisation: small normal weights, so that activations stay finite."""
     with torch.device("meta"):
         network = build()

@@ -239,9 +239,7 @@ _registering = Lock()
 
 
 @contextmanager
-def after_each(
-    modules: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], Tensor | None]
-) -> Iterator[None]:
+def after_each(modules: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], Tensor | None]) -> Iterator[None]:
     """Calls `act(module, output)` whenever this thread has run one of the modules; what it returns goes on instead."""
     thread = get_ident()
 

@@ -143,7 +143,6 @@ def steered_prediction(
     kwargs: of the UNet's forward, such as cross_attention_kwargs.
     """
     make_steerable(unet)
-    timestep = torch.as_tensor(timestep, device=latents.device)  # once for both; a number would be compiled in
     sft = adapter(lq_latents.to(adapter.dtype), timestep).to(unet.dtype)
     branches = max(len(prompt_embeds) // len(latents), 1)
     batch = branches * len(latents)

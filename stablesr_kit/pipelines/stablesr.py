@@ -3,6 +3,8 @@
 import inspect
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -147,6 +149,7 @@ class StableSRPipeline(
     _aggregation: Aggregation
     _coder: PictureCoder
     _schedule: ModelSchedule  # of the model, whatever scheduler is in use
+    _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -957,24 +960,34 @@ class StableSRPipeline(
             progress=coding_bars(getattr(self, "_progress_bar_config", {})),
         )
 
-    def predict(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One prediction, as `steered_prediction`."""
-        return steered_prediction(*args, **kwargs)
+    def predict(
+        self, unet: UNet2DConditionModel, adapter: StableSRAdapter, *, latents: Tensor, timestep: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """As `steered_prediction`, and compiled after `compile_prediction`."""
+        # Filled in on the device: a copy of the number would wait for all that the device still has to do.
+        at = torch.full((), timestep.item(), dtype=timestep.dtype, device=latents.device)
+        if self._compiled is None:
+            return steered_prediction(unet, adapter, latents, at, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled(unet, adapter, latents, at, **kwargs).clone()  # graphs write over what they gave before
 
     def compile_prediction(self, **options: Any) -> None:
-        """Compile adapter and UNet together: the first step of each size takes minutes, later ones less time.
+        """Compile adapter and UNet into one for all later calls: the first step of a size takes minutes, others less.
 
-        options: of `torch.compile`. On a GPU its default here is to record a step as CUDA graphs.
+        options: of `torch.compile`. On a GPU the default is to replay a step as CUDA graphs.
+
+        Raises:
+            ConfigError: compiling for the CPU needs a C++ compiler, and there is none.
         """
-        if self._execution_device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():
-            options["mode"] = "reduce-overhead"
-        compiled = torch.compile(steered_prediction, **{"dynamic": False, **options})
-
-        def predict(*args: Any, **kwargs: Any) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*args, **kwargs).clone()  # schedulers keep it, and graphs write over what they gave
-
-        self.predict = predict
+        if not {"mode", "options", "backend"} & options.keys():
+            if self._execution_device.type == "cuda":
+                options["mode"] = "reduce-overhead"
+            elif shutil.which(compiler := os.environ.get("CXX", "g++" if os.name == "posix" else "cl")) is None:
+                raise ConfigError(
+                    f"compiling for the CPU needs a C++ compiler, and {compiler} is not found; "
+                    "install one, name it in the environment variable CXX, or do not compile"
+                )
+        self._compiled = torch.compile(steered_prediction, **{"dynamic": False, **options})
 
     @torch.no_grad()
     def assist(self, team: Team) -> None:

@@ -59,8 +59,8 @@ class PictureCoder:
         tile_px: side of a tile; None begins with whole pictures. Lack of memory sets it, and then halves it.
         folder: feature maps of more than half a gigabyte lie in files without a name there; None is the system's
             temporary folder.
-        progress: (what is done, number of parts, what a part is) -> a bar over them; None shows none. Parts are tiles or,
-            of whole pictures, blocks of the networks.
+        progress: (what is done, number of parts, what a part is) -> a bar over them; None shows none. Parts are tiles,
+            or blocks of the networks where they take pictures whole.
     """
 
     def __init__(
