@@ -32,7 +32,7 @@ from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
 from stablesr_kit.pipelines.job import Generators, Job
-from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.pipelines.loading import compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     OutputType,
     Picture,
@@ -320,6 +320,12 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             if strength != 0:
                 residual = residual + strength * unet(latents, timestep, prompt_embeds, return_dict=False)[0]
         return residual
+
+    def compile_prediction(self, **options: Any) -> None:
+        """As that of `StableSRPipeline`; the UNet is compiled, both where there are two."""
+        for unet in (self.unet, self.unet_pix):
+            if unet is not None:
+                unet.compile(**compile_options(self._execution_device, **options))
 
     def predict_noise(
         self,

@@ -3,8 +3,6 @@
 import inspect
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +40,7 @@ from stablesr_kit.models.offloading import offload_groups_to_disk
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job
-from stablesr_kit.pipelines.loading import check_components, resolve_model
+from stablesr_kit.pipelines.loading import check_components, compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     Images,
     OutputType,
@@ -974,20 +972,9 @@ class StableSRPipeline(
     def compile_prediction(self, **options: Any) -> None:
         """Compile adapter and UNet into one for all later calls: the first step of a size takes minutes, others less.
 
-        options: of `torch.compile`. On a GPU the default is to replay a step as CUDA graphs.
-
-        Raises:
-            ConfigError: compiling for the CPU needs a C++ compiler, and there is none.
+        options: of `torch.compile`; the defaults are those of `compile_options`.
         """
-        if not {"mode", "options", "backend"} & options.keys():
-            if self._execution_device.type == "cuda":
-                options["mode"] = "reduce-overhead"
-            elif shutil.which(compiler := os.environ.get("CXX", "g++" if os.name == "posix" else "cl")) is None:
-                raise ConfigError(
-                    f"compiling for the CPU needs a C++ compiler, and {compiler} is not found; "
-                    "install one, name it in the environment variable CXX, or do not compile"
-                )
-        self._compiled = torch.compile(steered_prediction, **{"dynamic": False, **options})
+        self._compiled = torch.compile(steered_prediction, **compile_options(self._execution_device, **options))
 
     @torch.no_grad()
     def assist(self, team: Team) -> None:
