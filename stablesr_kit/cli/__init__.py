@@ -10,6 +10,7 @@ from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
+from stablesr_kit.cli.messages import quieten_imports
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.version import __version__
 
@@ -39,6 +40,7 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
+    quieten_imports()
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ class Restorer:
         self.restoring = restoring
         self.team = team
         self.is_below_another_bar = is_below_another_bar
-        self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype)
+        has_prompt = bool(restoring.options["prompt"] or restoring.options["negative_prompt"])
+        self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_prompt)
         self.stages: list[FaceRefinement] = []
         if restoring.face_model is not None:
             self.stages.append(refinement(restoring.face_model, restoring.face_w, restoring.device))
@@ -113,16 +114,23 @@ def find_model(model: str) -> Path:
     return resolve_model(model)
 
 
-def load_pipeline(model: str, device: "torch.device", dtype: "torch.dtype") -> "StableSRPipeline":
-    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged."""
+def load_pipeline(
+    model: str, device: "torch.device", dtype: "torch.dtype", has_prompt: bool = False
+) -> "StableSRPipeline":
+    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged.
+
+    Without a prompt the text encoder is left on disk if the adapter carries the embedding of the empty one.
+    """
     quieten_libraries()
 
     from stablesr_kit import StableSRPipeline
-    from stablesr_kit.pipelines.loading import only_variant
+    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant
 
     with loading(model):
         folder = find_model(model)
-        options = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
+        if not has_prompt and carries_empty_prompt(folder):
+            options |= {"text_encoder": None, "tokenizer": None}
         pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(folder, **options)
         return pipeline.to(device)
 
