@@ -1,3 +1,0 @@
-"""The version of the toolkit, where every floor may read it."""
-
-__version__ = "0.1.0"

@@ -40,7 +40,6 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
-    quieten_imports()
 
 
 def main() -> None:
@@ -49,4 +48,5 @@ def main() -> None:
     notes = logging.StreamHandler()
     notes.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("stablesr_kit").addHandler(notes)
+    quieten_imports()
     app()

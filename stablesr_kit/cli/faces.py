@@ -1,11 +1,11 @@
 """`stablesr faces`: faces restored in whole photographs, or pictures of one aligned face restored, filled, coloured."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import psutil
 import typer
@@ -18,6 +18,7 @@ from stablesr_kit.cli.restore import choose_device, choose_dtype
 from stablesr_kit.cli.restorer import load_pipeline
 from stablesr_kit.imaging.reading import as_picture, read_picture
 from stablesr_kit.imaging.writing import check_output, output_dtype, write_bands, write_picture
+from stablesr_kit.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,6 +122,9 @@ def faces(
         bool, typer.Option("--save-crops", help="Also write each aligned face, before and after, into OUT_faces.")
     ] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
+    provenance: Annotated[
+        bool, typer.Option("--provenance/--no-provenance", help="Write into each result how it was made.")
+    ] = True,
 ) -> None:
     """Restore faces.
 
@@ -148,6 +152,10 @@ def faces(
     model = choose_face_model(model)
     report = Report("done")
     jobs = plan(inputs, output, None, report)
+    made: dict[str, Any] = {"software": "stablesr-kit", "version": __version__, "command": "faces", "mode": mode}
+    made |= {"model": Path(model).name, "w": w}
+    if mode == "whole":
+        made |= {"w": 0.5 if w is None else w, "upscale": upscale, "background": background}
     if jobs:
         from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
         from stablesr_kit.pipelines.face_parts import load_detector, load_parser
@@ -173,12 +181,23 @@ def faces(
                 )
                 enlarge = load_background(background, torch_device)
                 work = partial(
-                    restore_photo, stage=stage, enlarge=enlarge, upscale=upscale, by_hand=by_hand, save_crops=save_crops
+                    restore_photo,
+                    stage=stage,
+                    enlarge=enlarge,
+                    upscale=upscale,
+                    by_hand=by_hand,
+                    save_crops=save_crops,
+                    provenance=made if provenance else None,
                 )
             else:
                 hole = read_picture(mask).rgb.convert("L") if mask else None
                 work = partial(
-                    restore_aligned, pipeline=load_face_model(model, torch_device), mode=mode, w=w, hole=hole
+                    restore_aligned,
+                    pipeline=load_face_model(model, torch_device),
+                    mode=mode,
+                    w=w,
+                    hole=hole,
+                    provenance=made if provenance else None,
                 )
         try:
             run(jobs, work, report)
@@ -195,6 +214,7 @@ def restore_photo(
     upscale: float,
     by_hand: "dict[str, list[Box | Points]]",
     save_crops: bool,
+    provenance: "Mapping[str, Any] | None" = None,
 ) -> None:
     """Enlarge a photo, restore its faces, write it and tell about them. Raises StableSRKitError."""
     import numpy as np
@@ -222,12 +242,17 @@ def restore_photo(
                 write_crops(crops, len(reports), face)
         restored = neutral_like(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), View(lq))
         bands = pixel_bands(restored, output_dtype(job.target, picture))
-        write_bands(job.target, bands, height, width, picture)
+        write_bands(job.target, bands, height, width, picture, provenance=provenance)
     tell_faces(job.source, stage, reports, is_given=given is not None)
 
 
 def restore_aligned(
-    job: Job, pipeline: "CodeFormerPipeline", mode: Mode, w: float | None, hole: Image.Image | None
+    job: Job,
+    pipeline: "CodeFormerPipeline",
+    mode: Mode,
+    w: float | None,
+    hole: Image.Image | None,
+    provenance: "Mapping[str, Any] | None",
 ) -> None:
     """Restore, fill in or colour a picture of one aligned face, write it and tell about it. Raises StableSRKitError."""
     picture = read_job(job)
@@ -236,7 +261,7 @@ def restore_aligned(
     if mode == "colorize":  # a grey file's result has colours, in no grey profile
         profile = None if picture.is_grey else picture.metadata.icc_profile
         picture = replace(picture, is_grey=False, metadata=replace(picture.metadata, icc_profile=profile))
-    write_picture(job.target, restored, picture)
+    write_picture(job.target, restored, picture, provenance=provenance)
     tell_aligned(job.source, _TASKS[mode], w, picture.rgb, restored, hole)
 
 

@@ -12,7 +12,7 @@ from stablesr_kit.errors import ConfigError, JobError
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline
+    from stablesr_kit import OneStepPipeline, StableSRPipeline
     from stablesr_kit.tiling.memory import Plan, Tiling
 
 
@@ -56,7 +56,12 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
 
 
 def plan_for(
-    pipeline: "StableSRPipeline", height: int, width: int, tiling: "Tiling", options: dict[str, Any], saved: Path
+    pipeline: "StableSRPipeline | OneStepPipeline",
+    height: int,
+    width: int,
+    tiling: "Tiling",
+    options: dict[str, Any],
+    saved: Path,
 ) -> "Plan | None":
     """The plan for a result of height x width pixels, told if there are tiles; None if there is nothing to plan.
 
@@ -76,14 +81,8 @@ def plan_for(
                 "give the same, or start this picture again without --resume"
             )
     elif pipeline.needs_plan(height, width, tiling):
-        plan = pipeline.plan(
-            height,
-            width,
-            w=options["w"],
-            num_inference_steps=options["num_inference_steps"],
-            guidance_scale=options["guidance_scale"],
-            tiling=tiling,
-        )
+        planned = {name: options[name] for name in ("w", "num_inference_steps", "guidance_scale") if name in options}
+        plan = pipeline.plan(height, width, tiling=tiling, **planned)
         plan.save(saved)
     else:
         return None

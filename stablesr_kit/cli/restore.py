@@ -19,7 +19,7 @@ from stablesr_kit.errors import JobError, StableSRKitError
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import StableSRPipeline, Tiling
+    from stablesr_kit import OneStepPipeline, StableSRPipeline, Tiling
     from stablesr_kit.tiling.team import Team
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,20 +33,39 @@ def restore(
     ],
     model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a Hugging Face repository.")] = "mini",
     scale: Annotated[float, typer.Option(help="How many times larger the result is.")] = 4,
-    w: Annotated[float, typer.Option("--w", help="0 realism to 1 fidelity; above 1 extrapolates.")] = 0.5,
+    w: Annotated[
+        float | None,
+        typer.Option("--w", help="0 realism to 1 fidelity; above 1 extrapolates.", show_default="0.5"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's own")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     color_fix: Annotated[
-        Literal["wavelet", "adain", "none"], typer.Option(help="How the result gets the colours of the input.")
-    ] = "wavelet",
+        Literal["wavelet", "adain", "ycbcr", "none"] | None,
+        typer.Option(
+            help="How the result gets the colours of the input.", show_default="wavelet, or a one-step model's own"
+        ),
+    ] = None,
     start: Annotated[
-        str, typer.Option(metavar="lq|noise|TIMESTEP", help="Begin at the noised input, pure noise, or a timestep.")
-    ] = "lq",
+        str | None,
+        typer.Option(
+            metavar="lq|noise|TIMESTEP",
+            help="Begin at the noised input, pure noise, or a timestep.",
+            show_default="lq",
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the picture shows.", show_default="no text")] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What it should not look like; acts with --guidance-scale above 1.")
     ] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Weight of the prompts; 1 is off.")] = 1.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Weight of the prompts; 1 is off.", show_default="1")
+    ] = None,
+    lambda_pix: Annotated[
+        float | None, typer.Option(help="Of PiSA-SR: how much degradation is removed.", show_default="1")
+    ] = None,
+    lambda_sem: Annotated[
+        float | None, typer.Option(help="Of PiSA-SR: how much detail is invented.", show_default="1")
+    ] = None,
     tile: Annotated[
         str, typer.Option(metavar="auto|none|PX", help="Side of the tiles a large picture is restored in.")
     ] = "auto",
@@ -103,12 +122,14 @@ def restore(
 ) -> None:
     """Restore and enlarge pictures.
 
+    What --model holds decides how: StableSR takes --w, --start and guidance, a one-step restorer (PiSA-SR, OSEDiff,
+    HYPIR, InvSR) does not; PiSA-SR alone has --lambda-pix and --lambda-sem.
+
     Pictures, or the tiles of a single one, are spread over the processes of `accelerate launch -m stablesr_kit.cli
     restore ...`.
 
     Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
     """
-    first = parse_start(start)
     tile_px = parse_tile(tile, tile_overlap)
     allowed = parse_max_memory(max_memory)
     check_numbers(scale, w, steps, guidance_scale, seed)
@@ -127,21 +148,24 @@ def restore(
             assist(team, model, choose_device(device))
         finish(report)
         return
-    options = {
+    given: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "w": w,
         "scale": scale,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-        "start": first,
+        "start": None if start is None else parse_start(start),
         "color_fix": color_fix,
+        "lambda_pix": lambda_pix,
+        "lambda_sem": lambda_sem,
     }
     tiles = {"tile_px": tile_px, "overlap_px": tile_overlap, "vae_mode": mode, "vae_attention": attention}
     try:
         if jobs:
             with failing_in_one_line():
                 make_folder(jobs[0].folder)
+                options = options_for(find_model(model), given)
                 torch_device = choose_device(device)
                 torch_dtype = choose_dtype(dtype, torch_device)
                 if dtype == "auto":
@@ -187,7 +211,7 @@ def restore(
             else:
                 with failing_in_one_line():
                     restorer = Restorer(restoring, team, is_below_another_bar=len(jobs) > 1)
-                check_components(restorer.pipeline, w, prompt, negative_prompt)
+                check_components(restorer.pipeline, options)
                 run(jobs, restorer, report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written, --resume continues", err=True)
@@ -197,6 +221,31 @@ def restore(
     finish(report)
     if journal is not None and is_first():
         journal.close()
+
+
+OF_STABLESR = {"negative_prompt": None, "w": 0.5, "guidance_scale": 1.0, "start": "lq"}
+OF_ONE_STEP = {"lambda_pix": 1.0, "lambda_sem": 1.0}
+"""Options of the calls of one kind of model alone, with their defaults."""
+
+
+def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a pipeline's call; ends the command if one is given that the model's kind does not take.
+
+    folder: of the model. given: all options, None for one that is not given.
+    """
+    from stablesr_kit.pipelines.loading import pipeline_class
+
+    is_one_step = pipeline_class(folder) == "OneStepPipeline"
+    taken, foreign = (OF_ONE_STEP, OF_STABLESR) if is_one_step else (OF_STABLESR, OF_ONE_STEP)
+    for name in foreign:
+        if given[name] is not None:
+            kind, needed = ("a one-step restorer", "StableSR") if is_one_step else ("StableSR", "PiSA-SR")
+            usage_error(f"--{name.replace('_', '-')} belongs to {needed}, and {folder.name} is {kind}; leave it out")
+    options = {name: value for name, value in given.items() if name not in foreign}
+    options |= {name: default for name, default in taken.items() if given[name] is None}
+    if options["color_fix"] is None and not is_one_step:
+        options["color_fix"] = "wavelet"
+    return options
 
 
 def assist(team: "Team", model: str, device: "torch.device") -> None:
@@ -232,15 +281,15 @@ def parse_tile(tile: str, overlap: int | None) -> Literal["auto", "none"] | int:
     return int(tile)
 
 
-def check_numbers(scale: float, w: float, steps: int | None, guidance_scale: float, seed: int) -> None:
+def check_numbers(scale: float, w: float | None, steps: int | None, guidance_scale: float | None, seed: int) -> None:
     """Refuse numbers no model can work with, before one is loaded."""
     if not (math.isfinite(scale) and scale > 0):
         usage_error(f"--scale {scale} must be a positive number; 4 is usual")
-    if not (math.isfinite(w) and w >= 0):
+    if w is not None and not (math.isfinite(w) and w >= 0):
         usage_error(f"--w {w} must be a number from 0 (realism) to 1 (fidelity); above 1 extrapolates")
     if steps is not None and steps < 1:
         usage_error(f"--steps {steps} must be at least 1; leave it out for the model's own number")
-    if not math.isfinite(guidance_scale):
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
         usage_error(f"--guidance-scale {guidance_scale} must be a number; 1 is off, 7 is strong")
     if not -(2**63) <= seed < 2**64:
         usage_error(f"--seed {seed} must be of 64 bits, such as 0 to {2**64 - 1}")
@@ -306,9 +355,13 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def check_components(pipeline: "StableSRPipeline", w: float, prompt: str | None, negative_prompt: str | None) -> None:
+def check_components(pipeline: "StableSRPipeline | OneStepPipeline", options: dict[str, Any]) -> None:
     """Refuse what this model has no part for, once instead of for every picture."""
-    if w > 0 and pipeline.cfw is None:
+    if (w := options.get("w", 0)) > 0 and pipeline.cfw is None:
         usage_error(f"--w {w} needs feature wrapping (CFW), which this model lacks; give --w 0 or convert with --cfw")
-    if (prompt or negative_prompt) and pipeline.text_encoder is None:
+    if (options["prompt"] or options.get("negative_prompt")) and pipeline.text_encoder is None:
         usage_error("a prompt needs a text encoder, which this model lacks; leave the prompts out")
+    if options.get("lambda_pix") != options.get("lambda_sem") and pipeline.unet_pix is None:
+        usage_error(
+            "--lambda-pix and --lambda-sem are the strengths of PiSA-SR, which this model is not; leave them out"
+        )

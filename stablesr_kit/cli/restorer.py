@@ -21,7 +21,7 @@ from stablesr_kit.imaging.writing import output_dtype, write_bands
 if TYPE_CHECKING:
     import torch
 
-    from stablesr_kit import FaceRefinement, StableSRPipeline
+    from stablesr_kit import FaceRefinement, OneStepPipeline, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
     from stablesr_kit.tiling.memory import Tiling
     from stablesr_kit.tiling.team import Team
@@ -74,8 +74,8 @@ class Restorer:
         self.restoring = restoring
         self.team = team
         self.is_below_another_bar = is_below_another_bar
-        has_prompt = bool(restoring.options["prompt"] or restoring.options["negative_prompt"])
-        self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_prompt)
+        has_text = bool(restoring.options["prompt"] or restoring.options.get("negative_prompt"))
+        self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_text)
         self.stages: list[FaceRefinement] = []
         if restoring.face_model is not None:
             self.stages.append(refinement(restoring.face_model, restoring.face_w, restoring.device))
@@ -102,7 +102,7 @@ class Restorer:
 
     def provenance(self, job: Job) -> dict[str, Any]:
         """What a result says of how it was made: for people first, then all that a later run compares."""
-        steps = self.restoring.options["num_inference_steps"] or self.pipeline.config.default_steps
+        steps = self.restoring.options["num_inference_steps"] or self.pipeline.default_steps
         said = {"software": "stablesr-kit", "model": Path(self.restoring.model).name, "steps": steps}
         return said | self.journal.provenance(job.source)
 
@@ -115,24 +115,25 @@ def find_model(model: str) -> Path:
 
 
 def load_pipeline(
-    model: str, device: "torch.device", dtype: "torch.dtype", has_prompt: bool = False
-) -> "StableSRPipeline":
-    """The model on its device. Raises ModelNotFoundError, or CheckpointError for one that is damaged.
+    model: str, device: "torch.device", dtype: "torch.dtype", has_text: bool = False
+) -> "StableSRPipeline | OneStepPipeline":
+    """The model on its device. Without a text its text encoder stays on disk, unless the empty text takes one.
 
-    Without a prompt the text encoder is left on disk if the adapter carries the embedding of the empty one.
+    Raises ModelNotFoundError, or CheckpointError for a model that is damaged.
     """
     quieten_libraries()
 
-    from stablesr_kit import StableSRPipeline
-    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant
+    from stablesr_kit import OneStepPipeline, StableSRPipeline
+    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant, pipeline_class
 
     with loading(model):
         folder = find_model(model)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
-        if not has_prompt and carries_empty_prompt(folder):
+        is_one_step = pipeline_class(folder) == "OneStepPipeline"
+        if not has_text and (is_one_step or carries_empty_prompt(folder)):
             options |= {"text_encoder": None, "tokenizer": None}
-        pipeline: StableSRPipeline = StableSRPipeline.from_pretrained(folder, **options)
-        return pipeline.to(device)
+        kind = OneStepPipeline if is_one_step else StableSRPipeline
+        return kind.from_pretrained(folder, **options).to(device)
 
 
 def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":
@@ -149,7 +150,7 @@ def seeded(seed: int) -> "torch.Generator":
     return torch.Generator().manual_seed(seed)
 
 
-def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: bool) -> None:
+def show_steps(pipeline: "StableSRPipeline | OneStepPipeline", job: Job, is_below_another_bar: bool) -> None:
     """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
     pipeline.set_progress_bar_config(
         desc=job.source.name,
@@ -161,7 +162,7 @@ def show_steps(pipeline: "StableSRPipeline", job: Job, is_below_another_bar: boo
 
 
 def resumable(
-    pipeline: "StableSRPipeline",
+    pipeline: "StableSRPipeline | OneStepPipeline",
     folder: Path,
     generator: "torch.Generator",
     tiling: "Tiling",

@@ -227,7 +227,7 @@ def _load_results(folder: Path) -> Restore:
 
     def restore(given: Given, _: Settings) -> Pixels:
         place = folder / given.set if (folder / given.set).is_dir() else folder
-        files = {file.stem: file for file in find_pictures(place).pictures}
+        files = {file.stem: file for file in find_pictures(place).pictures if file.parent == place}
         stems = (given.pair.name, given.pair.lq.stem)
         begun = [stem for stem in files if stem.startswith(given.pair.name)]
         found = next((stem for stem in stems if stem in files), begun[0] if len(begun) == 1 else None)

@@ -226,7 +226,7 @@ def _read_set(data: Path, name: str, layout: Layout, protocol: Protocol, limit: 
 
 def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
     try:
-        files = find_pictures(folder).pictures
+        files = [file for file in find_pictures(folder).pictures if file.parent == folder]
     except ImageError as error:
         problems.append(str(error))
         return {}

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyvips
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.formats import READ_FORMATS, START, format_of
@@ -55,7 +55,7 @@ _PLUGINS = {"HEIC": "pillow_heif", "JPEG XL": "pillow_jxl"}
 
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB")
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _RAW_VERSION = 254, 258, 262, 338, 50706
-_PLANES, _INK_SET, _NUMBER_KIND = 284, 332, 339
+_SAMPLES, _PLANES, _INK_SET, _NUMBER_KIND = 277, 284, 332, 339
 _SEPARATED, _CIELAB, _COLOUR_FILTER_ARRAY, _LINEAR_RAW = 5, 8, 32803, 34892
 
 # Files may change while a program runs: no result of an earlier load is taken for that of a later one.
@@ -188,7 +188,8 @@ def _open_with_vips(source: Path | bytes, kind: str, limit: _Limit, name: str) -
         _refuse_raw(tags)
         if (_first(tags.get(_BITS)), _first(tags.get(_NUMBER_KIND)), tags.get(_PLANES)) == (16, 3, 2):
             raise ImageError("16-bit float numbers in separate planes are not read; convert it to 32-bit float")
-    if tags.get(_PHOTOMETRIC) == _CIELAB and _first(tags.get(_BITS)) == 8:
+    bits = _first(tags.get(_BITS))
+    if (tags.get(_PHOTOMETRIC) == _CIELAB and bits == 8) or (tags.get(_SAMPLES, 1) == 1 and bits == 12):
         return None
     is_upright = described.orientation == 1 or kind in ("AVIF", "HEIC")  # libheif turns them
     header = _loaded(source, kind, is_upright)
@@ -314,6 +315,8 @@ def _open_with_pillow(source: Path | bytes, kind: str, limit: _Limit) -> Picture
         is_reduced |= image.info.get("bit_depth", 8) > 8
         image.load()
         picture = as_picture(image)
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and _first(image.tag_v2.get(_BITS)) == 12:
+            picture = picture.holding(_levels(picture.pixels.astype(np.float32) / 4095))
         if is_reduced and picture.dtype == np.uint8:
             picture = replace(picture, notes=(*picture.notes, "more than 8 bits per channel are reduced to 8"))
         return picture
@@ -485,6 +488,7 @@ def _in_one_line(name: str) -> Iterator[None]:
 # What libvips says of whole files that it does not read.
 _UNSUPPORTED = {
     "tiled separate planes": "its colours lie in separate planes of tiles",
+    "not a whole number of bytes": "its numbers are of a depth that is not read",
     "samples out of range": "its numbers are of a depth that is not read",
     "unsupported tiff image type": "its kind of TIFF is not read",
     "not supported": "its coding is not read",

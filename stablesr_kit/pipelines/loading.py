@@ -50,6 +50,14 @@ def resolve_model(
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
 
 
+def pipeline_class(folder: Path) -> str:
+    """The name of the pipeline that a folder holds; empty if it does not say."""
+    try:
+        return str(json.loads((folder / "model_index.json").read_bytes()).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""  # loading it says what is wrong
+
+
 def check_components(folder: Path, given: Mapping[str, Any]) -> None:
     """Refuse a pipeline folder of another kind. given: components that come from elsewhere, by name.
 

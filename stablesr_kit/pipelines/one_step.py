@@ -603,6 +603,11 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         latent_tiles.assist(team, self.predict, self._execution_device, self.unet.dtype)
 
     @property
+    def default_steps(self) -> int:
+        """Steps of a call that names no number."""
+        return len(self.get_timesteps())
+
+    @property
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._num_timesteps

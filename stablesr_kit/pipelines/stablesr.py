@@ -981,6 +981,11 @@ class StableSRPipeline(
         return self._cross_attention_kwargs
 
     @property
+    def default_steps(self) -> int:
+        """Steps of a call that names no number."""
+        return int(self.config.default_steps)
+
+    @property
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._num_timesteps

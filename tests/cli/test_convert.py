@@ -205,7 +205,7 @@ def test_a_codeformer_beside_stablesr_is_found_by_the_commands(checkpoints: Path
     ("arguments", "status", "said"),
     [
         ((), 2, "nothing is given to convert"),
-        (("--codeformer", "{faces}", "--cfw", "{faces}"), 2, "--cfw belongs to a StableSR checkpoint"),
+        (("--codeformer", "{faces}", "--cfw", "{faces}"), 2, "--cfw belongs to a diffusion checkpoint"),
         (("--codeformer", "{stablesr}"), 1, "expected codeformer.pth, one of its relatives"),
         (("{stablesr}", "--codeformer", "{faces}"), 1, "is a VQGAN alone, expected a CodeFormer"),
         (("{faces}",), 1, "give it as --codeformer"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from skimage import data
 from typer.testing import Result
 
+from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.pipelines.codeformer import CodeFormerPipeline
 from stablesr_kit.spaces import image_to_pixels, pixels_to_image
@@ -163,6 +164,21 @@ def test_photos_of_every_kind_keep_what_belongs_to_them(model: Path, photo: Path
     for name, mode in (("grey", "L"), ("deep", "I;16"), ("alpha", "RGBA"), ("cmyk", "RGB")):
         with Image.open(out / f"{name}.png") as written:
             assert (written.size, written.mode) == ((256, 256), mode)
+
+
+@pytest.mark.parametrize("mode", ["whole", "aligned"])
+def test_a_result_says_how_it_was_made_unless_that_is_unwanted(
+    mode: str, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    arguments = (photo, "-o", out, "--model", model, "--mode", mode, "--w", 0.3)
+    arguments += ("--background", "none") if mode == "whole" else ()
+    assert faces(*arguments).exit_code == 0
+    made = read_provenance(out)
+    assert made is not None
+    assert {"command": "faces", "mode": mode, "model": model.name, "w": 0.3}.items() <= made.items()
+    assert faces(*arguments, "--no-provenance").exit_code == 0
+    assert read_provenance(out) is None
 
 
 def test_an_aligned_face_is_restored_as_the_pipeline_does_it(model: Path, photo: Path, tmp_path: Path) -> None:

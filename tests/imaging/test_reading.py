@@ -16,7 +16,16 @@ from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging import reading
 from stablesr_kit.imaging.profiles import profile_from
 from stablesr_kit.imaging.reading import as_picture, open_picture, read_picture
-from tests.helpers.picture_files import SRGB, as_pillow, as_rgb, ink_profile, noise, png_chunk, write_png
+from tests.helpers.picture_files import (
+    SRGB,
+    as_pillow,
+    as_rgb,
+    ink_profile,
+    noise,
+    png_chunk,
+    write_packed_tiff,
+    write_png,
+)
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -66,6 +75,17 @@ def test_tiff_of_every_depth_plane_and_layout(
     assert picture.dtype == (np.uint8 if dtype == np.uint8 else np.uint16)
     assert picture.metadata.dpi is None
     assert len(picture.notes) == (dtype not in (np.uint8, np.uint16))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 12])
+def test_tiff_of_packed_bits_is_scaled(bits: int, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 2**bits, (5, 16))
+    write_packed_tiff(tmp_path / "in.tif", levels, bits)
+    picture = read_picture(tmp_path / "in.tif")
+    white = np.iinfo(picture.dtype).max
+    assert picture.dtype == (np.uint16 if bits == 12 else np.uint8)
+    assert np.array_equal(picture.pixels[..., 0], (levels / (2**bits - 1) * white).round())
+    assert picture.is_grey
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -355,6 +375,7 @@ def broken_files(folder: Path) -> dict[str, str]:
     tifffile.imwrite(folder / "nan.tif", np.full((8, 8), np.nan, np.float32), photometric="minisblack")
     tifffile.imwrite(folder / "bright.tif", np.full((8, 8, 3), 2, np.float32), photometric="rgb")
     tifffile.imwrite(folder / "double.tif", np.full((8, 8, 3), 0.5), photometric="rgb")
+    write_packed_tiff(folder / "five.tif", np.zeros((8, 8), int), bits=5)
     tifffile.imwrite(folder / "signed.tif", np.full((8, 8, 3), 5, np.int16), photometric="rgb")
     tifffile.imwrite(folder / "negative.tif", np.full((8, 8), -5, np.int32), photometric="minisblack")
     tifffile.imwrite(folder / "inks.tif", noise(channels=4), photometric="separated", extratags=[(332, 3, 1, 2, True)])
@@ -376,6 +397,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "nan.tif": "its float numbers go from nan to nan, expected 0",
         "bright.tif": "its float numbers go from 2 to 2, expected 0 .black. to 1 .white.",
         "double.tif": "its numbers are of a depth that is not read; convert it",
+        "five.tif": "its numbers are of a depth that is not read; convert it",
         "signed.tif": "its numbers are of type short; expected unsigned ones",
         "negative.tif": "its signed numbers go from -5 to -5, expected 0 .black. to 65535",
         "inks.tif": "its inks are not read; expected CMYK of 8 or 16 bits: convert it first",

@@ -137,8 +137,8 @@ def truncated_photo() -> PIL.Image.Image:
         pytest.param(torch.full((3, 4, 5), -0.5), "values from -0.5 to -0.5", id="-1 to 1"),
         pytest.param(LEVELS.astype(np.int64), "type int64 are given, expected uint8", id="int64"),
         pytest.param(np.full((4, 5, 3), None), "type object are given, expected uint8", id="objects"),
-        pytest.param(PIL.Image.new("LAB", (4, 5)), "colour mode LAB is not supported; convert it to RGB", id="LAB"),
-        pytest.param(PIL.Image.new("F", (4, 5), 7.0), "grey values from 7 to 7 in mode F; expected 0 to 1", id="F"),
+        pytest.param(PIL.Image.new("HSV", (4, 5)), "colour mode HSV is not supported; convert it to RGB", id="HSV"),
+        pytest.param(PIL.Image.new("F", (4, 5), 7.0), "float numbers go from 7 to 7, expected 0 .* to 1", id="F"),
         pytest.param(truncated_photo(), "truncated or damaged .*; get a whole copy", id="truncated"),
         pytest.param(
             [tiny_picture(4, 4), tiny_picture(4, 5)],

@@ -1,16 +1,30 @@
 """What every tiny program has trained, computed once for all tests that begin with it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.training_runs import FACES, run_programs, tiny, working_folder
 
+Once = Callable[[str, Callable[[Path], None]], Path]
+"""The type of the fixture `once`."""
+
 
 @pytest.fixture(scope="session")
-def photo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo_runs(once: Once) -> Path:
     """Folder of the results of the programs for photographs, one after the other as for mini."""
-    with working_folder(tmp_path_factory.mktemp("photo_runs"), "TRAIN_DATA") as folder:
+    return once("photo_runs", _run_programs_for_photos) / "runs"
+
+
+@pytest.fixture(scope="session")
+def face_runs(once: Once) -> Path:
+    """Folder of the results of the programs for faces."""
+    return once("face_runs", _run_programs_for_faces) / "runs"
+
+
+def _run_programs_for_photos(folder: Path) -> None:
+    with working_folder(folder, "TRAIN_DATA"):
         run_programs(
             [
                 tiny("train_autoencoder", "autoencoder"),
@@ -26,13 +40,10 @@ def photo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tiny("train_few_step", "few_step"),
             ]
         )
-        return folder / "runs"
 
 
-@pytest.fixture(scope="session")
-def face_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the results of the programs for faces."""
-    with working_folder(tmp_path_factory.mktemp("face_runs"), "TRAIN_FACES", **FACES) as folder:
+def _run_programs_for_faces(folder: Path) -> None:
+    with working_folder(folder, "TRAIN_FACES", **FACES):
         run_programs(
             [
                 tiny("start_vqgan", "start_vqgan"),
@@ -42,4 +53,3 @@ def face_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tiny("generate_codes", "codes"),
             ]
         )
-        return folder / "runs"
