@@ -126,6 +126,7 @@ def restorer(model: Path, out: Path) -> Restorer:
             face_model=None,
             face_w=0.5,
             is_huge_allowed=False,
+            is_compiled=False,
             resume=False,
             has_provenance=True,
         )

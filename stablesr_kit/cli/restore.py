@@ -91,6 +91,10 @@ def restore(
             help="Precision; auto is bfloat16 where the device computes in it, else float16 on CUDA, float32 elsewhere."
         ),
     ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the networks: minutes before the first step, less time for each."),
+    ] = False,
     face: Annotated[
         Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
     ] = "none",
@@ -145,7 +149,7 @@ def restore(
         jobs = share_of(jobs)
     elif not team.is_lead:
         with failing_in_one_line():
-            assist(team, model, choose_device(device))
+            assist(team, model, choose_device(device), compiled)
         finish(report)
         return
     given: dict[str, Any] = {
@@ -181,6 +185,8 @@ def restore(
                     **options,
                     **tiles,
                 }
+                if compiled:  # which rounds otherwise
+                    settings["compile"] = True
                 if face_model is not None:
                     settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
                 journal = Journal(jobs[0].folder, settings)
@@ -201,6 +207,7 @@ def restore(
                 face_model=face_model,
                 face_w=face_w,
                 is_huge_allowed=huge,
+                is_compiled=compiled,
                 resume=resume,
                 has_provenance=provenance,
             )
@@ -248,9 +255,11 @@ def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def assist(team: "Team", model: str, device: "torch.device") -> None:
+def assist(team: "Team", model: str, device: "torch.device", is_compiled: bool) -> None:
     """Predict tiles for the first process, in the precision that it tells first."""
     pipeline = load_pipeline(model, device, team.listen())
+    if is_compiled:
+        pipeline.compile_prediction()
     try:
         pipeline.assist(team)
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:  # the first process counts the failure

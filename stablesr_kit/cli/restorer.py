@@ -40,6 +40,7 @@ class Restoring:
     model: name or folder.
     options: of a pipeline's call, and tiling: its tiles and memory.
     face_model: name or folder of what refines faces, at fidelity face_w; None: nothing does.
+    is_compiled: networks are, before the first step.
     resume: continue what is in progress.
     has_provenance: write into each result how it was made.
     """
@@ -55,6 +56,7 @@ class Restoring:
     face_model: str | None
     face_w: float
     is_huge_allowed: bool
+    is_compiled: bool
     resume: bool
     has_provenance: bool
 
@@ -67,6 +69,7 @@ class Restorer:
     Raises:
         ModelNotFoundError: there is no such model.
         CheckpointError: it is damaged.
+        ConfigError: it cannot be compiled here.
         JobError: the journal cannot be read.
     """
 
@@ -76,6 +79,8 @@ class Restorer:
         self.is_below_another_bar = is_below_another_bar
         has_text = bool(restoring.options["prompt"])
         self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_text)
+        if restoring.is_compiled:
+            self.pipeline.compile_prediction()
         self.stages: list[FaceRefinement] = []
         if restoring.face_model is not None:
             self.stages.append(refinement(restoring.face_model, restoring.face_w, restoring.device))
@@ -155,7 +160,6 @@ def show_steps(pipeline: "StableSRPipeline | OneStepPipeline", job: Job, is_belo
     """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
     pipeline.set_progress_bar_config(
         desc=job.source.name,
-        unit="tile",
         leave=False,
         position=int(is_below_another_bar),
         disable=not sys.stderr.isatty(),

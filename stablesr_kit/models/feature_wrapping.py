@@ -1,8 +1,7 @@
 """Controllable feature wrapping (CFW): the LQ picture's fidelity in the decoder (Wang et al. 2023, eq. 5)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from threading import Lock, get_ident
 from typing import Any, Literal, Self
 
@@ -210,9 +209,6 @@ def decode_with_features(
     return image
 
 
-_registering = Lock()
-
-
 @contextmanager
 def _after_levels(
     vae: AutoencoderKL,
@@ -229,18 +225,29 @@ def _after_levels(
     blocks = part.down_blocks if doing == "encode" else part.up_blocks[::-1]
     resnets = {level: blocks[level].resnets[-1] for level in levels}
     for module in (getattr(vae, doing), part, *(blocks[level] for level in levels), *resnets.values()):
-        if _is_compiled(module):
+        if is_compiled(module):
             raise ConfigError(
                 f"the autoencoder's {doing}r is compiled, which hides its features from CFW; "
                 "give the autoencoder uncompiled (cfw and unet may be compiled), or w=0"
             )
+    level_of = {resnet: level for level, resnet in resnets.items()}
+    with after_each(resnets.values(), lambda resnet, h: act(level_of[resnet], h)):
+        yield
+
+
+_registering = Lock()
+
+
+@contextmanager
+def after_each(modules: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `act(module, output)` whenever this thread has run one of the modules; what it returns goes on instead."""
     thread = get_ident()
 
-    def hook(level: int, _module: nn.Module, _args: Any, h: Tensor) -> Tensor | None:
-        return act(level, h) if get_ident() == thread else None
+    def hook(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        return act(module, output) if get_ident() == thread else None
 
     with _registering:  # torch numbers hooks without a lock
-        handles = [resnet.register_forward_hook(partial(hook, level)) for level, resnet in resnets.items()]
+        handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
     finally:
@@ -248,7 +255,8 @@ def _after_levels(
             handle.remove()
 
 
-def _is_compiled(part: Any) -> bool:
+def is_compiled(part: Any) -> bool:
+    """Whether a module or function is compiled itself: hooks inside of it are not called."""
     return getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_torchdynamo_orig_callable")
 
 

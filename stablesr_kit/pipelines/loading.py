@@ -1,17 +1,20 @@
-"""Where a model's files are: embedded in the package, in a folder, or on the Hugging Face hub."""
+"""Where a model's files are: in the package, in a folder, or on the Hugging Face hub; and how networks are compiled."""
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from stablesr_kit.errors import CheckpointError, ModelNotFoundError
+from stablesr_kit.errors import CheckpointError, ConfigError, ModelNotFoundError
 
 EMBEDDED: Mapping[str, str] = {"mini": "mini"}
 """Name of a StableSR model in the package -> its folder of the assets."""
@@ -99,6 +102,26 @@ def only_variant(folder: Path) -> str | None:
             "keep one of them in a folder, or give variant= in Python"
         )
     return variants[0]
+
+
+def compile_options(device: torch.device, **given: Any) -> dict[str, Any]:
+    """Options of `torch.compile` for networks that see one size again and again; those given win.
+
+    On a GPU the default is to replay a step as CUDA graphs.
+
+    Raises:
+        ConfigError: the CPU's default needs a C++ compiler, and there is none.
+    """
+    options: dict[str, Any] = {"dynamic": False}
+    if not {"mode", "options", "backend"} & given.keys():
+        if device.type == "cuda":
+            options["mode"] = "reduce-overhead"
+        elif shutil.which(compiler := os.environ.get("CXX", "g++" if os.name == "posix" else "cl")) is None:
+            raise ConfigError(
+                f"compiling for the CPU needs a C++ compiler, and {compiler} is not found; "
+                "install one, name it in the environment variable CXX, or do not compile"
+            )
+    return options | given
 
 
 def _numbers(path: Path) -> int:

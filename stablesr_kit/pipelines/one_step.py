@@ -32,7 +32,7 @@ from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
 from stablesr_kit.pipelines.job import Generators, Job
-from stablesr_kit.pipelines.loading import resolve_model
+from stablesr_kit.pipelines.loading import compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     OutputType,
     Picture,
@@ -48,7 +48,7 @@ from stablesr_kit.pipelines.pictures import (
 from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput, StepCallback, result_size
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
-from stablesr_kit.tiling.autoencoder import PictureCoder, tile_bars
+from stablesr_kit.tiling.autoencoder import PictureCoder, coding_bars
 from stablesr_kit.tiling.latents import Aggregation, TileGrid, canvas_size, tile_multiple
 from stablesr_kit.tiling.memory import Plan, Planner, Tiling
 from stablesr_kit.tiling.team import Team
@@ -321,6 +321,12 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                 residual = residual + strength * unet(latents, timestep, prompt_embeds, return_dict=False)[0]
         return residual
 
+    def compile_prediction(self, **options: Any) -> None:
+        """As that of `StableSRPipeline`; the UNet is compiled, both where there are two."""
+        for unet in (self.unet, self.unet_pix):
+            if unet is not None:
+                unet.compile(**compile_options(self._execution_device, **options))
+
     def predict_noise(
         self,
         images: Sequence[Readable],
@@ -486,7 +492,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             mode=tiling.vae_mode,
             attention=tiling.vae_attention,
             folder=tiling.folder,
-            progress=tile_bars(getattr(self, "_progress_bar_config", {})),
+            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
         )
 
         # 5. Encode the picture, and noise it where the model was made for that
@@ -512,6 +518,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             team=job.team if grid is not None else None,
         )
         with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+            aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
                     continue
@@ -522,6 +529,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                     prompt_embeds,
                     i,
                     on_tile=progress_bar.update,
+                    on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
                 latents = self.denoised(latents, prediction, t)
                 if i + 1 < len(kept_timesteps):

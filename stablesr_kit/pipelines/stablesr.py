@@ -40,7 +40,7 @@ from stablesr_kit.models.offloading import offload_groups_to_disk
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job
-from stablesr_kit.pipelines.loading import check_components, resolve_model
+from stablesr_kit.pipelines.loading import check_components, compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     Images,
     OutputType,
@@ -55,7 +55,7 @@ from stablesr_kit.pipelines.pictures import (
 )
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
-from stablesr_kit.tiling.autoencoder import Features, PictureCoder, tile_bars
+from stablesr_kit.tiling.autoencoder import Features, PictureCoder, coding_bars
 from stablesr_kit.tiling.latents import Aggregation, TileGrid, canvas_size, tile_multiple
 from stablesr_kit.tiling.memory import Plan, Planner, Tiling
 from stablesr_kit.tiling.team import Team
@@ -147,6 +147,7 @@ class StableSRPipeline(
     _aggregation: Aggregation
     _coder: PictureCoder
     _schedule: ModelSchedule  # of the model, whatever scheduler is in use
+    _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -768,7 +769,8 @@ class StableSRPipeline(
         lq_latents = lq_latents.to(device) if grid is None else lq_latents.cpu().float()
 
         # 6. Choose the timesteps and the latent to start from
-        kept_timesteps = self.get_timesteps(num_inference_steps, lq_latents.device, start, strength, timesteps)
+        # On the CPU, where schedulers look up numbers: on a GPU every step would wait for it
+        kept_timesteps = self.get_timesteps(num_inference_steps, torch.device("cpu"), start, strength, timesteps)
         with drawing_from(noise, stage=1):
             latents = self.prepare_latents(lq_latents, kept_timesteps, start, generator, latents)
         first_step = 0
@@ -792,12 +794,13 @@ class StableSRPipeline(
         self._aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
         with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+            aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
                     continue
                 prediction = aggregation.predict(
                     partial(
-                        steered_prediction,
+                        self.predict,
                         self.unet,
                         self.adapter,
                         timestep=t,
@@ -810,7 +813,7 @@ class StableSRPipeline(
                     i,
                     image_embeds,
                     on_tile=progress_bar.update,
-                    on_halving=partial(_recount, progress_bar, aggregation, range(i, self._num_timesteps)),
+                    on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
                 with drawing_from(noise, stage=2 + i):
                     latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
@@ -952,8 +955,26 @@ class StableSRPipeline(
             mode=tiling.vae_mode,
             attention=tiling.vae_attention,
             folder=tiling.folder,
-            progress=tile_bars(getattr(self, "_progress_bar_config", {})),
+            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
         )
+
+    def predict(
+        self, unet: UNet2DConditionModel, adapter: StableSRAdapter, *, latents: Tensor, timestep: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """As `steered_prediction`, and compiled after `compile_prediction`."""
+        # Filled in on the device: a copy of the number would wait for all that the device still has to do.
+        at = torch.full((), timestep.item(), dtype=timestep.dtype, device=latents.device)
+        if self._compiled is None:
+            return steered_prediction(unet, adapter, latents, at, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled(unet, adapter, latents, at, **kwargs).clone()  # graphs write over what they gave before
+
+    def compile_prediction(self, **options: Any) -> None:
+        """Compile adapter and UNet into one for all later calls: the first step of a size takes minutes, others less.
+
+        options: of `torch.compile`; the defaults are those of `compile_options`.
+        """
+        self._compiled = torch.compile(steered_prediction, **compile_options(self._execution_device, **options))
 
     @torch.no_grad()
     def assist(self, team: Team) -> None:
@@ -962,7 +983,7 @@ class StableSRPipeline(
         Raises:
             Exception: what happened here, once the first process has given up.
         """
-        predict = partial(steered_prediction, self.unet, self.adapter)
+        predict = partial(self.predict, self.unet, self.adapter)
         latent_tiles.assist(team, predict, self._execution_device, self.unet.dtype)
 
     @property
@@ -1021,8 +1042,3 @@ def _for_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> T
         prompts, pictures = len(embeds) // num_images_per_prompt, batch_size // num_images_per_prompt
         raise ValueError(f"{prompts} prompts are given for {pictures} pictures; give one, or one per picture")
     return embeds.repeat(batch_size // len(embeds), 1, 1)
-
-
-def _recount(progress_bar: Any, aggregation: Aggregation, steps: range) -> None:
-    """Correct a progress bar's total when the tiles of the steps still to come have become others."""
-    progress_bar.total = progress_bar.n + aggregation.count(steps)

@@ -3,8 +3,8 @@
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -20,9 +20,12 @@ from tqdm import tqdm
 from stablesr_kit.errors import ConfigError, is_out_of_memory
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled, regions
 from stablesr_kit.models.feature_wrapping import (
+    RRDB,
     ControllableFeatureWrapping,
+    after_each,
     decode_with_features,
     encode_with_features,
+    is_compiled,
     scale_factor,
 )
 from stablesr_kit.models.precision import in_float32
@@ -56,7 +59,8 @@ class PictureCoder:
         tile_px: side of a tile; None begins with whole pictures. Lack of memory sets it, and then halves it.
         folder: feature maps of more than half a gigabyte lie in files without a name there; None is the system's
             temporary folder.
-        progress: (what is done, number of tiles) -> a bar over them; None shows none.
+        progress: (what is done, number of parts, what a part is) -> a bar over them; None shows none. Parts are tiles,
+            or blocks of the networks where they take pictures whole.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class PictureCoder:
         mode: TilingMode = "exact",
         attention: AttentionMode = "global",
         folder: Path | None = None,
-        progress: "Callable[[str, int], tqdm[Any]] | None" = None,
+        progress: "Callable[[str, int, str], tqdm[Any]] | None" = None,
     ) -> None:
         self.vae = vae
         self.cfw = cfw
@@ -88,7 +92,7 @@ class PictureCoder:
         picture by picture. record: a folder for what is done in tiles, as `TiledAutoencoder.encode_with_features`.
         """
         with self._in_safe_precision():
-            whole = self._if_memory_suffices(lambda: self._encode_whole(images, levels))
+            whole = self._if_memory_suffices("encoding", len(images), lambda: self._encode_whole(images, levels))
             if whole is not None:
                 return whole
             coded = [self._encode_tiled(one, levels, _part(record, "encode", i)) for i, one in enumerate(images)]
@@ -101,7 +105,10 @@ class PictureCoder:
         B is a multiple of the pictures that were encoded: that many codes of each, one after the other.
         """
         with self._in_safe_precision():
-            whole = self._if_memory_suffices(lambda: self._decode_whole(z, cast(Any, features[0]), w))
+            fused = self.cfw if w > 0 else None
+            whole = self._if_memory_suffices(
+                "decoding", len(z), lambda: self._decode_whole(z, cast(Any, features[0]), w), fused
+            )
             if whole is not None:
                 return [View(one) for one in whole.float().split(1)]
             of_pictures = [canvases for one in features for canvases in _by_picture(one)]
@@ -145,12 +152,19 @@ class PictureCoder:
             lambda tiled: tiled.decode(z, features, w, record),
         )
 
-    def _if_memory_suffices(self, code: Callable[[], Coded]) -> Coded | None:
+    def _if_memory_suffices(
+        self,
+        doing: Literal["encoding", "decoding"],
+        pictures: int,
+        code: Callable[[], Coded],
+        cfw: ControllableFeatureWrapping | None = None,
+    ) -> Coded | None:
         """What `code` makes of pictures as a whole; None where tiles are to be taken."""
         if self.tile_px is not None:
             return None
         try:
-            return code()
+            with self._bar_over_blocks(doing, pictures, cfw):
+                return code()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -158,6 +172,28 @@ class PictureCoder:
         self.tile_px = VAE_TILES_PX[0]
         _empty_cache()
         return None
+
+    @contextmanager
+    def _bar_over_blocks(
+        self, doing: Literal["encoding", "decoding"], pictures: int, cfw: ControllableFeatureWrapping | None
+    ) -> Iterator[None]:
+        """Shows how many blocks of the networks are done; a compiled autoencoder shows the end alone."""
+        if self.progress is None:
+            yield
+            return
+        coder = self.vae.encoder if doing == "encoding" else self.vae.decoder
+        networks = (coder,) if cfw is None else (coder, cfw)
+        blocks = [one for network in networks for one in network.modules() if isinstance(one, ResnetBlock2D | RRDB)]
+        times = pictures if self.vae.use_slicing else 1
+        with self.progress(doing, times * len(blocks), "block") as bar:
+
+            def show(_block: nn.Module, _output: Tensor) -> None:
+                bar.update()
+
+            hidden = any(is_compiled(one) for one in (self.vae.encode, self.vae.decode, *self.vae.modules()))
+            with nullcontext() if hidden else after_each(blocks, show):
+                yield
+            bar.update(bar.total - bar.n)
 
     def _in_tiles(
         self,
@@ -177,7 +213,7 @@ class PictureCoder:
             try:
                 if self.progress is None:
                     return code(tiled)
-                with self.progress(doing, count(tiled)) as bar:
+                with self.progress(doing, count(tiled), "tile") as bar:
                     tiled.on_tiles = bar.update
                     return code(tiled)
             except (RuntimeError, MemoryError) as error:
@@ -193,12 +229,12 @@ class PictureCoder:
         return in_float32(*parts) if self.vae.config.force_upcast else nullcontext()
 
 
-def tile_bars(config: Mapping[str, Any]) -> "Callable[[str, int], tqdm[Any]] | None":
+def coding_bars(config: Mapping[str, Any]) -> "Callable[[str, int, str], tqdm[Any]] | None":
     """The `progress` of a `PictureCoder` for the configuration of a pipeline's progress bars."""
 
-    def bar(doing: str, total: int) -> "tqdm[Any]":
+    def bar(doing: str, total: int, unit: str) -> "tqdm[Any]":
         description = f"{config['desc']}, {doing}" if config.get("desc") else doing
-        return tqdm(total=total, **{"unit": "tile", **config, "desc": description})
+        return tqdm(total=total, **{"unit": unit, **config, "desc": description})
 
     return None if config.get("disable") else bar
 

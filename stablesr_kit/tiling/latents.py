@@ -111,6 +111,13 @@ class Aggregation:
         """Tiles that these steps predict."""
         return sum(len(self.regions(step)) for step in steps)
 
+    def show_on(self, progress_bar: Any, steps: range) -> None:
+        """Let a bar of tqdm count the tiles of the steps still to come, or the steps where there are no tiles."""
+        tiles = self.count(steps)
+        progress_bar.total = progress_bar.n + tiles
+        progress_bar.unit = "tile" if tiles > len(steps) else "step"
+        progress_bar.refresh()
+
     def predict(
         self,
         predict: Predict,
@@ -165,6 +172,7 @@ class Aggregation:
         """(index, prediction (B, C, tile height, tile width)) of the regions with these indices, in their order."""
         pictures = len(latents)
         per_call = 1 if self.device.type == "cpu" else self.grid.batch_size
+        waiting: Iterable[tuple[int, Tensor]] = ()
         for first in range(0, len(indices), per_call):
             chosen = indices[first : first + per_call]
             shown = [repeat_for_tiles(embeds, pictures, len(chosen)) for embeds in image_embeds]
@@ -174,7 +182,16 @@ class Aggregation:
                 prompt_embeds=repeat_for_tiles(prompt_embeds, pictures, len(chosen)),
                 **({"added_cond_kwargs": {"image_embeds": shown}} if shown else {}),
             )
-            yield from zip(chosen, predicted.split(pictures), strict=True)
+            if self.device.type != "cuda" or len(indices) == 1:
+                yield from zip(chosen, predicted.split(pictures), strict=True)
+                continue
+            # The device goes on with these tiles while those before them are fetched and blended.
+            fetched = predicted.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            yield from waiting
+            waiting = _arriving(arrived, chosen, fetched.split(pictures))
+        yield from waiting
 
     def _predictions_of_all(
         self,
@@ -203,7 +220,16 @@ class Aggregation:
         return enumerate(self.team.exchange(prediction_shapes(request), own))
 
     def _gather(self, canvas: Tensor, regions: list[Region]) -> Tensor:
-        return torch.cat([region.crop(canvas) for region in regions]).to(self.device, self.dtype)
+        tiles = torch.cat([region.crop(canvas) for region in regions])
+        return tiles.to(self.device, self.dtype, non_blocking=self.device.type == "cuda")
+
+
+def _arriving(
+    arrived: torch.cuda.Event, indices: Sequence[int], tiles: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Tiles on their way to the CPU, as soon as they are there."""
+    arrived.synchronize()
+    yield from zip(indices, tiles, strict=True)
 
 
 def assist(team: Team, predict: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> None:

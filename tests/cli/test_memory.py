@@ -10,8 +10,7 @@ from PIL import Image
 from stablesr_kit import StableSRPipeline
 from stablesr_kit.cli.memory_limits import dtype_that_fits
 from stablesr_kit.pipelines.loading import parameter_count
-from stablesr_kit.tiling import memory
-from stablesr_kit.tiling.memory import Plan
+from stablesr_kit.tiling.memory import Plan, Planner
 from tests.helpers.cli_runs import error_lines, stablesr
 from tests.helpers.tiny import tiny_picture
 
@@ -50,7 +49,7 @@ def test_a_stopped_picture_goes_on_with_its_plan_whatever_is_free_and_refuses_an
         assert restore("out.png").exit_code == 1
     saved = tmp_path / ".stablesr" / "out.png.job" / "plan.json"
     assert str(Plan.load(saved)).partition(", about")[0] == plan[0].partition(", about")[0]
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 10**6)
+    monkeypatch.setattr(Planner, "_usable_bytes", lambda planner, _: planner.weights + 2 * 10**6)
     assert "autoencoder tiles of 64 px" in error_lines(restore("less.png"))[0]
 
     (line,) = error_lines(restore("out.png", "--resume", "--max-memory", "1GB"))

@@ -1,11 +1,13 @@
 """What a callback sees and changes, and the progress bar."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
+from stablesr_kit import Tiling
 from tests.helpers.pipeline_runs import PICTURE, differs, run
 from tests.helpers.tiny import seeded, tiny_pipeline
 
@@ -84,3 +86,31 @@ def test_the_progress_bar_is_configurable(capsys: pytest.CaptureFixture[str]) ->
     pipeline.set_progress_bar_config(disable=False, desc="restoring")
     run(pipeline)
     assert "restoring: 100%" in (err := capsys.readouterr().err) and "2/2" in err
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_bars_count_steps_and_blocks_of_whole_pictures_and_tiles_of_others(
+    capsys: pytest.CaptureFixture[str], is_tiled: bool
+) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    pipeline.set_progress_bar_config(disable=False, mininterval=0, desc="photo.png")
+    run(pipeline, w=0.5, scale=8, tiling=Tiling(tile_px=16, vae_tile_px=16) if is_tiled else None)
+    shown = capsys.readouterr().err
+    units = dict(re.findall(r"(photo.png[a-z, ]*): 100%.*?(tile|step|block)(?:/s|\])", shown))
+    assert units == dict.fromkeys(("photo.png, encoding", "photo.png", "photo.png, decoding"), "tile") | (
+        {} if is_tiled else {"photo.png, encoding": "block", "photo.png": "step", "photo.png, decoding": "block"}
+    )
+
+
+def test_the_bar_over_blocks_ends_at_its_total_sliced_compiled_or_not(capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    pipeline.set_progress_bar_config(disable=False, mininterval=0)
+    blocks = r"coding: 100%\|#*█*\| (\d+)/\1 "
+    run(pipeline, w=0.5, num_images_per_prompt=2)
+    assert len(set(re.findall(blocks, whole := capsys.readouterr().err))) == 2, whole
+    pipeline.vae.enable_slicing()
+    run(pipeline, w=0.5, num_images_per_prompt=2)
+    assert len(set(re.findall(blocks, sliced := capsys.readouterr().err))) == 2, sliced
+    pipeline.vae.decoder.compile(backend="eager")
+    run(pipeline, w=0.0)
+    assert len(set(re.findall(blocks, compiled := capsys.readouterr().err))) == 2, compiled
