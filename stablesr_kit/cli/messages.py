@@ -1,5 +1,6 @@
 """How the command line speaks: results on stdout; notes and errors on stderr, one line each."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def loading(model: str) -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """No advice from transformers and diffusers, no errors that are raised as well, and bars only on a terminal.
+    """No advice from libraries, no errors that are raised as well, and bars only on a terminal.
 
     To be called before the first import of a pipeline: importing already warns of optional packages.
     """
@@ -56,6 +57,12 @@ def quieten_libraries() -> None:
 
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.set_verbosity_error()
+    # accelerate imports it where it is installed, and it writes to stdout.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
