@@ -68,7 +68,7 @@ def quieten_imports() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
-    logging.getLogger("DeepSpeed").disabled = True
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def quieten_libraries() -> None:
@@ -83,3 +83,7 @@ def quieten_libraries() -> None:
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
