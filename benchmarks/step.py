@@ -1,12 +1,15 @@
-"""Cost of StableSR beside stock Stable Diffusion 2.1: one denoising step, and the decoding.
+"""Cost of StableSR beside stock Stable Diffusion 2.1: one denoising step, the encoding, and the decoding.
 
-python -m benchmarks.step --json [--dtype fp32 bf16] [--latent 64] [--repeats 5]
+python -m benchmarks.step --json [--dtype fp32 bf16] [--latent 64] [--repeats 5] [--compile]
 
-Random weights at full size. A ratio is the median over pairs that alternate within one run. Prints one JSON object:
-dtype -> step | guided_step | decode -> {stablesr_s, stock_s, ratio}.
+Random weights at full size: StableSR in the layout that from_pretrained gives it, the stock networks in that of
+diffusers. A ratio is the median over pairs that alternate within one run. Prints one JSON object: dtype -> step |
+guided_step | encode | decode -> {stablesr_s, stock_s, ratio, cpu_ratio}; with --compile, step and guided_step are those
+of `compile_prediction`.
 """
 
 import argparse
+import copy
 import gc
 import json
 
@@ -14,31 +17,49 @@ import torch
 
 from benchmarks.full_size import unet_and_adapter, vae_and_cfw
 from benchmarks.timing import compare
-from stablesr_kit.models.feature_wrapping import decode_with_features
+from stablesr_kit.models.execution import to_channels_last
+from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
+from stablesr_kit.models.steering import steered_prediction
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Comparison = dict[str, dict[str, float]]
 
 
-def measure_step(dtype: torch.dtype, latent: int, branches: int, repeats: int) -> dict[str, float]:
+def measure_steps(dtype: torch.dtype, latent: int, repeats: int, is_compiled: bool) -> Comparison:
     """Adapter and steered UNet against the UNet alone; two branches are guidance, which share the adapter's maps."""
     unet, adapter = unet_and_adapter(dtype)
-    lq_latent = torch.randn(1, 4, latent, latent, dtype=dtype)
-    x = torch.randn(branches, 4, latent, latent, dtype=dtype)
-    context = torch.randn(branches, 77, 1024, dtype=dtype)
-    return compare(
-        lambda: unet(x, 500, context, timestep_cond=adapter(lq_latent, 500)), lambda: unet(x, 500, context), repeats
-    )
-
-
-def measure_decode(dtype: torch.dtype, latent: int, repeats: int) -> dict[str, float]:
-    """Decoding with CFW against the stock decoding; the features come with the encoding and are given."""
-    vae, cfw = vae_and_cfw(dtype)
-    z = torch.randn(1, 4, latent, latent, dtype=dtype)
-    features = {
-        level: torch.randn(1, channels, latent * 8 // 2**level, latent * 8 // 2**level, dtype=dtype)
-        for level, channels in zip(cfw.config.levels, cfw.config.channels, strict=True)
+    stock = copy.deepcopy(unet)
+    to_channels_last(unet)
+    to_channels_last(adapter)
+    predict = torch.compile(steered_prediction, dynamic=False) if is_compiled else steered_prediction
+    lq, x = torch.randn(2, 1, 4, latent, latent, dtype=dtype)
+    at, prompt = torch.tensor(500), torch.randn(2, 77, 1024, dtype=dtype)
+    return {
+        "step": compare(
+            lambda: predict(unet, adapter, x, at, lq, prompt[:1]), lambda: stock(x, at, prompt[:1]), repeats
+        ),
+        "guided_step": compare(
+            lambda: predict(unet, adapter, x, at, lq, prompt, 4.0),
+            lambda: stock(x.expand(2, -1, -1, -1), at, prompt),
+            repeats,
+        ),
     }
-    return compare(lambda: decode_with_features(vae, cfw, z, features, 0.5), lambda: vae.decode(z), repeats)
+
+
+def measure_coding(dtype: torch.dtype, latent: int, repeats: int) -> Comparison:
+    """Encoding with CFW's features and decoding with CFW against the stock coding; the decoder is given features."""
+    vae, cfw = vae_and_cfw(dtype)
+    stock = copy.deepcopy(vae)
+    to_channels_last(vae)
+    to_channels_last(cfw)
+    image = torch.rand(1, 3, 8 * latent, 8 * latent, dtype=dtype) * 2 - 1
+    z = torch.randn(1, 4, latent, latent, dtype=dtype)
+    levels = tuple(cfw.config.levels)
+    features = encode_with_features(vae, image, levels)[1]
+    return {
+        "encode": compare(lambda: encode_with_features(vae, image, levels), lambda: stock.encode(image), repeats),
+        "decode": compare(lambda: decode_with_features(vae, cfw, z, features, 0.5), lambda: stock.decode(z), repeats),
+    }
 
 
 def main() -> None:
@@ -47,16 +68,15 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=sorted(DTYPES))
     parser.add_argument("--latent", type=int, default=64, help="side of the latent; 64 is a 512 px picture")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="compile the steps of StableSR")
     arguments = parser.parse_args()
     results = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for name in arguments.dtype:
-            dtype, latent, repeats = DTYPES[name], arguments.latent, arguments.repeats
-            results[name] = {"step": measure_step(dtype, latent, 1, repeats)}
+            dtype = DTYPES[name]
+            results[name] = measure_steps(dtype, arguments.latent, arguments.repeats, arguments.compile)
             gc.collect()
-            results[name]["guided_step"] = measure_step(dtype, latent, 2, repeats)
-            gc.collect()
-            results[name]["decode"] = measure_decode(dtype, latent, repeats)
+            results[name] |= measure_coding(dtype, arguments.latent, arguments.repeats)
             gc.collect()
     print(json.dumps({"latent": arguments.latent, "threads": torch.get_num_threads(), **results}))
 

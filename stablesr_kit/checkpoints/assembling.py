@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from stablesr_kit.checkpoints import key_maps
 from stablesr_kit.checkpoints.canonical import complain, left_over
@@ -77,7 +78,8 @@ def assemble(
     )
 
     weights, wrong = dict(own), []
-    for name, recipe in recipes.items():
+    # A bar where somebody looks at a terminal: the tensors are read from the disk as they are used.
+    for name, recipe in tqdm(recipes.items(), desc=what, unit="tensor", leave=False, disable=None):
         sources = [tensors[source] for source in recipe.sources]
         shape = expected[name].shape
         try:

@@ -1,5 +1,6 @@
 """Bring every way the same weights are stored to one form: sections with the official names."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from stablesr_kit.checkpoints.key_maps import IGNORED, PREFIXES, Section
 from stablesr_kit.checkpoints.reading import RawCheckpoint
 from stablesr_kit.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict", "net_g_ema", "net_g")
 """Where training programs put the weights, in order of preference."""
 
@@ -22,7 +25,7 @@ WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile put into names."""
 
 NAMED = 12
-"""How many names an error message lists. All of them are in a note on the error."""
+"""How many names a message lists. All of them are in a note on an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,11 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
     """
     notes = []
     content: Mapping[str, object] = raw.content
+    if raw.placeholders:
+        logger.info("left out: %s: not tensors, and nothing of them is run", _listed(list(raw.placeholders)))
     while (wrapper := _wrapper(content)) is not None:
+        if beside := [str(key) for key in content if key != wrapper]:
+            logger.info("left out: %s: beside the weights in %r", _listed(beside), wrapper)
         content = cast(Mapping[str, object], content[wrapper])
         notes.append(f"weights found under {wrapper!r}")
     parts = {prefix: part for key, prefix in PARTS.items() if isinstance(part := content.get(key), Mapping)}
@@ -105,19 +112,33 @@ def section_of(name: str) -> Section:
 
 
 def left_over(names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
-    """The full names that no reason allows to ignore."""
-    reasons = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED, *ignored)))
-    return [name for name in names if not reasons.fullmatch(name)]
+    """The full names that no reason allows to ignore; the others are logged with their reason.
+
+    ignored: regular expressions of names, beside `IGNORED`.
+    """
+    reasons = {**IGNORED, **dict.fromkeys(ignored, "ignored as asked")}
+    unknown: list[str] = []
+    known: dict[str, list[str]] = {}
+    for name in names:
+        reason = next((reason for pattern, reason in reasons.items() if re.fullmatch(pattern, name)), None)
+        (unknown if reason is None else known.setdefault(reason, [])).append(name)
+    for reason, passed_over in known.items():
+        logger.info("left out: %s: %s", _listed(passed_over), reason)
+    return unknown
 
 
 def complain(problem: str, names: list[str]) -> None:
     """Raise a `CheckpointError` that names them, if there are any."""
     if not names:
         return
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    error = CheckpointError(f"{problem}: {', '.join(names[:NAMED])}{more}")
+    error = CheckpointError(f"{problem}: {_listed(names)}")
     error.add_note("\n".join(names))
     raise error
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _full_vae_name(name: str) -> str:

@@ -83,9 +83,6 @@ OPEN_CLIP_LAYER: Mapping[str, str] = {
     "self_attn.out_proj": "attn.out_proj",
 }
 
-OPEN_CLIP_LAST_LAYER = r"cond_stage_model\.model\.transformer\.resblocks\.{last}\..*"
-"""The last layer of open_clip: Stable Diffusion 2 reads the output of the one before."""
-
 Modules = Mapping[str, tuple[str, Mapping[str, str]]]
 """Our module -> (their module, {our child: their child})."""
 

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import logging
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
@@ -27,6 +28,8 @@ from stablesr_kit.checkpoints.key_maps import PREFIXES, TITLES, Modules, Section
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.steering import residual_blocks
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY = "assets/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
@@ -77,8 +80,9 @@ def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Assembly
     text = checkpoint.sections["text"]
     is_open_clip = "model.ln_final.weight" in text
     if is_open_clip:
-        unused = key_maps.OPEN_CLIP_LAST_LAYER.format(last=config["num_hidden_layers"])
-        options = options._replace(ignore=(*options.ignore, unused))
+        last = f"model.transformer.resblocks.{config['num_hidden_layers']}."
+        logger.info("left out: %s%s*: Stable Diffusion 2 reads the output of the layer before", PREFIXES["text"], last)
+        text = {name: tensor for name, tensor in text.items() if not name.startswith(last)}
     return assemble(
         lambda: CLIPTextModel(CLIPTextConfig(**config)),
         open_clip_recipes if is_open_clip else lambda names: clip_recipes(names, text),

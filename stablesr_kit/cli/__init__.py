@@ -10,6 +10,7 @@ from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
+from stablesr_kit.cli.messages import quieten_imports
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.version import __version__
 
@@ -47,4 +48,5 @@ def main() -> None:
     notes = logging.StreamHandler()
     notes.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("stablesr_kit").addHandler(notes)
+    quieten_imports()
     app()

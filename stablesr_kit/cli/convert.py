@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Protocol
 import typer
 
 from stablesr_kit.cli.face_stage import BESIDE
-from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, usage_error
+from stablesr_kit.cli.messages import failing_in_one_line, quieten_libraries, telling, usage_error
 from stablesr_kit.storage import replacing_folder
 
 TensorsOnly = Annotated[
@@ -84,7 +84,7 @@ def convert(
             re.compile(pattern)
         except re.error as error:
             usage_error(f"--ignore {pattern!r} is no regular expression ({error}); escape dots and brackets with \\")
-    with failing_in_one_line():
+    with failing_in_one_line(), telling("stablesr_kit.checkpoints"):
         quieten_libraries()
 
         from stablesr_kit import StableSRPipeline

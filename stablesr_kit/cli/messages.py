@@ -1,6 +1,7 @@
 """How the command line speaks: results on stdout; notes and errors on stderr, one line each."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,22 +48,38 @@ def loading(model: str) -> Iterator[None]:
         raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
 
 
-def quieten_libraries() -> None:
-    """No advice from libraries, no errors that are raised as well, and bars only on a terminal.
+@contextmanager
+def telling(logger_name: str) -> Iterator[None]:
+    """Lets a part of the toolkit say what it does, not only what is wrong."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
-    To be called before the first import of a pipeline: importing already warns of optional packages.
+
+def quieten_imports() -> None:
+    """No advice from libraries that are still to be imported: transformers warns of optional packages as it is.
+
+    Whoever sets the environment variables hears them. DeepSpeed, where it is installed, is imported whenever
+    transformers saves a network, and logs to stdout.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+    logging.getLogger("DeepSpeed").disabled = True
+
+
+def quieten_libraries() -> None:
+    """No advice from transformers and diffusers, no errors that are raised as well, and bars only on a terminal."""
+    quieten_imports()
+
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.set_verbosity_error()
-    # accelerate imports it where it is installed, and it writes to stdout.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR

@@ -77,7 +77,7 @@ class Restorer:
         self.restoring = restoring
         self.team = team
         self.is_below_another_bar = is_below_another_bar
-        has_text = bool(restoring.options["prompt"])
+        has_text = bool(restoring.options["prompt"] or restoring.options.get("negative_prompt"))
         self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_text)
         if restoring.is_compiled:
             self.pipeline.compile_prediction()
@@ -124,22 +124,23 @@ def find_model(model: str) -> Path:
 def load_pipeline(
     model: str, device: "torch.device", dtype: "torch.dtype", has_text: bool = False
 ) -> "StableSRPipeline | OneStepPipeline":
-    """The model on its device; without a text a one-step restorer's text encoder stays where it is.
+    """The model on its device. Without a text its text encoder stays on disk, unless the empty text takes one.
 
     Raises ModelNotFoundError, or CheckpointError for a model that is damaged.
     """
     quieten_libraries()
 
     from stablesr_kit import OneStepPipeline, StableSRPipeline
-    from stablesr_kit.pipelines.loading import only_variant, pipeline_class
+    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant, pipeline_class
 
     with loading(model):
         folder = find_model(model)
-        options = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
-        if pipeline_class(folder) == "OneStepPipeline":
-            unused = {} if has_text else {"text_encoder": None, "tokenizer": None}
-            return OneStepPipeline.from_pretrained(folder, **options, **unused).to(device)
-        return StableSRPipeline.from_pretrained(folder, **options).to(device)
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
+        is_one_step = pipeline_class(folder) == "OneStepPipeline"
+        if not has_text and (is_one_step or carries_empty_prompt(folder)):
+            options |= {"text_encoder": None, "tokenizer": None}
+        kind = OneStepPipeline if is_one_step else StableSRPipeline
+        return kind.from_pretrained(folder, **options).to(device)
 
 
 def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":

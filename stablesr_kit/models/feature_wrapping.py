@@ -15,9 +15,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.models.norms import use_large_group_norms
+from stablesr_kit.models.execution import use_large_group_norms
 
 RESIDUAL_SCALE = 0.2
+
+
+def scaled_sum(x: Tensor, scale: float, residual: Tensor) -> Tensor:
+    """x + scale * residual, in x's layout; in place where no gradient is asked for: the residual is nobody else's."""
+    if torch.is_grad_enabled() or x.dtype != residual.dtype or x.stride() != residual.stride():
+        return x + scale * residual
+    return residual.mul_(scale).add_(x)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -33,8 +40,8 @@ class ResidualDenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dense = x
         for conv in self.convs[:-1]:
-            dense = torch.cat([dense, F.leaky_relu(conv(dense), 0.2)], dim=1)
-        return x + RESIDUAL_SCALE * self.convs[-1](dense)
+            dense = torch.cat([dense, F.leaky_relu(conv(dense), 0.2, inplace=True)], dim=1)
+        return scaled_sum(x, RESIDUAL_SCALE, self.convs[-1](dense))
 
 
 class RRDB(nn.Module):
@@ -45,7 +52,7 @@ class RRDB(nn.Module):
         self.blocks = nn.Sequential(*(ResidualDenseBlock(channels, growth_channels) for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + RESIDUAL_SCALE * self.blocks(x)
+        return scaled_sum(x, RESIDUAL_SCALE, self.blocks(x))
 
 
 class FusionLayer(nn.Module):
@@ -127,7 +134,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
             correction = self._gradient_checkpointing_func(layer, encoder_features, decoder_features)
         else:
             correction = layer(encoder_features, decoder_features)
-        return decoder_features + w * correction
+        return scaled_sum(decoder_features, w, correction)
 
 
 def check_autoencoder(vae: AutoencoderKL, cfw: ControllableFeatureWrapping | None) -> None:

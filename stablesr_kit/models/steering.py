@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.models.classes import change_class
+from stablesr_kit.models.execution import change_class
 
 Modulation = Literal["spade", "sft"]
 
@@ -74,12 +74,19 @@ class SFTResnetBlock2D(ResnetBlock2D):
         gamma, beta = sft.maps[self.sft_name]
         if sft.modulation == "spade":
             h = F.group_norm(h, self.norm2.num_groups, eps=self.norm2.eps)
-        if h.shape[0] == gamma.shape[0]:
-            h = h * (1 + gamma) + beta
-        else:  # guidance branches share one set of maps
-            h = (h.unflatten(0, (-1, gamma.shape[0])) * (1 + gamma) + beta).flatten(0, 1)
+        branches = h.unflatten(0, (-1, gamma.shape[0]))  # of guidance, which share one set of maps
+        if torch.is_grad_enabled() or h.dtype != gamma.dtype:
+            h = (branches * (1 + gamma) + beta).flatten(0, 1)
+        else:  # the same bits without new tensors; h is nobody else's
+            branches.mul_(1 + gamma).add_(beta)
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return (skip + h) / self.output_scale_factor
+        if (
+            torch.is_grad_enabled()
+            or self.output_scale_factor != 1
+            or (h.dtype, h.stride()) != (skip.dtype, skip.stride())
+        ):
+            return (skip + h) / self.output_scale_factor
+        return h.add_(skip)
 
 
 # accelerate finds the modules that one device must hold by the names of their classes

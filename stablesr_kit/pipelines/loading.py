@@ -124,6 +124,14 @@ def compile_options(device: torch.device, **given: Any) -> dict[str, Any]:
     return options | given
 
 
+def carries_empty_prompt(folder: Path) -> bool:
+    """Whether the adapter in a model's folder brings the embedding of the empty prompt: no text encoder is needed."""
+    try:
+        return json.loads((folder / "adapter" / "config.json").read_bytes())["prompt_length"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # loading it says what is wrong
+
+
 def _numbers(path: Path) -> int:
     try:
         with safe_open(path, framework="pt") as file:

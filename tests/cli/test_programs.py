@@ -40,3 +40,18 @@ def test_the_restore_benchmark_prints_one_json_object(model: Path) -> None:
     )
     assert result["call_s"] > 0
     assert result["steps"] == 2
+
+
+def test_where_optional_packages_are_missing_only_our_own_lines_are_printed(model: Path, tmp_path: Path) -> None:
+    """transformers warns of every class whose best version needs torchvision."""
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / "photo.png")
+    command = ["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png"), "--model", str(model)]
+    program = f"""
+import sys
+sys.modules["torchvision"] = sys.modules["deepspeed"] = None
+sys.argv = ["stablesr", *{command!r}]
+from stablesr_kit.cli import main
+main()
+"""
+    finished = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (finished.stdout, finished.stderr) == (f"1 restored: {tmp_path / 'out.png'}\n", "")

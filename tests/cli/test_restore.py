@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stablesr_kit import StableSRPipeline
+from stablesr_kit.cli.restorer import load_pipeline
+from stablesr_kit.pipelines.loading import carries_empty_prompt
 from tests.helpers.cli_runs import error_lines, stablesr
+from tests.helpers.tiny import tiny_pipeline
 
 
 def names_in(folder: Path) -> list[str]:
@@ -60,6 +64,16 @@ def test_one_picture_to_a_named_file(model: Path, photos: Path, tmp_path: Path) 
     with Image.open(target) as restored:
         assert (restored.format, restored.mode, restored.size) == ("WEBP", "RGBA", (39, 30))
     assert names_in(target.parent) == ["restored.webp"]
+
+
+def test_the_text_encoder_stays_on_disk_where_no_prompt_needs_it(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    for has_prompt in (False, True):
+        loaded = load_pipeline(str(tmp_path), torch.device("cpu"), torch.float32, has_prompt)
+        assert (loaded.text_encoder is not None, loaded.tokenizer is not None) == (has_prompt, has_prompt)
+    config = tmp_path / "adapter" / "config.json"
+    config.write_text(config.read_text().replace('"prompt_length": 12', '"prompt_length": 0'))
+    assert not carries_empty_prompt(tmp_path)
 
 
 def test_a_folder_with_a_broken_picture_and_then_resume(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -127,6 +127,17 @@ def test_the_correction_of_a_level_is_linear_in_w() -> None:
         torch.testing.assert_close(cfw(1, theirs, ours, w), ours + w * correction, atol=1e-5, rtol=0)
 
 
+def test_in_place_without_gradients_it_gives_the_same_bits() -> None:
+    vae, cfw = networks({}, (1, 2))
+    encoder_features, decoder_features = (unit_noise(1, 16, 8, 8, seed=seed) for seed in (1, 2))
+    kept = encoder_features.clone(), decoder_features.clone()
+    expected = cfw(1, encoder_features, decoder_features, 0.7)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(cfw(1, encoder_features, decoder_features, 0.7), expected)
+    assert torch.equal(encoder_features, kept[0]) and torch.equal(decoder_features, kept[1])
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for use_checkpointing in (False, True):

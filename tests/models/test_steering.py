@@ -173,6 +173,18 @@ def test_guidance_branches_share_one_set_of_maps(modulation: Modulation) -> None
     torch.testing.assert_close(shared[2:], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("modulation", ["spade", "sft"])
+def test_in_place_without_gradients_it_gives_the_same_bits(modulation: Modulation, branches: int) -> None:
+    unet = steerable(tiny_unet())
+    sft = random_maps(unet, modulation=modulation)
+    call = LATENTS.repeat(branches, 1, 1, 1), 500, TEXT.repeat(branches, 1, 1)
+    expected = unet(*call, timestep_cond=sft).sample
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(unet(*call, timestep_cond=sft).sample, expected)
+
+
 @torch.no_grad()
 def test_a_batch_with_a_timestep_per_sample_equals_the_samples_alone() -> None:
     unet = steerable(tiny_unet())

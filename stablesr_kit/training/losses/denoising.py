@@ -77,7 +77,8 @@ def enable_xformers(options: DenoisingOptions, *networks: ModelMixin) -> None:
     for network in networks:
         try:
             network.enable_xformers_memory_efficient_attention()
-        except (ModuleNotFoundError, ValueError) as error:  # ValueError: without a GPU
+        # Not installed; without a GPU; without a kernel for this GPU.
+        except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
             raise ConfigError(
                 f"enable_xformers_memory_efficient_attention=true: {str(error).splitlines()[0]}; "
                 "it needs a GPU and `pip install 'stablesr-kit[xformers]'`; leave it out without"
