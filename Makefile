@@ -47,8 +47,9 @@ $(DEMO): $(RESTORING)
 mini: $(DEVELOPING)
 	@$(BIN)/python training/run_stages.py --config $(MINI_CONFIGS)/stages.yaml $(ARGS)
 
+# Two workers take whole files, so that what the tests of a file share is made once.
 test: $(DEVELOPING)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEVELOPING)
 	$(BIN)/ruff check .

@@ -41,8 +41,8 @@ from benchmarks.timing import compare, seconds
 from stablesr_kit import ControllableFeatureWrapping, OneStepPipeline, SpacedDDPMScheduler, StableSRPipeline
 from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.models.default_prompt import DefaultPrompt
+from stablesr_kit.models.execution import to_channels_last
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
-from stablesr_kit.models.norms import to_channels_last
 from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.storage import replacing_file

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.full_size import unet_and_adapter, vae_and_cfw
 from benchmarks.timing import compare
+from stablesr_kit.models.execution import to_channels_last
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
-from stablesr_kit.models.norms import to_channels_last
 from stablesr_kit.models.steering import steered_prediction
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablesr_kit.precision import has_bf16
+from stablesr_kit.models.execution import has_bf16
 from stablesr_kit.training.run.config import PrecisionOptions
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.training.run.command_line import launch
 from stablesr_kit.training.run.config import ProgramConfig
 from stablesr_kit.training.run.networks import load_network, save_small_pipeline
-from stablesr_kit.training.small.unet import build_small_scheduler
+from stablesr_kit.training.small import build_small_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

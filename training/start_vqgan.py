@@ -23,7 +23,7 @@ from stablesr_kit.training.losses.codebooks import CodebookOptions, refresh_code
 from stablesr_kit.training.run.command_line import launch
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.run import TrainingRun
-from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
+from stablesr_kit.training.small import GraftedVQGAN, target_features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import PhotoValidationOptions, photo_examples, reconstructed
-from stablesr_kit.training.small.autoencoder import build_small_autoencoder, fold_latent_statistics
+from stablesr_kit.training.small import build_small_autoencoder, fold_latent_statistics
 
 
 @dataclass(frozen=True, kw_only=True)

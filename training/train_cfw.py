@@ -25,7 +25,7 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import InterpolationOptions, interpolate, load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, ValidationOptions, sample_examples
-from stablesr_kit.training.small.autoencoder import start_fusion_silent
+from stablesr_kit.training.small import start_fusion_silent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import Weights
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
-from stablesr_kit.training.small.unet import build_small_scheduler
+from stablesr_kit.training.small import build_small_scheduler
 
 Part = Literal["unet", "adapter", "decoder", "cfw"]
 

@@ -19,7 +19,7 @@ from stablesr_kit.training.run.command_line import launch
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
-from stablesr_kit.training.small.unet import build_small_adapter, build_small_unet
+from stablesr_kit.training.small import build_small_adapter, build_small_unet
 
 
 @dataclass(frozen=True, kw_only=True)

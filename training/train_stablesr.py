@@ -33,7 +33,7 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import load_network
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.run.validation import Example, RestorationValidationOptions, restoration_examples
-from stablesr_kit.training.small.unet import build_small_adapter
+from stablesr_kit.training.small import build_small_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from stablesr_kit.precision import has_bf16
+    from stablesr_kit.models.execution import has_bf16
 
     own = "bfloat16" if has_bf16(torch.device("cpu")) else "no bfloat16 of its own: float32 is used"
     yield Finding("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {own}")

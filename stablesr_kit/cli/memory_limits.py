@@ -36,8 +36,8 @@ def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", m
     """float32, or with a note half precision where the model's weights alone would not fit; others stay."""
     import torch
 
+    from stablesr_kit.models.execution import has_bf16
     from stablesr_kit.pipelines.loading import parameter_count
-    from stablesr_kit.precision import has_bf16
     from stablesr_kit.tiling.memory import GIB, RESERVE, free_bytes
 
     budget = free_bytes(device) if max_memory is None else max_memory

@@ -353,7 +353,7 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
     """The named precision, or the one that is fast and safe on the device."""
     import torch
 
-    from stablesr_kit.precision import has_bf16
+    from stablesr_kit.models.execution import has_bf16
 
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)

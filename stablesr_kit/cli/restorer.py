@@ -114,6 +114,8 @@ class Restorer:
 
 def find_model(model: str) -> Path:
     """The folder of the model's files. Raises ModelNotFoundError."""
+    quieten_libraries()
+
     from stablesr_kit.pipelines.loading import resolve_model
 
     return resolve_model(model)

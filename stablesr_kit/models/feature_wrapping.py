@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.models.norms import use_large_group_norms
+from stablesr_kit.models.execution import use_large_group_norms
 
 RESIDUAL_SCALE = 0.2
 

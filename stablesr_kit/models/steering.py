@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.models.classes import change_class
+from stablesr_kit.models.execution import change_class
 
 Modulation = Literal["spade", "sft"]
 

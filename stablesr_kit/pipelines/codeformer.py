@@ -19,7 +19,7 @@ from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.imaging.neutral import neutral_like
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
-from stablesr_kit.models.precision import in_float32
+from stablesr_kit.models.execution import in_float32
 from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 from stablesr_kit.pipelines.pictures import Picture, to_image
 from stablesr_kit.spaces import image_to_unit

@@ -34,9 +34,8 @@ from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.imaging.padding import Padded
 from stablesr_kit.imaging.resizing import resized
+from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_last
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
-from stablesr_kit.models.norms import to_channels_last
-from stablesr_kit.models.offloading import offload_groups_to_disk
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.job import Generators, Job

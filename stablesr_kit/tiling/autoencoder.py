@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stablesr_kit.errors import ConfigError, is_out_of_memory
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled, regions
+from stablesr_kit.models.execution import in_float32
 from stablesr_kit.models.feature_wrapping import (
     RRDB,
     ControllableFeatureWrapping,
@@ -28,7 +29,6 @@ from stablesr_kit.models.feature_wrapping import (
     is_compiled,
     scale_factor,
 )
-from stablesr_kit.models.precision import in_float32
 from stablesr_kit.tiling.feature_maps import CountingWorkspace, Workspace
 from stablesr_kit.tiling.scratch import Record, Scratch
 from stablesr_kit.tiling.walk import decoded, encoded, execution_device, in_use

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablesr_kit.models.norms import LARGE, LargeGroupNorm, to_channels_last
+from stablesr_kit.models.execution import LARGE, LargeGroupNorm, to_channels_last
 from tests.helpers.tiny import tiny_vae, unit_noise
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablesr_kit.models.offloading import offload_groups_to_disk
+from stablesr_kit.models.execution import offload_groups_to_disk
 from stablesr_kit.models.steering import steered_prediction
 from tests.helpers.tiny import TEXT_CHANNELS, tiny_adapter, tiny_text_encoder, tiny_tokenizer, tiny_unet, unit_noise
 

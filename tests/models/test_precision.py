@@ -6,7 +6,7 @@ from threading import Event, Thread
 import pytest
 import torch
 
-from stablesr_kit.models.precision import in_float32
+from stablesr_kit.models.execution import in_float32
 from tests.helpers.tiny import tiny_vae
 
 

@@ -10,7 +10,7 @@ from accelerate.hooks import CpuOffload
 from torch import nn
 
 from stablesr_kit import StableSRPipeline
-from stablesr_kit.models.norms import to_channels_last
+from stablesr_kit.models.execution import to_channels_last
 from tests.helpers.pipeline_runs import differs, run, same
 from tests.helpers.tiny import tiny_components, tiny_pipeline
 

@@ -175,7 +175,10 @@ def test_w_is_a_half_with_a_cfw_and_zero_without() -> None:
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 is given, expected at least 1"),
         ({"start": "middle"}, "start='middle' is given, expected 'lq', 'noise' or a timestep"),
         ({"start": -1}, "start=-1 is given, expected"),
-        ({"color_fix": "magic"}, r"color_fix='magic' is given, expected one of \('wavelet', 'adain', 'none'\)"),
+        (
+            {"color_fix": "magic"},
+            r"color_fix='magic' is given, expected one of \('wavelet', 'adain', 'ycbcr', 'none'\)",
+        ),
         ({"output_type": "numpy"}, "output_type='numpy' is given, expected one of"),
         ({"prompt": 5}, "a prompt 5 is given, expected text or a list of texts"),
         ({"prompt": "a", "prompt_embeds": unit_noise(1, 12, 16)}, "prompt and prompt_embeds exclude each other"),

@@ -25,7 +25,7 @@ from stablesr_kit.training.losses.codebooks import fit_codes, revive_codes
 from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.optimizers import learning_rate_schedule
-from stablesr_kit.training.small.grafting import GraftedVQGAN, target_features
+from stablesr_kit.training.small import GraftedVQGAN, target_features
 from tests.helpers.training_runs import (
     FACES,
     ROOT,

@@ -14,7 +14,7 @@ from stablesr_kit.training.run.records import StepRecords, read_records
 from stablesr_kit.training.run.run import LogFile
 from stablesr_kit.training.run.state import whole_checkpoints
 from stablesr_kit.training.run.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
-from stablesr_kit.training.small.autoencoder import build_small_autoencoder
+from stablesr_kit.training.small import build_small_autoencoder
 from tests.helpers.file_limits import files_end_at
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import run_program, tiny

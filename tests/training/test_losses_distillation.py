@@ -11,7 +11,7 @@ from stablesr_kit.training.losses.distillation import (
     few_timesteps,
     take_apart,
 )
-from stablesr_kit.training.small.unet import build_small_scheduler
+from stablesr_kit.training.small import build_small_scheduler
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from stablesr_kit.training.losses.denoising import DenoisingOptions, enable_xfor
 from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import ProgramConfig, RunConfig
 from stablesr_kit.training.run.run import TrainingRun
-from stablesr_kit.training.small.unet import build_small_unet
+from stablesr_kit.training.small import build_small_unet
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import ROOT, run_program, tiny
 

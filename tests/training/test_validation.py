@@ -22,7 +22,7 @@ from stablesr_kit.training.run.validation import (
     photo_examples,
     restoration_examples,
 )
-from stablesr_kit.training.small.autoencoder import build_small_autoencoder
+from stablesr_kit.training.small import build_small_autoencoder
 from tests.helpers.photo_files import photo, save_photos
 from tests.helpers.training_runs import run_program, tiny, working_folder
 

@@ -61,7 +61,7 @@ class PrecisionOptions(CheckedOptions):
 
     def precision_on(self, device: "torch.device") -> Literal["no", "fp16", "bf16"]:
         """The precision that is chosen, on this device."""
-        from stablesr_kit.precision import has_bf16
+        from stablesr_kit.models.execution import has_bf16
 
         if self.mixed_precision == "auto":
             return "bf16" if has_bf16(device) else "no"
