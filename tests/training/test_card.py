@@ -16,8 +16,7 @@ from huggingface_hub import ModelCard
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import RunConfig
-from stablesr_kit.training.run.hub import open_repository
-from stablesr_kit.training.run.records import means_of, read_records
+from stablesr_kit.training.run.reporting import means_of, open_repository, read_records
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import run_program, tiny
 

@@ -10,7 +10,7 @@ import torch
 from stablesr_kit.errors import OutputError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.run.networks import save_network
-from stablesr_kit.training.run.records import StepRecords, read_records
+from stablesr_kit.training.run.reporting import StepRecords, read_records
 from stablesr_kit.training.run.run import LogFile
 from stablesr_kit.training.run.state import whole_checkpoints
 from stablesr_kit.training.run.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
