@@ -286,7 +286,7 @@ def place_by_hand(
     if by_hand is None:
         return None
 
-    from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+    from stablesr_kit.faces.detectors import MTCNNDetector
     from stablesr_kit.faces.given import place_given_faces
 
     placing = detector if isinstance(detector, MTCNNDetector) else MTCNNDetector()
