@@ -32,8 +32,7 @@ from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.padding import Padded
-from stablesr_kit.imaging.resizing import resized
+from stablesr_kit.imaging.resizing import Padded, resized
 from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_last
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
 from stablesr_kit.models.steering import make_steerable, steered_prediction
