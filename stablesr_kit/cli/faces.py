@@ -221,7 +221,7 @@ def restore_photo(
     import torch
 
     from stablesr_kit.imaging.canvas import View
-    from stablesr_kit.imaging.neutral import neutral_like
+    from stablesr_kit.imaging.color_fix import neutral_like
     from stablesr_kit.pipelines.pictures import pixel_bands, to_image
     from stablesr_kit.pipelines.stablesr import result_size
 
