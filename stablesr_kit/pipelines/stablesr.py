@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
-from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
+from stablesr_kit.diffusion.spaced import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
