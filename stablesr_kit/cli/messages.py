@@ -68,7 +68,7 @@ def quieten_imports() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
-    logging.getLogger("DeepSpeed").disabled = True
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def quieten_libraries() -> None:

@@ -21,8 +21,8 @@ RESIDUAL_SCALE = 0.2
 
 
 def scaled_sum(x: Tensor, scale: float, residual: Tensor) -> Tensor:
-    """x + scale * residual, without new tensors where no gradient is asked for; the residual is nobody else's then."""
-    if torch.is_grad_enabled() or x.dtype != residual.dtype:
+    """x + scale * residual, in x's layout; in place where no gradient is asked for: the residual is nobody else's."""
+    if torch.is_grad_enabled() or x.dtype != residual.dtype or x.stride() != residual.stride():
         return x + scale * residual
     return residual.mul_(scale).add_(x)
 

@@ -80,7 +80,11 @@ class SFTResnetBlock2D(ResnetBlock2D):
         else:  # the same bits without new tensors; h is nobody else's
             branches.mul_(1 + gamma).add_(beta)
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        if torch.is_grad_enabled() or self.output_scale_factor != 1 or h.dtype != skip.dtype:
+        if (
+            torch.is_grad_enabled()
+            or self.output_scale_factor != 1
+            or (h.dtype, h.stride()) != (skip.dtype, skip.stride())
+        ):
             return (skip + h) / self.output_scale_factor
         return h.add_(skip)
 

@@ -898,7 +898,7 @@ class StableSRPipeline(
     ) -> Images:
         """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
 
-        What is made of a grey picture is grey, see `imaging.neutral`.
+        What is made of a grey picture is grey, see `imaging.color_fix`.
 
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """

@@ -15,6 +15,7 @@ from stablesr_kit.imaging.color_fix import (
     color_fixed,
     wavelet_color_fix,
     wavelet_decomposition,
+    ycbcr_color_fix,
 )
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (15, 33), (64, 48)]
@@ -95,3 +96,13 @@ def test_adain_agrees_with_statistics_of_the_whole_picture() -> None:
     wanted = reference.mean((-2, -1), keepdim=True), (reference.var((-2, -1), keepdim=True) + 1e-5).sqrt()
     expected = (image - mean) / std * wanted[1] + wanted[0]
     torch.testing.assert_close(adain_color_fix(image, reference), expected, atol=1e-6, rtol=0)
+
+
+def test_ycbcr_keeps_the_luma_and_takes_the_chroma_as_another_implementation_does() -> None:
+    from skimage.color import rgb2ycbcr, ycbcr2rgb
+
+    image, reference = torch.rand(2, 1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    mixed, given = (rgb2ycbcr(one[0].double().numpy(), channel_axis=0) for one in (reference, image))
+    mixed[0] = given[0]
+    expected = torch.from_numpy(ycbcr2rgb(mixed, channel_axis=0))
+    assert (ycbcr_color_fix(image, reference)[0] - expected).abs().max() < 1e-5

@@ -77,7 +77,8 @@ def test_the_stock_pipeline_loads_our_folder(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert json.loads((tmp_path / "unet/config.json").read_text())["_class_name"] == "UNet2DConditionModel"
-    stock = StableDiffusionPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler(), safety_checker=None)
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler, safety_checker=None)
     assert type(stock.unet) is UNet2DConditionModel
     weights = pipeline.unet.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in stock.unet.state_dict().items())

@@ -5,7 +5,6 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +16,7 @@ from stablesr_kit.errors import ConfigError
 from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.reporting import means_of, open_repository, read_records
+from stablesr_kit.version import __version__
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import run_program, tiny
 
@@ -98,7 +98,7 @@ def test_a_finished_run_is_uploaded_with_its_card(folder: Path, hub: ThreadingHT
 
     card = ModelCard(received["files"]["README.md"].decode())
     assert card.data.library_name == "diffusers" and "train_autoencoder" in card.data.tags
-    assert f"Trained by `train_autoencoder` of stablesr-kit {version('stablesr-kit')}" in card.text
+    assert f"Trained by `train_autoencoder` of stablesr-kit {__version__}" in card.text
     assert "| vae | AutoencoderKL |" in card.text
     assert "Started from nothing; trained on train_data_dir `photos`" in card.text
     assert "3 steps of 2 samples" in card.text and "training/train_autoencoder.py --config" in card.text
