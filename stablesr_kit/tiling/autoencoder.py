@@ -184,8 +184,8 @@ class PictureCoder:
         coder = self.vae.encoder if doing == "encoding" else self.vae.decoder
         networks = (coder,) if cfw is None else (coder, cfw)
         blocks = [one for network in networks for one in network.modules() if isinstance(one, ResnetBlock2D | RRDB)]
-        times = pictures if self.vae.use_slicing else 1
-        with self.progress(doing, times * len(blocks), "block") as bar:
+        total = len(blocks) * (pictures if self.vae.use_slicing else 1)
+        with self.progress(doing, total, "block") as bar:
 
             def show(_block: nn.Module, _output: Tensor) -> None:
                 bar.update()
@@ -193,7 +193,7 @@ class PictureCoder:
             hidden = any(is_compiled(one) for one in (self.vae.encode, self.vae.decode, *self.vae.modules()))
             with nullcontext() if hidden else after_each(blocks, show):
                 yield
-            bar.update(bar.total - bar.n)
+            bar.update(total - bar.n)
 
     def _in_tiles(
         self,

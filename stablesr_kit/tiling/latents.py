@@ -187,7 +187,7 @@ class Aggregation:
                 continue
             # The device goes on with these tiles while those before them are fetched and blended.
             fetched = predicted.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.Event(self.device)
             arrived.record()
             yield from waiting
             waiting = _arriving(arrived, chosen, fetched.split(pictures))
@@ -224,9 +224,7 @@ class Aggregation:
         return tiles.to(self.device, self.dtype, non_blocking=self.device.type == "cuda")
 
 
-def _arriving(
-    arrived: torch.cuda.Event, indices: Sequence[int], tiles: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
+def _arriving(arrived: torch.Event, indices: Sequence[int], tiles: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Tiles on their way to the CPU, as soon as they are there."""
     arrived.synchronize()
     yield from zip(indices, tiles, strict=True)
