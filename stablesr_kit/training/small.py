@@ -6,7 +6,8 @@ the statistics of the output norms avoid that.
 
 VQGAN: its outer levels are like those of a trained autoencoder, and are taken from it. Two things differ. The
 activation before the autoencoder's last convolution is replaced by the nearest linear map. Of its decoder's outer
-levels, all but the innermost lose their second residual block."""
+levels, all but the innermost lose their second residual block.
+"""
 
 import math
 
