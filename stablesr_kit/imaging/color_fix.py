@@ -4,8 +4,8 @@ The fixes act on whole pictures, never per tile. They take and return images, (B
 [-1, 1] or beyond: results are not clamped. They compute in float32 and return the dtype of the image. Wang et al. 2023
 (StableSR), section 3.4, describes the first two; the third is that of InvSR (Yue et al. 2025).
 
-Whether a picture is grey its content decides, not its file: a black-and-white picture may be stored as RGB JPEG, palette
-or grey. A tint, however faint, is a colour of the picture and stays."""
+Whether a picture is grey its content decides, not its file: a black-and-white picture may be an RGB JPEG, a palette or
+grey. A tint, however faint, is a colour of the picture and stays."""
 
 from dataclasses import dataclass
 from typing import Literal
