@@ -13,7 +13,7 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.records import means_of, read_records
 from stablesr_kit.version import __version__
 
-DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples")
+DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples", "pairs")
 """Options that name what was trained on."""
 
 
