@@ -130,7 +130,7 @@ def _plain(value: Any) -> int | float | str:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples")
+DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples", "pairs")
 """Options that name what was trained on."""
 
 
