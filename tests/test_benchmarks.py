@@ -31,7 +31,7 @@ def test_the_device_benchmark_measures_every_part_and_keeps_what_it_has(tmp_path
     assert max(found["parity"]["fp32"].values()) == 0 < found["parity"]["bf16"]["decoded"] < 0.1
     assert found["times"]["bf16"]["step"]["ratio"] > 1 < found["times"]["fp32"]["decode"]["ratio"]
     assert list(found["tiles"]) == ["1", "2", "4", "8", "16"]
-    assert found["calls"]["50"] > found["calls"]["1"] and found["one_step"]["call_s"] > 0
+    assert list(found["calls"]) == ["1", "2"] and found["one_step"]["call_s"] > 0
     assert found["weights_8"]["gib"] < found["weights_8"]["before_gib"] and 0 < found["weights_8"]["difference"] < 0.2
     assert found["compile"]["difference"] < 1e-5
     assert [one["peak_gib"] for one in found["memory"].values()] == [None, None]  # the CPU's allocator keeps no peak
