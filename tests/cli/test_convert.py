@@ -74,7 +74,8 @@ def test_convert_says_what_it_leaves_out_and_why(
     said = [record.message for record in caplog.records if record.message.startswith("left out: ")]
     for line in (
         "left out: global_step: beside the weights in 'state_dict'",
-        "left out: betas: the noise schedule, which the scheduler computes",
+        "left out: betas, alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_mean_coef2: "
+        "the noise schedule, which the scheduler computes",
         "left out: loss.logvar: LPIPS, discriminator and weights of the loss of CFW training",
         "left out: mine: ignored as asked",
     ):

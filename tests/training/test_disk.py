@@ -64,7 +64,7 @@ def test_validation_pictures_that_do_not_fit_leave_nothing(tmp_path: Path) -> No
         validation.show(torch.nn.Linear(1, 1), 1)
     assert [path.name for path in (tmp_path / "validation").iterdir()] == ["metrics.jsonl"]
     metrics, pictures = validation.show(torch.nn.Linear(1, 1), 1)
-    assert list(metrics) == ["psnr", "ssim"] and list(pictures) == ["000"]
+    assert list(metrics) == ["grid", "psnr", "ssim"] and list(pictures) == ["000"]
 
 
 def test_records_that_do_not_fit_are_cut_back_to_whole_lines_by_the_next_run(tmp_path: Path) -> None:
