@@ -45,6 +45,7 @@ from stablesr_kit.models.execution import to_channels_last
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.models.steering import steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+from stablesr_kit.spaces import unit_to_image
 from stablesr_kit.storage import replacing_file
 from stablesr_kit.tiling.autoencoder import PictureCoder
 from stablesr_kit.tiling.memory import GIB, weight_bytes
@@ -208,7 +209,7 @@ class Bench:
         side = self.scale.latent
         generator = torch.Generator().manual_seed(0)
         x, lq = torch.randn(2, 1, 4, side, side, generator=generator).to(unet.device, unet.dtype)
-        image = torch.rand(3, 8 * side, 8 * side, generator=generator) * 2 - 1
+        image = unit_to_image(torch.rand(3, 8 * side, 8 * side, generator=generator))
         prediction = steered_prediction(unet, adapter, x, 500, lq, self._prompt(1, unet.dtype).to(unet.device))
         coder = PictureCoder(vae, cfw)
         moments, features = coder.encode([View(image[None])], tuple(cfw.config.levels))

@@ -20,6 +20,7 @@ from benchmarks.timing import compare
 from stablesr_kit.models.execution import to_channels_last
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.models.steering import steered_prediction
+from stablesr_kit.spaces import unit_to_image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Comparison = dict[str, dict[str, float]]
@@ -52,7 +53,7 @@ def measure_coding(dtype: torch.dtype, latent: int, repeats: int) -> Comparison:
     stock = copy.deepcopy(vae)
     to_channels_last(vae)
     to_channels_last(cfw)
-    image = torch.rand(1, 3, 8 * latent, 8 * latent, dtype=dtype) * 2 - 1
+    image = unit_to_image(torch.rand(1, 3, 8 * latent, 8 * latent, dtype=dtype))
     z = torch.randn(1, 4, latent, latent, dtype=dtype)
     levels = tuple(cfw.config.levels)
     features = encode_with_features(vae, image, levels)[1]

@@ -25,6 +25,9 @@ from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small import GraftedVQGAN, target_features
 
+FEATURE_BATCH = 8
+"""Crops whose features are computed at once, and by whose features all are normalised, whatever the batch of a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig(CodebookOptions, PhotoOptions, RunConfig):
@@ -113,15 +116,14 @@ def cache_features(
 ) -> tuple[CachedFeatures, Tensor, Tensor]:
     """Features of the first crops, and mean and deviation, (1, C, 1, 1), by which the wanted ones are normalised."""
     given, wanted = [], []
-    count, batch = config.cached_crops, config.train_batch_size
+    count, batch = config.cached_crops, FEATURE_BATCH
     for first in tqdm(range(0, count, batch), desc="features", disable=not run.is_main, mininterval=5):
         image = torch.stack([images[i] for i in range(first, min(first + batch, count))])
         image = image.to(run.accelerator.device, memory_format=torch.channels_last)
         with run.accelerator.autocast():
             given.append(graft.outer_encode(image).bfloat16().cpu())
             wanted.append(target_features(vae, image).bfloat16().cpu())
-    # of so many crops, whatever the batch
-    std, mean = torch.std_mean(torch.cat(wanted)[:8].float(), dim=(0, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(torch.cat(wanted)[:FEATURE_BATCH].float(), dim=(0, 2, 3), keepdim=True)
     normalised = torch.cat([((features.float() - mean) / std).bfloat16() for features in wanted])
     device = run.accelerator.device
     return CachedFeatures(torch.cat(given), normalised, config.seed), mean.to(device), std.to(device)

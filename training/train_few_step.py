@@ -142,7 +142,7 @@ def main(config: FewStepConfig) -> None:
     for network in (unet, adapter, vae, cfw):
         if network is not None:
             network.requires_grad_(False).to(device, memory_format=torch.channels_last)
-            if config.gradient_checkpointing:
+            if config.gradient_checkpointing and network is not vae:  # CFW acts within its forward, which runs once
                 network.enable_gradient_checkpointing()
     enable_xformers(config, unet, adapter)
     if config.lora_rank is not None:

@@ -25,8 +25,7 @@ from stablesr_kit.spaces import image_to_pixels, to_latent, unit_to_image
 from stablesr_kit.training.data.batches import Share
 from stablesr_kit.training.data.computed import CachedLatents
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, report_skipped
-from stablesr_kit.training.data.pair_queue import PairQueueOptions, QueuedDegradation
-from stablesr_kit.training.data.pairs import DegradedCrops, PairedCrops, open_pairs
+from stablesr_kit.training.data.pairs import DegradedCrops, PairedCrops, PairQueueOptions, QueuedDegradation, open_pairs
 from stablesr_kit.training.losses.denoising import DenoisingOptions, denoising_task, enable_xformers, noise_schedule
 from stablesr_kit.training.run.command_line import launch
 from stablesr_kit.training.run.config import RunConfig

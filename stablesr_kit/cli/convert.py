@@ -84,16 +84,17 @@ def convert(
             re.compile(pattern)
         except re.error as error:
             usage_error(f"--ignore {pattern!r} is no regular expression ({error}); escape dots and brackets with \\")
-    with failing_in_one_line(), telling("stablesr_kit.checkpoints"):
+    with failing_in_one_line():
         quieten_libraries()
 
         from stablesr_kit import StableSRPipeline
         from stablesr_kit.checkpoints import inspect_checkpoint
         from stablesr_kit.checkpoints.one_step import SYSTEMS
 
-        models: dict[str, Savable] = {}
         kind = None if checkpoint is None else inspect_checkpoint(checkpoint, tensors_only=tensors_only).kind
-        system = None if kind is None else SYSTEMS.get(kind)
+    system = None if kind is None else SYSTEMS.get(kind)
+    models: dict[str, Savable] = {}
+    with failing_in_one_line(), telling("stablesr_kit.checkpoints"):
         if checkpoint is not None and system is not None:
             for option, value in of_stablesr.items():
                 if value is not None:

@@ -221,7 +221,7 @@ def restore_photo(
     import torch
 
     from stablesr_kit.imaging.canvas import View
-    from stablesr_kit.imaging.neutral import neutral_like
+    from stablesr_kit.imaging.color_fix import neutral_like
     from stablesr_kit.pipelines.pictures import pixel_bands, to_image
     from stablesr_kit.pipelines.stablesr import result_size
 
@@ -286,7 +286,7 @@ def place_by_hand(
     if by_hand is None:
         return None
 
-    from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+    from stablesr_kit.faces.detectors import MTCNNDetector
     from stablesr_kit.faces.given import place_given_faces
 
     placing = detector if isinstance(detector, MTCNNDetector) else MTCNNDetector()

@@ -25,7 +25,7 @@ from torch import Tensor
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.evaluation.resampling import Array, Pixels, resize_bicubic_matlab
-from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+from stablesr_kit.faces.detectors import MTCNNDetector
 from stablesr_kit.faces.identity import identity_distance
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.storage import sha256

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
+from stablesr_kit.faces.detectors import MTCNNDetector
 from stablesr_kit.faces.face import Box, Face, Points
 from stablesr_kit.faces.geometry import template
 

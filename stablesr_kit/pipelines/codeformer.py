@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, ModelNotFoundError
 from stablesr_kit.imaging.canvas import View, assembled
-from stablesr_kit.imaging.neutral import neutral_like
+from stablesr_kit.imaging.color_fix import neutral_like
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.models.codeformer import CodeFormer, CodeLookup
 from stablesr_kit.models.execution import in_float32

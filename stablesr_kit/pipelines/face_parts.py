@@ -8,9 +8,7 @@ import torch
 
 from stablesr_kit.checkpoints.reading import read_checkpoint
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
-from stablesr_kit.faces.detect.retinaface import WEIGHT_FILES, RetinaFaceDetector
-from stablesr_kit.faces.detect.yunet import YuNetDetector
+from stablesr_kit.faces.detectors import WEIGHT_FILES, MTCNNDetector, RetinaFaceDetector, YuNetDetector
 from stablesr_kit.faces.face import FaceDetector
 from stablesr_kit.faces.parse import ParseNetParser
 

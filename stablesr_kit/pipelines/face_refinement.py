@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.faces.detect.mtcnn import MTCNNDetector
-from stablesr_kit.faces.detect.turned import SURE, detect_turned
+from stablesr_kit.faces.detectors import SURE, MTCNNDetector, detect_turned
 from stablesr_kit.faces.face import Box, Face, FaceDetector, LandmarkSource, Only, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, to_enlarged
 from stablesr_kit.faces.identity import FaceEmbedder, identity_distance

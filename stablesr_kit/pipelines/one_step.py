@@ -26,8 +26,7 @@ from stablesr_kit.checkpoints.one_step import convert_one_step
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.imaging.canvas import Part, Readable, Region, assembled
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.padding import Padded
-from stablesr_kit.imaging.resizing import resized
+from stablesr_kit.imaging.resizing import Padded, resized
 from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, assembled, bands
-from stablesr_kit.imaging.color_fix import ColorFix
-from stablesr_kit.imaging.neutral import neutral_like
+from stablesr_kit.imaging.color_fix import ColorFix, neutral_like
 from stablesr_kit.imaging.reading import Picture as FilePicture
 from stablesr_kit.imaging.reading import as_picture
 from stablesr_kit.spaces import image_to_unit, unit_to_image

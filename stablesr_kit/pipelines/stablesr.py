@@ -28,12 +28,11 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from stablesr_kit.checkpoints import convert_checkpoint
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
-from stablesr_kit.diffusion.schedules import ModelSchedule, check_scheduler
+from stablesr_kit.diffusion.spaced import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.padding import Padded
-from stablesr_kit.imaging.resizing import resized
+from stablesr_kit.imaging.resizing import Padded, resized
 from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_last
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
 from stablesr_kit.models.steering import make_steerable, steered_prediction
@@ -899,7 +898,7 @@ class StableSRPipeline(
     ) -> Images:
         """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
 
-        What is made of a grey picture is grey, see `imaging.neutral`.
+        What is made of a grey picture is grey, see `imaging.color_fix`.
 
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """

@@ -4,9 +4,10 @@ Autoencoder: with three channels per group, group normalisation erases the brigh
 group per layer, residual branches that start at zero, nearly linear outputs and a constant pilot signal that dominates
 the statistics of the output norms avoid that.
 
-VQGAN: its outer levels are like those of a trained autoencoder, and are taken from it. Two things differ. The activation
-before the autoencoder's last convolution is replaced by the nearest linear map. Of its decoder's outer levels, all but
-the innermost lose their second residual block."""
+VQGAN: its outer levels are like those of a trained autoencoder, and are taken from it. Two things differ. The
+activation before the autoencoder's last convolution is replaced by the nearest linear map. Of its decoder's outer
+levels, all but the innermost lose their second residual block.
+"""
 
 import math
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
-from stablesr_kit.faces.detect.mtcnn import MTCNNDetector, MTCNNOptions
+from stablesr_kit.faces.detectors import MTCNNDetector, MTCNNOptions
 from stablesr_kit.faces.face import Box, Face, suppress
 
 Array = NDArray[np.float64]

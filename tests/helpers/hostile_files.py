@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -31,7 +32,7 @@ def valid_files(seed: int) -> list[tuple[str, bytes]]:
     rgb, deep = noise(64, 56, seed=seed), noise(64, 56, dtype=np.uint16, seed=seed)
     image = Image.fromarray(rgb)
     files: list[tuple[str, bytes]] = []
-    saved: list[tuple[str, str, Image.Image, dict[str, object]]] = [
+    saved: list[tuple[str, str, Image.Image, dict[str, Any]]] = [
         ("png", "PNG", image, {}),
         ("png", "PNG", image.convert("P"), {"transparency": 3}),
         ("jpg", "JPEG", image, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0", "comment": b"c"}),
@@ -51,7 +52,8 @@ def valid_files(seed: int) -> list[tuple[str, bytes]]:
         buffer = BytesIO()
         picture.save(buffer, kind, **options)
         files.append((ending, buffer.getvalue()))
-    for options in ({"tile": (16, 16)}, {"planarconfig": "separate"}, {"bigtiff": True}):
+    layouts: tuple[dict[str, Any], ...] = ({"tile": (16, 16)}, {"planarconfig": "separate"}, {"bigtiff": True})
+    for options in layouts:
         buffer = BytesIO()
         stored = deep.transpose(2, 0, 1).copy() if "planarconfig" in options else deep
         tifffile.imwrite(buffer, stored, photometric="rgb", **options)
@@ -100,7 +102,7 @@ def _flipped_head(ending: str, content: bytes, random: np.random.Generator) -> t
 
 
 def _zeroed(ending: str, content: bytes, random: np.random.Generator) -> tuple[str, bytes]:
-    start = random.integers(0, len(content))
+    start = int(random.integers(0, len(content)))
     return ending, content[:start] + bytes(min(64, len(content) - start)) + content[start + 64 :]
 
 
@@ -172,7 +174,7 @@ def _xml_bomb(_: str, __: bytes, ___: np.random.Generator) -> tuple[str, bytes]:
 
 
 def _empty(ending: str, _: bytes, random: np.random.Generator) -> tuple[str, bytes]:
-    return ending, random.bytes(random.integers(0, 3))
+    return ending, random.bytes(int(random.integers(0, 3)))
 
 
 _MUTATIONS: tuple[Mutation, ...] = (

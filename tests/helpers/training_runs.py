@@ -216,7 +216,11 @@ def assert_a_step_stays_the_same(
     launch_two(variants("shared", "--train_batch_size", "2"))
     for name, result in results.items():
         for kind in ("accumulated", "recomputed", "shared"):
-            assert worst_difference(f"whole/{name}/{result}", f"{kind}/{name}/{result}") <= 1e-6, (name, kind)
+            assert (worst := worst_difference(f"whole/{name}/{result}", f"{kind}/{name}/{result}")) <= 1e-6, (
+                name,
+                kind,
+                worst,
+            )
 
 
 def assert_overfits(call: list[str], quantity: str, factor: float, *trained: str) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 from stablesr_kit.imaging.canvas import View, assembled
-from stablesr_kit.imaging.neutral import Neutral, is_neutral
+from stablesr_kit.imaging.color_fix import Neutral, is_neutral
 from stablesr_kit.spaces import pixels_to_image
 
 PHOTO = np.asarray(Image.fromarray(data.camera()).resize((160, 128)))

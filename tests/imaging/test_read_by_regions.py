@@ -9,8 +9,7 @@ import torch
 from stablesr_kit import Tiling
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled
-from stablesr_kit.imaging.padding import Padded
-from stablesr_kit.imaging.resizing import Enlarged, resize_bicubic, resized
+from stablesr_kit.imaging.resizing import Enlarged, Padded, resize_bicubic, resized
 from stablesr_kit.pipelines.pictures import pixel_bands, to_pil
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline
 

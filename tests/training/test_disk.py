@@ -10,7 +10,7 @@ import torch
 from stablesr_kit.errors import OutputError
 from stablesr_kit.evaluation.quality import Quality
 from stablesr_kit.training.run.networks import save_network
-from stablesr_kit.training.run.records import StepRecords, read_records
+from stablesr_kit.training.run.reporting import StepRecords, read_records
 from stablesr_kit.training.run.run import LogFile
 from stablesr_kit.training.run.state import whole_checkpoints
 from stablesr_kit.training.run.validation import PhotoValidationOptions, Validation, ValidationOptions, photo_examples
@@ -64,7 +64,7 @@ def test_validation_pictures_that_do_not_fit_leave_nothing(tmp_path: Path) -> No
         validation.show(torch.nn.Linear(1, 1), 1)
     assert [path.name for path in (tmp_path / "validation").iterdir()] == ["metrics.jsonl"]
     metrics, pictures = validation.show(torch.nn.Linear(1, 1), 1)
-    assert list(metrics) == ["psnr", "ssim"] and list(pictures) == ["000"]
+    assert list(metrics) == ["grid", "psnr", "ssim"] and list(pictures) == ["000"]
 
 
 def test_records_that_do_not_fit_are_cut_back_to_whole_lines_by_the_next_run(tmp_path: Path) -> None:

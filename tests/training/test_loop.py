@@ -19,7 +19,7 @@ from stablesr_kit.training.data.options import PhotoOptions
 from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.optimizers import learning_rate_schedule
-from stablesr_kit.training.run.records import StepRecords
+from stablesr_kit.training.run.reporting import StepRecords
 from stablesr_kit.training.small import build_small_autoencoder, fold_latent_statistics, start_fusion_silent
 from tests.helpers.photo_files import save_photos
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Generator, Tensor
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.data.pair_queue import PairQueue, PairQueueOptions, QueuedDegradation
+from stablesr_kit.training.data.pairs import PairQueue, PairQueueOptions, QueuedDegradation
 
 
 def seeded(seed: int = 0) -> Generator:

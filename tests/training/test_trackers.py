@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.run.trackers import find_trackers
+from stablesr_kit.training.run.reporting import find_trackers
 from tests.helpers.photo_files import save_photos
 from tests.helpers.training_runs import ROOT, run_program
 

@@ -29,12 +29,18 @@ from tqdm import tqdm
 from stablesr_kit import storage
 from stablesr_kit.errors import CheckpointError, ConfigError, DivergenceError, OutputError
 from stablesr_kit.training.data.batches import SampleDraws, Share, SharedBatches, make_loader
-from stablesr_kit.training.run.card import model_card
 from stablesr_kit.training.run.config import RunConfig
-from stablesr_kit.training.run.hub import open_repository, upload
 from stablesr_kit.training.run.networks import SavedPart, TrainedNetwork, prepare_for_fsdp, save_network
 from stablesr_kit.training.run.optimizers import build_optimizer, learning_rate_schedule
-from stablesr_kit.training.run.records import StepRecords
+from stablesr_kit.training.run.reporting import (
+    StepRecords,
+    find_trackers,
+    model_card,
+    open_repository,
+    show_pictures,
+    start_trackers,
+    upload,
+)
 from stablesr_kit.training.run.state import (
     OPTIONS,
     RESUMES,
@@ -47,7 +53,6 @@ from stablesr_kit.training.run.state import (
     step_of,
     writing,
 )
-from stablesr_kit.training.run.trackers import find_trackers, show_pictures, start_trackers
 from stablesr_kit.training.run.validation import Example, Measure, Restore, Validation, ValidationOptions
 from stablesr_kit.training.run.zero import SHARED_STATES, ZeroOptimizer, clip_shares, resting_groups, zero_stage
 

@@ -17,7 +17,7 @@ from stablesr_kit.spaces import image_to_pixels, pixels_to_image
 from stablesr_kit.storage import replacing_folder
 from stablesr_kit.training.data.sources import FolderPhotos, decode
 from stablesr_kit.training.run.config import CheckedOptions
-from stablesr_kit.training.run.records import StepRecords, means_of
+from stablesr_kit.training.run.reporting import StepRecords, means_of
 
 SMALLEST_PX = 32
 """Side of the smallest picture that can be measured."""

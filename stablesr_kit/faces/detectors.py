@@ -1,10 +1,16 @@
-"""MTCNN: three small networks that find faces and five landmarks (Zhang et al. 2016), with weights in the package."""
+"""Detectors of faces: MTCNN with weights in the package, RetinaFace as the CodeFormer scripts use it, YuNet of OpenCV.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+MTCNN is three small networks that find faces and five landmarks (Zhang et al. 2016). RetinaFace (Deng et al. 2020) is
+that of facexlib. YuNet (Wu et al. 2023) is small and quick; its model file is in OpenCV's model zoo."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Any, TypeVar
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -13,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from stablesr_kit.faces.face import Box, Face, Points, suppress
+from stablesr_kit.errors import CheckpointError, ConfigError
+from stablesr_kit.faces.face import Box, Face, FaceDetector, Points, detection_size, faces_from_rows, suppress
 
 WINDOW_PX = 12
 STRIDE_PX = 2
@@ -253,3 +260,141 @@ def _loaded(kind: type[Network]) -> Network:
     prefix = f"{kind.__name__}."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in _weights().items() if k.startswith(prefix)})
     return network.eval()
+
+
+Backbone = Literal["resnet50", "mobile0.25"]
+
+WEIGHT_FILES: dict[Backbone, str] = {
+    "resnet50": "detection_Resnet50_Final.pth",
+    "mobile0.25": "detection_mobilenet0.25_Final.pth",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaFaceOptions:
+    """What counts as a face."""
+
+    min_sides_px: tuple[int, ...] = (640, 1280)
+    """Smaller sides of the pictures that are searched; those above the first that would enlarge one are left out."""
+    threshold: float = 0.8
+    """Least score."""
+    max_overlap: float = 0.4
+    """Shared part of the union from which on two detections are one face."""
+
+
+class RetinaFaceDetector:
+    """Finds faces from frontal to profile, also in bad light; needs the extra `faces` and a weight file.
+
+    state_dict: of the weight file, its keys with or without "module.".
+
+    Raises:
+        ConfigError: the extra is not installed.
+        CheckpointError: the weights are of another network.
+    """
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, Tensor],
+        backbone: Backbone = "resnet50",
+        options: RetinaFaceOptions | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        try:
+            from facexlib.detection.retinaface import RetinaFace
+        except ImportError as error:
+            raise ConfigError(
+                f"the detector retinaface needs facexlib ({error}); pip install 'stablesr-kit[faces]', or use mtcnn"
+            ) from error
+        self.name = f"retinaface_{backbone}"
+        self.options = options or RetinaFaceOptions()
+        with warnings.catch_warnings():  # it calls torchvision by arguments of old versions
+            warnings.simplefilter("ignore")
+            self._network = RetinaFace(network_name=backbone, device=torch.device(device))
+        try:
+            self._network.load_state_dict({k.removeprefix("module."): v for k, v in state_dict.items()})
+        except RuntimeError as error:
+            reason = shorten(str(error).splitlines()[-1], 120)
+            raise CheckpointError(
+                f"these are no weights of {self.name} ({reason}); give {WEIGHT_FILES[backbone]}"
+            ) from error
+
+    @torch.no_grad()
+    def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
+        """The faces in pixels (H, W, 3), RGB, the surest first."""
+        height, width = pixels.shape[:2]
+        first, *larger = self.options.min_sides_px
+        faces: list[Face] = []
+        for side in [first, *(side for side in larger if side <= min(height, width))]:
+            size, scale = detection_size(height, width, side)
+            shrinks = scale < 1
+            resized = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            rows = self._network.detect_faces(
+                resized[..., ::-1], conf_threshold=self.options.threshold, nms_threshold=self.options.max_overlap
+            )
+            faces += faces_from_rows(rows, scale)
+        boxes = np.array([face.box for face in faces]).reshape(-1, 4)
+        kept = suppress(boxes, np.array([face.score for face in faces]), self.options.max_overlap)
+        return [faces[i] for i in kept]
+
+
+class YuNetDetector:
+    """Finds faces with OpenCV's FaceDetectorYN.
+
+    model: the .onnx file (face_detection_yunet_2023mar.onnx). threshold: least score. max_overlap: shared part of the
+    union from which on two detections are one face. max_side_px: larger pictures are searched at this size; YuNet
+    looks for faces of 10 to 300 pixels.
+
+    Raises:
+        CheckpointError: the file is not such a model.
+    """
+
+    name = "yunet"
+
+    def __init__(self, model: Path, threshold: float = 0.8, max_overlap: float = 0.3, max_side_px: int = 1280) -> None:
+        if not model.is_file():
+            raise CheckpointError(f"{model}: no such file; expected face_detection_yunet_2023mar.onnx of OpenCV's zoo")
+        try:
+            self._network = cv2.FaceDetectorYN.create(str(model), "", (320, 320), threshold, max_overlap)
+        except cv2.error as error:
+            raise CheckpointError(
+                f"{model}: OpenCV cannot read it as YuNet ({error.err}); give face_detection_yunet_2023mar.onnx"
+            ) from error
+        self.max_side_px = max_side_px
+
+    def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
+        """The faces in pixels (H, W, 3), RGB, the surest first."""
+        height, width = pixels.shape[:2]
+        scale = min(1.0, self.max_side_px / max(height, width))
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        self._network.setInputSize(size)
+        _, found = self._network.detect(resized[..., ::-1])
+        if found is None:
+            return []
+        # x, y, width, height, five points from the eye on the left, score
+        rows = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:4], found[:, 14:], found[:, 4:14]], axis=1)
+        return sorted(faces_from_rows(rows, scale), key=lambda face: -face.score)
+
+
+SURE = 0.99
+"""Score of a face that is one: a face that lies on its side may be taken for a worse one that does not."""
+LEAST_SCORE = 0.95
+"""Of a face in a turned picture: there are three turns to take something else for one."""
+
+
+def detect_turned(detector: FaceDetector, pixels: NDArray[np.uint8], quarters: int) -> list[Face]:
+    """Faces that are upright when pixels (H, W, 3) are turned counterclockwise by quarters, where they are as given."""
+    height, width = pixels.shape[:2]
+    faces = detector.detect(np.ascontiguousarray(np.rot90(pixels, quarters)))
+    return [_turned_back(face, height, width, quarters) for face in faces if face.score >= LEAST_SCORE]
+
+
+def _turned_back(face: Face, height: int, width: int, quarters: int) -> Face:
+    def back(points: Points) -> Points:
+        x, y = points.T
+        turned = {1: (width - 1 - y, x), 2: (width - 1 - x, height - 1 - y), 3: (y, height - 1 - x)}
+        return np.stack(turned[quarters], axis=1)
+
+    corners = back(np.array([face.box[:2], face.box[2:]]))
+    box = Box(*corners.min(axis=0), *corners.max(axis=0))
+    return replace(face, box=box, landmarks=back(face.landmarks), turned=90 * quarters)

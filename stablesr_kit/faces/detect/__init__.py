@@ -1,1 +1,0 @@
-"""Detectors of faces with five landmarks, and the one to use by name."""
