@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,11 @@ def test_wandb_sees_one_run_although_it_was_resumed(folder: Path, monkeypatch: p
         run_program("train_autoencoder", *TINY, *flags, "--max_train_steps", steps)
     name = (folder / "run" / "logs" / "wandb_id").read_text().strip()
     runs = list((folder / "run" / "logs" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
-    assert len(runs) == 2 and all(b"train/pixel" in file.read_bytes() for file in runs)
+    assert len(runs) == 2
+    latest = time.monotonic() + 60  # wandb writes in a process of its own
+    while not all(b"train/pixel" in file.read_bytes() for file in runs):
+        assert time.monotonic() < latest
+        time.sleep(0.2)
 
 
 def test_a_tracker_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
