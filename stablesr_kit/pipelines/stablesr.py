@@ -933,6 +933,7 @@ class StableSRPipeline(
             steps=num_inference_steps or self.config.default_steps,
             pictures=batch_size,
             branches=2 if guidance_scale > 1 else 1,
+            margin_px=self.config.margin_px,
         )
 
     def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
@@ -943,7 +944,7 @@ class StableSRPipeline(
         """How a result of height x width pixels is sampled if memory does not matter."""
         height, width = self.padded_size(height, width)
         factor = self.vae_scale_factor
-        return tiling.grid(self.unet, height // factor, width // factor, factor)
+        return tiling.grid(self.unet, height // factor, width // factor, factor, self.config.margin_px // factor)
 
     def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling) -> PictureCoder:
         return PictureCoder(

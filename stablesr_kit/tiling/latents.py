@@ -416,6 +416,7 @@ def choose_grid(
     tile_px: TileSize = "auto",
     overlap_px: int | None = None,
     batch_size: int = 1,
+    margin: int = 0,
 ) -> TileGrid | None:
     """How to sample a canvas of latents; None as a whole.
 
@@ -423,6 +424,7 @@ def choose_grid(
     tile_px: side of a tile in pixels of the result; "auto" takes what the UNet was trained on, and the whole canvas up
         to four times that area; "none" always the whole canvas.
     overlap_px: what neighbours share, in pixels; None is a quarter of a tile.
+    margin: latents on each side of the canvas that are cut off, and do not count for "auto".
 
     Raises:
         ValueError: the tile or the overlap cannot work; the message says what can.
@@ -435,7 +437,8 @@ def choose_grid(
     else:
         tile = checked_tile(tile_px, multiple, pixels_per_latent)
     overlap = tile // 4 if overlap_px is None else checked_overlap(overlap_px, tile, pixels_per_latent)
-    fits = height * width <= 4 * native**2 if tile_px == "auto" else max(height, width) <= tile
+    inner = (height - 2 * margin) * (width - 2 * margin)
+    fits = inner <= 4 * native**2 if tile_px == "auto" else max(height, width) <= tile
     if fits:
         return None
     return TileGrid(tile=(tile, tile), overlap=overlap, batch_size=batch_size)
@@ -449,12 +452,13 @@ def grids(
     tile_px: TileSize = "auto",
     overlap_px: int | None = None,
     batch_size: int = 1,
+    margin: int = 0,
 ) -> Iterator[TileGrid | None]:
     """The grid that `choose_grid` chooses, and then those that take less and less memory.
 
     First the batch is halved and then, with tile_px="auto" only, the tile: that changes the picture.
     """
-    grid = choose_grid(unet, height, width, pixels_per_latent, tile_px, overlap_px, batch_size)
+    grid = choose_grid(unet, height, width, pixels_per_latent, tile_px, overlap_px, batch_size, margin)
     yield grid
     if grid is None and tile_px == "auto":
         native = native_tile(unet)

@@ -116,13 +116,18 @@ class Tiling:
                 f"max_memory={size!r} is given, expected bytes or a size such as '6GB' or '6GiB'"
             ) from error
 
-    def grid(self, unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int) -> TileGrid | None:
+    def grid(
+        self, unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int, margin: int = 0
+    ) -> TileGrid | None:
         """How a canvas of height x width latents is sampled if memory does not matter; None as a whole.
+
+        margin: see `choose_grid`.
 
         Raises:
             ValueError: a tile or an overlap cannot work.
         """
-        return choose_grid(unet, height, width, pixels_per_latent, self.tile_px, self.overlap_px, self.batch_size or 1)
+        batch_size = self.batch_size or 1
+        return choose_grid(unet, height, width, pixels_per_latent, self.tile_px, self.overlap_px, batch_size, margin)
 
     def leaves_choice(self, grid: TileGrid | None, device: torch.device) -> bool:
         """Whether memory decides anything that is not given. Without a limit small pictures are taken whole."""
@@ -233,6 +238,7 @@ class Planner:
         pictures: int = 1,
         branches: int = 1,
         flops_per_second: float | None = None,
+        margin_px: int = 0,
     ) -> Plan:
         """What fits on a device. What the tiling gives is kept to.
 
@@ -241,7 +247,7 @@ class Planner:
         the smallest is tried.
 
         height, width: of the canvas in pixels. pictures: at once. branches: 2 with guidance. flops_per_second: of the
-        device; None measures it.
+        device; None measures it. margin_px: of the canvas, on each side.
 
         Raises:
             ConfigError: even the smallest tiles need more than the tiling's limit.
@@ -281,7 +287,9 @@ class Planner:
             return choice, cost
 
         batch_size = tiling.batch_size or (1 if device.type == "cpu" else LARGEST_BATCH)
-        choices = list(grids(self.unet, *size, factor, tiling.tile_px, tiling.overlap_px, batch_size))
+        choices = list(
+            grids(self.unet, *size, factor, tiling.tile_px, tiling.overlap_px, batch_size, margin_px // factor)
+        )
         grid, predicting = first_that_fits(choices, sampling)
         vae_tile_px, coded = first_that_fits(self._vae_tiles_px(tiling, device, choices[0] is None), coding)
         flops = predicting.flops + coded.flops
