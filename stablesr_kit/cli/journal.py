@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from stablesr_kit.errors import ImageError, JobError, OutputError
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.imaging.reading import MAX_STREAMED_PIXELS, open_picture
-from stablesr_kit.storage import replacing_file
+from stablesr_kit.storage import replacing_file, sha256
 
 JOBS_FOLDER = ".stablesr"
 LONGEST_STATE_NAME = 240  # of the 255 bytes that a name may have
@@ -183,16 +183,6 @@ def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) 
     if differing:
         listed = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in differing)
         raise JobError(f"{result}: was made with {listed}; give the same settings, or start again without --resume")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, or of the names and contents of all files in a folder."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        content = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
-        return hashlib.sha256(content.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:

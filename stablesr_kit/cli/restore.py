@@ -9,12 +9,13 @@ import typer
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
 from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, plan, run
-from stablesr_kit.cli.journal import Journal, sha256
+from stablesr_kit.cli.journal import Journal
 from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
 from stablesr_kit.errors import JobError, StableSRKitError
+from stablesr_kit.storage import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stablesr_kit.cli.journal import Journal, sha256
+from stablesr_kit.cli.journal import Journal
 from stablesr_kit.errors import JobError, OutputError
+from stablesr_kit.storage import sha256
 
 SETTINGS = {"w": 0.5, "steps": None, "model": "0f"}
 
