@@ -1,5 +1,6 @@
-"""A call as a job: what it is resumed from, to the bit, and who works at it."""
+"""A call as a part of larger work: what it is resumed from, to the bit, who works at it, and whose frames it takes."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablesr_kit.diffusion.canvas_noise import CanvasNoise
 from stablesr_kit.errors import JobError, reason_of
 from stablesr_kit.storage import replacing_file
 from stablesr_kit.tiling.latents import TileGrid
@@ -15,6 +17,7 @@ from stablesr_kit.tiling.scratch import saved_bytes
 from stablesr_kit.tiling.team import Team
 
 Generators = torch.Generator | list[torch.Generator] | None
+OnPrediction = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 
@@ -87,7 +90,7 @@ class SamplingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a call that may be stopped, or is one of several processes, needs beside its picture.
+    """What a call that may be stopped, is one of several processes, or takes frames of a clip needs beside its picture.
 
     Attributes:
         plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them in the call.
@@ -96,12 +99,20 @@ class Job:
             the same arguments goes on where another one was killed, to the bit. None records nothing.
         team: processes that predict tiles of a tiled picture as well, see `StableSRPipeline.assist`; the autoencoder
             runs in this one alone. None is this process.
+        noise: all the call draws, instead of its generator; a stage of a number each for the encoder's sample, the
+            start and every step.
+        on_prediction: called as `on_prediction(prediction, latents, timestep, step)` with what the networks predicted
+            for the latents (B, C, h, w), scaled as the UNet takes them; the scheduler goes on with what it returns.
+        is_grey: whether the results are grey; None: each picture's content decides.
     """
 
     plan: Plan | None = None
     state: SamplingState | None = None
     record: Path | None = None
     team: Team | None = None
+    noise: CanvasNoise | None = None
+    on_prediction: OnPrediction | None = None
+    is_grey: bool | None = None
 
 
 def _as_list(generator: Generators) -> list[torch.Generator]:

@@ -482,9 +482,10 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         )
         if job.state is not None and job.state.grid is not None:
             grid, vae_tile_px = TileGrid(**job.state.grid), job.state.vae_tile_px
-        noise = None
-        if grid is not None:
-            noise, generator = CanvasNoise.from_generator(generator, batch_size), None
+        noise = job.noise
+        if grid is not None and noise is None:
+            noise = CanvasNoise.from_generator(generator, batch_size)
+        generator = generator if noise is None else None
         self._coder = PictureCoder(
             self.vae,
             tile_px=vae_tile_px,
@@ -530,6 +531,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                     on_tile=progress_bar.update,
                     on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
+                if job.on_prediction is not None:
+                    prediction = job.on_prediction(prediction, latents, torch.tensor(t), i)
                 latents = self.denoised(latents, prediction, t)
                 if i + 1 < len(kept_timesteps):
                     latents = self.noised(latents, prediction, kept_timesteps[i + 1])
@@ -551,7 +554,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                 color_fixed(Part(image, Region(0, 0, *size)), reference, color_fix)
                 for image, reference in zip(decoded, enlarged, strict=True)
             ]
-            images = finished(restored, given, post_stages, output_type, self.image_processor)
+            images = finished(restored, given, post_stages, output_type, self.image_processor, job.is_grey)
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
 

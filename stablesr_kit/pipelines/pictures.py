@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, assembled, bands
-from stablesr_kit.imaging.color_fix import ColorFix, neutral_like
+from stablesr_kit.imaging.color_fix import ColorFix, Neutral, neutral_like
 from stablesr_kit.imaging.reading import Picture as FilePicture
 from stablesr_kit.imaging.reading import as_picture
 from stablesr_kit.spaces import image_to_unit, unit_to_image
@@ -95,17 +95,22 @@ def finished(
     post_stages: Sequence[PostStage],
     output_type: OutputType,
     processor: VaeImageProcessor,
+    is_grey: bool | None = None,
 ) -> Images:
     """Restored images (3, H, W) as an output type says, grey where the LQ ones are, after the post-stages.
 
     lq: as they were given, one per restored one. The post-stages take images whole. processor: of a pipeline.
+    is_grey: of all pictures, where that is known otherwise.
     """
     if post_stages:
         images, lq_images = (torch.cat([assembled(one) for one in pictures]) for pictures in (restored, lq))
         for stage in post_stages:
             images = stage(images, lq_images)
         restored = [View(one) for one in images.split(1)]
-    restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
+    if is_grey is None:
+        restored = [neutral_like(*pair) for pair in zip(restored, lq, strict=True)]
+    elif is_grey:
+        restored = [Neutral(one) for one in restored]
     if output_type == "canvas":
         return restored
     if output_type == "pil":

@@ -85,7 +85,7 @@ class Sampled:
 
     latents: (B, C, h, w). features: the LQ pictures', for CFW; empty without it. lq: the LQ pictures as they were
     given, (3, H, W), and enlarged: the same at the result's size, one each per latent. coder: what encoded them.
-    record: a folder for what is decoded in tiles, or None.
+    record: a folder for what is decoded in tiles, or None. is_grey: as `Job` has it.
     """
 
     latents: Tensor
@@ -94,6 +94,7 @@ class Sampled:
     enlarged: list[Readable]
     coder: PictureCoder
     record: Path | None = None
+    is_grey: bool | None = None
 
 
 @dataclass
@@ -754,11 +755,12 @@ class StableSRPipeline(
             grid, vae_tile_px = plan.grid, plan.vae_tile_px
         if job.state is not None and job.state.grid is not None:
             vae_tile_px = job.state.vae_tile_px
-        noise = None
+        noise = job.noise
         if grid is not None and "ip_adapter_masks" in (cross_attention_kwargs or {}):
             raise ValueError("ip_adapter_masks are of the whole picture; give tiling=Tiling(tile_px='none') with them")
-        if grid is not None:
-            noise, generator = CanvasNoise.from_generator(generator, batch_size), None
+        if grid is not None and noise is None:
+            noise = CanvasNoise.from_generator(generator, batch_size)
+        generator = generator if noise is None else None
         self._coder = coder = self._prepare_coder(vae_tile_px, tiling)
 
         # 5. Encode the picture
@@ -796,6 +798,7 @@ class StableSRPipeline(
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
                     continue
+                scaled = self.scheduler.scale_model_input(latents, t)
                 prediction = aggregation.predict(
                     partial(
                         self.predict,
@@ -805,7 +808,7 @@ class StableSRPipeline(
                         guidance_scale=self.guidance_scale,
                         cross_attention_kwargs=cross_attention_kwargs,
                     ),
-                    self.scheduler.scale_model_input(latents, t),
+                    scaled,
                     lq_latents,
                     prompt_embeds,
                     i,
@@ -813,6 +816,8 @@ class StableSRPipeline(
                     on_tile=progress_bar.update,
                     on_halving=partial(aggregation.show_on, progress_bar, range(i, self._num_timesteps)),
                 )
+                if job.on_prediction is not None:
+                    prediction = job.on_prediction(prediction, scaled, t, i)
                 with drawing_from(noise, stage=2 + i):
                     latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
@@ -836,6 +841,7 @@ class StableSRPipeline(
             enlarged=[one for one in enlarged for _ in range(num_images_per_prompt)],
             coder=coder,
             record=job.record,
+            is_grey=job.is_grey,
         )
         if output_type != "latent":
             return self.redecode(sampled, w, color_fix, post_stages, output_type, return_dict)
@@ -865,7 +871,9 @@ class StableSRPipeline(
         if w > 0 and not any(sampled.features):
             raise ValueError(f"w={w} needs the features that a call with w > 0 keeps; call again with w > 0")
         decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record)
-        images = self.finish(decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type)
+        images = self.finish(
+            decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type, sampled.is_grey
+        )
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
 
@@ -895,10 +903,11 @@ class StableSRPipeline(
         color_fix: ColorFix = "wavelet",
         post_stages: Sequence[PostStage] = (),
         output_type: OutputType = "pil",
+        is_grey: bool | None = None,
     ) -> Images:
         """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
 
-        What is made of a grey picture is grey, see `imaging.color_fix`.
+        What is made of a grey picture is grey, see `imaging.color_fix`; is_grey: as `Job` has it.
 
         enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
         """
@@ -906,7 +915,7 @@ class StableSRPipeline(
             color_fixed(Part(image, self._inside(*reference.shape[1:])), reference, color_fix)
             for image, reference in zip(decoded, enlarged, strict=True)
         ]
-        return finished(restored, lq, post_stages, output_type, self.image_processor)
+        return finished(restored, lq, post_stages, output_type, self.image_processor, is_grey)
 
     def plan(
         self,
