@@ -134,9 +134,29 @@ def faces(
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             usage_error(f"--{name.replace('_', '-')} is for --mode whole, not {mode}; leave it out")
-    if mask is not None and mode != "inpaint":
+    asked = context.params
+    check_options(asked)
+    report = Report("done")
+    jobs = plan(inputs, output, None, report)
+    if jobs:
+        with failing_in_one_line():
+            make_folder(jobs[0].folder)
+            work = work_of(jobs, asked)
+        try:
+            run(jobs, work, report)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
+            raise typer.Exit(130) from None
+    finish(report)
+
+
+def check_options(asked: Mapping[str, Any]) -> None:
+    """Refuse options that cannot work, before a model is loaded. asked: those of `faces`, by name."""
+    mode, upscale, max_enlargement = asked["mode"], asked["upscale"], asked["max_enlargement"]
+    min_eye_distance, max_identity_distance = asked["min_eye_distance"], asked["max_identity_distance"]
+    if asked["mask"] is not None and mode != "inpaint":
         usage_error(f"--mask is for --mode inpaint, not {mode}; leave it out")
-    if only_center and only_largest:
+    if asked["only_center"] and asked["only_largest"]:
         usage_error("--only-center and --only-largest exclude each other; give one")
     if not (math.isfinite(upscale) and upscale > 0):
         usage_error(f"--upscale {upscale} must be a positive number; 2 is usual")
@@ -146,65 +166,61 @@ def faces(
         usage_error(f"--max-enlargement {max_enlargement} must be a positive number")
     if not max_identity_distance >= 0:
         usage_error(f"--max-identity-distance {max_identity_distance} must be at least 0; 0.3 is usual")
-    check_face_w(w, "--w")
-    if mode in ("inpaint", "colorize") and model is None:
+    check_face_w(asked["w"], "--w")
+    if mode in ("inpaint", "colorize") and asked["model"] is None:
         usage_error(f"--mode {mode} needs --model, a CodeFormer trained for it; the one in the package only restores")
-    model = choose_face_model(model)
-    report = Report("done")
-    jobs = plan(inputs, output, None, report)
+
+
+def work_of(
+    jobs: list[Job],
+    asked: Mapping[str, Any],
+    load_network: "Callable[[str, torch.device], CodeFormerPipeline]" = load_face_model,
+    load_enlarging: "Callable[[str, torch.device], Background] | None" = None,
+) -> Callable[[Job], None]:
+    """What is done with each picture, with its models loaded; ends the command where that means nothing.
+
+    asked: options of `faces`, by name. load_network, load_enlarging: give the face network and what enlarges photos.
+
+    Raises ModelNotFoundError, CheckpointError or ConfigError.
+    """
+    from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
+    from stablesr_kit.pipelines.face_parts import load_detector, load_parser
+    from stablesr_kit.pipelines.face_refinement import FaceRefinement
+
+    mode, w, device = asked["mode"], asked["w"], choose_device(asked["device"])
+    model = choose_face_model(asked["model"])
     made: dict[str, Any] = {"software": "stablesr-kit", "version": __version__, "command": "faces", "mode": mode}
     made |= {"model": Path(model).name, "w": w}
-    if mode == "whole":
-        made |= {"w": 0.5 if w is None else w, "upscale": upscale, "background": background}
-    if jobs:
-        from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
-        from stablesr_kit.pipelines.face_parts import load_detector, load_parser
-        from stablesr_kit.pipelines.face_refinement import FaceRefinement
-
-        with failing_in_one_line():
-            make_folder(jobs[0].folder)
-            torch_device = choose_device(device)
-            work: Callable[[Job], None]
-            if mode == "whole":
-                by_hand = read_given(given, jobs)
-                stage = FaceRefinement(
-                    load_face_model(model, torch_device),
-                    0.5 if w is None else w,
-                    detector=load_detector(detector, detector_weights, torch_device),
-                    parser=load_parser(parser, torch_device) if parser else None,
-                    only="center" if only_center else "largest" if only_largest else None,
-                    min_eye_distance=min_eye_distance,
-                    max_identity_distance=max_identity_distance,
-                    max_enlargement=max_enlargement,
-                    upsampler=SpandrelUpsampler(face_upsampler, torch_device) if face_upsampler else None,
-                    draw_boxes=draw_box,
-                )
-                enlarge = load_background(background, torch_device)
-                work = partial(
-                    restore_photo,
-                    stage=stage,
-                    enlarge=enlarge,
-                    upscale=upscale,
-                    by_hand=by_hand,
-                    save_crops=save_crops,
-                    provenance=made if provenance else None,
-                )
-            else:
-                hole = read_picture(mask).rgb.convert("L") if mask else None
-                work = partial(
-                    restore_aligned,
-                    pipeline=load_face_model(model, torch_device),
-                    mode=mode,
-                    w=w,
-                    hole=hole,
-                    provenance=made if provenance else None,
-                )
-        try:
-            run(jobs, work, report)
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted: {report.summary()}; nothing is half-written", err=True)
-            raise typer.Exit(130) from None
-    finish(report)
+    if mode != "whole":
+        hole = read_picture(Path(asked["mask"])).rgb.convert("L") if asked["mask"] else None
+        provenance = made if asked["provenance"] else None
+        network = load_network(model, device)
+        return partial(restore_aligned, pipeline=network, mode=mode, w=w, hole=hole, provenance=provenance)
+    w = 0.5 if w is None else w
+    made |= {"w": w, "upscale": asked["upscale"], "background": asked["background"]}
+    by_hand = read_given(Path(asked["given"]) if asked["given"] else None, jobs)
+    weights, upsampler = (Path(asked[name]) if asked[name] else None for name in ("detector_weights", "face_upsampler"))
+    stage = FaceRefinement(
+        load_network(model, device),
+        w,
+        detector=load_detector(asked["detector"], weights, device),
+        parser=load_parser(Path(asked["parser"]), device) if asked["parser"] else None,
+        only="center" if asked["only_center"] else "largest" if asked["only_largest"] else None,
+        min_eye_distance=asked["min_eye_distance"],
+        max_identity_distance=asked["max_identity_distance"],
+        max_enlargement=asked["max_enlargement"],
+        upsampler=SpandrelUpsampler(upsampler, device) if upsampler else None,
+        draw_boxes=asked["draw_box"],
+    )
+    return partial(
+        restore_photo,
+        stage=stage,
+        enlarge=(load_enlarging or load_background)(asked["background"], device),
+        upscale=asked["upscale"],
+        by_hand=by_hand,
+        save_crops=asked["save_crops"],
+        provenance=made if asked["provenance"] else None,
+    )
 
 
 def restore_photo(

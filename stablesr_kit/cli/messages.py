@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import typer
 
@@ -18,10 +18,21 @@ def one_line(message: object) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+class UsageError(typer.BadParameter):
+    """Ends a command with one line on stderr and exit status 2."""
+
+    def format_message(self) -> str:
+        """The line."""
+        return one_line(self.message)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it, without the usage of the command, which Typer would show as well."""
+        typer.echo(f"error: {self.format_message()}", file, err=True)
+
+
 def usage_error(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 2: nothing was done, the call must change."""
-    typer.echo(f"error: {one_line(message)}", err=True)
-    raise typer.Exit(2)
+    raise UsageError(message)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`stablesr restore`: pictures and folders in, restored pictures out."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def restore(
+    context: typer.Context,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, and folders of pictures.")],
     output: Annotated[
         Path,
@@ -135,13 +137,10 @@ def restore(
 
     Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
     """
-    tile_px = parse_tile(tile, tile_overlap)
-    allowed = parse_max_memory(max_memory)
-    check_numbers(scale, w, steps, guidance_scale, seed)
+    asked = context.params
+    check_options(asked)
     if workers is not None and (workers < 1 or engine != "ray"):
         usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
-    check_face_w(face_w, "--face-w")
-    face_model = choose_face_model(codeformer, beside=model) if face == "codeformer" else None
     report = Report("restored")
     journal = None
     jobs = plan(inputs, output, "_compare" if compare else None, report)
@@ -153,65 +152,19 @@ def restore(
             assist(team, model, choose_device(device), compiled)
         finish(report)
         return
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "w": w,
-        "scale": scale,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "start": None if start is None else parse_start(start),
-        "color_fix": color_fix,
-        "lambda_pix": lambda_pix,
-        "lambda_sem": lambda_sem,
-    }
-    tiles = {"tile_px": tile_px, "overlap_px": tile_overlap, "vae_mode": mode, "vae_attention": attention}
     try:
         if jobs:
             with failing_in_one_line():
                 make_folder(jobs[0].folder)
-                options = options_for(find_model(model), given)
-                torch_device = choose_device(device)
-                torch_dtype = choose_dtype(dtype, torch_device)
-                if dtype == "auto":
-                    torch_dtype = dtype_that_fits(torch_dtype, find_model(model), torch_device, allowed)
+                restoring = restoring_of(jobs[0].folder, asked)
                 if team is not None:
-                    team.tell(torch_dtype)
-                settings = {
-                    "version": __version__,
-                    "model_sha256": sha256(find_model(model)),
-                    "device": torch_device.type,
-                    "dtype": str(torch_dtype).removeprefix("torch."),
-                    "seed": seed,
-                    **options,
-                    **tiles,
-                }
-                if compiled:  # which rounds otherwise
-                    settings["compile"] = True
-                if face_model is not None:
-                    settings |= {"face": face, "face_w": face_w, "codeformer": sha256(find_face_model(face_model))}
-                journal = Journal(jobs[0].folder, settings)
+                    team.tell(restoring.dtype)
+                journal = Journal(restoring.folder, restoring.settings)
                 journal.remove_stale_locks()
                 jobs = unfinished(jobs, journal, report) if resume else jobs
                 if len(jobs) == 1:  # what it cannot have shows before a model is loaded
                     jobs = possible(jobs[0], huge, scale, report)
         if jobs:
-            restoring = Restoring(
-                folder=jobs[0].folder,
-                settings=settings,
-                model=model,
-                device=torch_device,
-                dtype=torch_dtype,
-                seed=seed,
-                options=options,
-                tiling=tiling_of(tiles, allowed),
-                face_model=face_model,
-                face_w=face_w,
-                is_huge_allowed=huge,
-                is_compiled=compiled,
-                resume=resume,
-                has_provenance=provenance,
-            )
             if engine == "ray":
                 from stablesr_kit.cli.ray_engine import run_on_ray
 
@@ -219,7 +172,7 @@ def restore(
             else:
                 with failing_in_one_line():
                     restorer = Restorer(restoring, team, is_below_another_bar=len(jobs) > 1)
-                check_components(restorer.pipeline, options)
+                check_components(restorer.pipeline, restoring.options)
                 run(jobs, restorer, report)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {report.summary()}; nothing is half-written, --resume continues", err=True)
@@ -229,6 +182,78 @@ def restore(
     finish(report)
     if journal is not None and is_first():
         journal.close()
+
+
+def check_options(asked: Mapping[str, Any]) -> None:
+    """Refuse options that no model can work with, before one is loaded. asked: those of `restore`, by name."""
+    parse_tile(asked["tile"], asked["tile_overlap"])
+    parse_max_memory(asked["max_memory"])
+    check_numbers(asked["scale"], asked["w"], asked["steps"], asked["guidance_scale"], asked["seed"])
+    check_face_w(asked["face_w"], "--face-w")
+    if asked["start"] is not None:
+        parse_start(asked["start"])
+
+
+def restoring_of(folder: Path, asked: Mapping[str, Any], digest: Callable[[Path], str] = sha256) -> Restoring:
+    """What to do with every picture whose result goes into the folder; ends the command where that means nothing.
+
+    asked: options of `restore`, by name. digest: of a model's file or folder.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+    """
+    model = find_model(asked["model"])
+    given = {name: asked[name] for name in ("prompt", "negative_prompt", "w", "scale", "guidance_scale", "color_fix")}
+    given["num_inference_steps"] = asked["steps"]
+    given["start"] = None if asked["start"] is None else parse_start(asked["start"])
+    given |= {name: asked[name] for name in ("lambda_pix", "lambda_sem")}
+    options = options_for(model, given)
+    tiles = {
+        "tile_px": parse_tile(asked["tile"], asked["tile_overlap"]),
+        "overlap_px": asked["tile_overlap"],
+        "vae_mode": asked["mode"],
+        "vae_attention": asked["attention"],
+    }
+    allowed = parse_max_memory(asked["max_memory"])
+    device = choose_device(asked["device"])
+    dtype = choose_dtype(asked["dtype"], device)
+    if asked["dtype"] == "auto":
+        dtype = dtype_that_fits(dtype, model, device, allowed)
+    settings = {
+        "version": __version__,
+        "model_sha256": digest(model),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": asked["seed"],
+        **options,
+        **tiles,
+    }
+    if asked["compiled"]:  # which rounds otherwise
+        settings["compile"] = True
+    face_model = None
+    if asked["face"] == "codeformer":
+        face_model = choose_face_model(asked["codeformer"], beside=asked["model"])
+        settings |= {
+            "face": asked["face"],
+            "face_w": asked["face_w"],
+            "codeformer": digest(find_face_model(face_model)),
+        }
+    return Restoring(
+        folder=folder,
+        settings=settings,
+        model=asked["model"],
+        device=device,
+        dtype=dtype,
+        seed=asked["seed"],
+        options=options,
+        tiling=tiling_of(tiles, allowed),
+        face_model=face_model,
+        face_w=asked["face_w"],
+        is_huge_allowed=asked["huge"],
+        is_compiled=asked["compiled"],
+        resume=asked["resume"],
+        has_provenance=asked["provenance"],
+    )
 
 
 OF_STABLESR = {"negative_prompt": None, "w": 0.5, "guidance_scale": 1.0, "start": "lq"}

@@ -20,9 +20,11 @@ from stablesr_kit.imaging.writing import output_dtype, write_bands
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from stablesr_kit import FaceRefinement, OneStepPipeline, StableSRPipeline
+    from stablesr_kit import CodeFormerPipeline, FaceRefinement, OneStepPipeline, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
+    from stablesr_kit.pipelines.stablesr import Sampled
     from stablesr_kit.tiling.memory import Tiling
     from stablesr_kit.tiling.team import Team
 
@@ -60,11 +62,32 @@ class Restoring:
     resume: bool
     has_provenance: bool
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the model needs its text encoder."""
+        return bool(self.options["prompt"] or self.options.get("negative_prompt"))
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """Who looks on while pictures are restored.
+
+    progress: as a pipeline's `Job` takes it.
+    on_step: called with the latents (1, C, h, w) after each step.
+    is_kept: `sampled` then holds what the last picture was decoded of, with all that `redecode` takes for any w.
+    """
+
+    progress: Callable[[str, int, str], Any] | None = None
+    on_step: "Callable[[Tensor], None] | None" = None
+    is_kept: bool = False
+    sampled: "Sampled | None" = None
+
 
 class Restorer:
     """A loaded model that restores one picture after the other.
 
     team: processes that predict tiles with this one; None if there are none.
+    pipeline, face_network: loaded already; None loads what `restoring` names.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -73,17 +96,28 @@ class Restorer:
         JobError: the journal cannot be read.
     """
 
-    def __init__(self, restoring: Restoring, team: "Team | None" = None, is_below_another_bar: bool = False) -> None:
+    def __init__(
+        self,
+        restoring: Restoring,
+        team: "Team | None" = None,
+        is_below_another_bar: bool = False,
+        watch: "Watch | None" = None,
+        pipeline: "StableSRPipeline | OneStepPipeline | None" = None,
+        face_network: "CodeFormerPipeline | None" = None,
+    ) -> None:
         self.restoring = restoring
         self.team = team
         self.is_below_another_bar = is_below_another_bar
-        has_text = bool(restoring.options["prompt"] or restoring.options.get("negative_prompt"))
-        self.pipeline = load_pipeline(restoring.model, restoring.device, restoring.dtype, has_text)
+        self.watch = watch or Watch()
+        self.pipeline = pipeline or load_pipeline(
+            restoring.model, restoring.device, restoring.dtype, restoring.has_text
+        )
         if restoring.is_compiled:
             self.pipeline.compile_prediction()
         self.stages: list[FaceRefinement] = []
         if restoring.face_model is not None:
-            self.stages.append(refinement(restoring.face_model, restoring.face_w, restoring.device))
+            network = face_network or load_face_model(restoring.face_model, restoring.device)
+            self.stages.append(refinement(network, restoring.face_w))
         self.journal = Journal(restoring.folder, restoring.settings)
 
     def __call__(self, job: Job) -> None:
@@ -99,7 +133,9 @@ class Restorer:
             picture = picture.holding(picture.pixels)
         with self.journal.in_progress(job.source, job.target, restoring.resume) as state:
             options = {**restoring.options, "post_stages": self.stages}
-            call = resumable(self.pipeline, state, seeded(restoring.seed), restoring.tiling, options, self.team)
+            call = resumable(
+                self.pipeline, state, seeded(restoring.seed), restoring.tiling, options, self.team, self.watch
+            )
             restore_file(job, picture, call, state, self.provenance(job) if restoring.has_provenance else None)
             for stage in self.stages:
                 tell_faces(job.source, stage, stage.reports[0])
@@ -143,11 +179,11 @@ def load_pipeline(
         return kind.from_pretrained(folder, **options).to(device)
 
 
-def refinement(model: str, w: float, device: "torch.device") -> "FaceRefinement":
-    """The stage that refines faces with this model. Raises as load_face_model."""
+def refinement(network: "CodeFormerPipeline", w: float) -> "FaceRefinement":
+    """The stage that refines faces with this network. Raises ConfigError."""
     from stablesr_kit import FaceRefinement
 
-    return FaceRefinement(load_face_model(model, device), w)
+    return FaceRefinement(network, w)
 
 
 def seeded(seed: int) -> "torch.Generator":
@@ -174,9 +210,11 @@ def resumable(
     tiling: "Tiling",
     options: dict[str, Any],
     team: "Team | None",
+    watch: Watch,
 ) -> "Callable[[Readable], Readable]":
     """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
     from stablesr_kit import Job as PipelineJob
+    from stablesr_kit import StableSRPipeline
     from stablesr_kit.pipelines.job import SamplingState
     from stablesr_kit.pipelines.stablesr import result_size
 
@@ -187,24 +225,32 @@ def resumable(
         SamplingState.after(
             step + 1, tensors["latents"], pipeline.scheduler, generator, pipeline.grid, pipeline.vae_tile_px
         ).save(saved)
+        if watch.on_step is not None:
+            watch.on_step(tensors["latents"])
         return tensors
 
     def call(image: "Readable") -> "Readable":
         result = result_size(*image.shape[1:], options["scale"])
-        restored: Readable = pipeline(
-            image,
-            generator=generator,
-            tiling=tiling,
-            job=PipelineJob(
-                plan=plan_for(pipeline, *result, tiling, options, folder / "plan.json"),
-                state=SamplingState.load(saved) if saved.exists() else None,
-                record=folder,
-                team=team,
-            ),
-            output_type="canvas",
-            callback_on_step_end=save,
-            **options,
-        ).images[0]
+        job = PipelineJob(
+            plan=plan_for(pipeline, *result, tiling, options, folder / "plan.json"),
+            state=SamplingState.load(saved) if saved.exists() else None,
+            record=folder,
+            team=team,
+            progress=watch.progress,
+        )
+        given = {"generator": generator, "tiling": tiling, "job": job, "callback_on_step_end": save}
+        restored: Readable
+        if not (watch.is_kept and isinstance(pipeline, StableSRPipeline)):
+            restored = pipeline(image, output_type="canvas", **given, **options).images[0]
+            return restored
+        decoding = {name: options[name] for name in ("w", "color_fix", "post_stages")}
+        sampling = {**options, "post_stages": ()}
+        if pipeline.cfw is not None:  # features are kept for w above 0
+            sampling["w"] = decoding["w"] or 1.0
+        sampled = pipeline(image, output_type="latent", **given, **sampling).sampled
+        watch.sampled = replace(sampled, record=None)  # which is gone with the state
+        decoded: Any = pipeline.redecode(sampled, output_type="canvas", **decoding)
+        restored = decoded.images[0]
         return restored
 
     return call

@@ -104,6 +104,8 @@ class Job:
         on_prediction: called as `on_prediction(prediction, latents, timestep, step)` with what the networks predicted
             for the latents (B, C, h, w), scaled as the UNet takes them; the scheduler goes on with what it returns.
         is_grey: whether the results are grey; None: each picture's content decides.
+        progress: (what is done, number of parts, what a part is) -> a bar over them, with the methods of tqdm's, that
+            is shown instead of the pipeline's own; what its `update` raises stops the call.
     """
 
     plan: Plan | None = None
@@ -113,6 +115,7 @@ class Job:
     noise: CanvasNoise | None = None
     on_prediction: OnPrediction | None = None
     is_grey: bool | None = None
+    progress: Callable[[str, int, str], Any] | None = None
 
 
 def _as_list(generator: Generators) -> list[torch.Generator]:

@@ -492,7 +492,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             mode=tiling.vae_mode,
             attention=tiling.vae_attention,
             folder=tiling.folder,
-            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
+            progress=job.progress or coding_bars(getattr(self, "_progress_bar_config", {})),
         )
 
         # 5. Encode the picture, and noise it where the model was made for that
@@ -517,7 +517,10 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             self.unet.dtype,
             team=job.team if grid is not None else None,
         )
-        with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+        parts = aggregation.count(range(first_step, self._num_timesteps))
+        with (
+            job.progress("sampling", parts, "step") if job.progress else self.progress_bar(total=parts) as progress_bar
+        ):
             aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:

@@ -761,7 +761,7 @@ class StableSRPipeline(
         if grid is not None and noise is None:
             noise = CanvasNoise.from_generator(generator, batch_size)
         generator = generator if noise is None else None
-        self._coder = coder = self._prepare_coder(vae_tile_px, tiling)
+        self._coder = coder = self._prepare_coder(vae_tile_px, tiling, job)
 
         # 5. Encode the picture
         with drawing_from(noise, stage=0):
@@ -793,7 +793,10 @@ class StableSRPipeline(
             aggregation.grid = TileGrid(**job.state.grid)
         self._aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
-        with self.progress_bar(total=aggregation.count(range(first_step, self._num_timesteps))) as progress_bar:
+        parts = aggregation.count(range(first_step, self._num_timesteps))
+        with (
+            job.progress("sampling", parts, "step") if job.progress else self.progress_bar(total=parts) as progress_bar
+        ):
             aggregation.show_on(progress_bar, range(first_step, self._num_timesteps))
             for i, t in enumerate(kept_timesteps):
                 if self.interrupt or i < first_step:
@@ -955,7 +958,7 @@ class StableSRPipeline(
         factor = self.vae_scale_factor
         return tiling.grid(self.unet, height // factor, width // factor, factor, self.config.margin_px // factor)
 
-    def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling) -> PictureCoder:
+    def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling, job: Job) -> PictureCoder:
         return PictureCoder(
             self.vae,
             self.cfw,
@@ -963,7 +966,7 @@ class StableSRPipeline(
             mode=tiling.vae_mode,
             attention=tiling.vae_attention,
             folder=tiling.folder,
-            progress=coding_bars(getattr(self, "_progress_bar_config", {})),
+            progress=job.progress or coding_bars(getattr(self, "_progress_bar_config", {})),
         )
 
     def predict(
