@@ -1,6 +1,5 @@
 """Say what a file or folder is, without building anything from it."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stablesr_kit import storage
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, left_over
 from stablesr_kit.checkpoints.detecting import (
     ONE_STEP,
@@ -122,7 +122,7 @@ def inspect_checkpoint(
         command=command.format(name=path.name) if command else None,
         missing=tuple(_missing(found)),
         notes=tuple(_notes(raw, checkpoint, found)),
-        sha256=_sha256(path) if sha256 else None,
+        sha256=storage.sha256(path) if sha256 else None,
     )
 
 
@@ -241,11 +241,6 @@ def _dtypes(sections: Mapping[Section, Mapping[str, Tensor]]) -> tuple[str, ...]
     networks = (tensors for part, tensors in sections.items() if part != "other" or len(sections) == 1)
     tensors = itertools.chain.from_iterable(part.values() for part in networks)
     return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _summary(config: Config) -> str:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stablesr_kit.faces.face import Box, Face, FaceDetector, Points
-    from stablesr_kit.pipelines.backgrounds import Background
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline, FaceTask
+    from stablesr_kit.pipelines.face_parts import Background
     from stablesr_kit.pipelines.face_refinement import FaceRefinement, FaceReport, RestoredFace
 
 Mode = Literal["aligned", "whole", "inpaint", "colorize"]
@@ -183,8 +183,7 @@ def work_of(
 
     Raises ModelNotFoundError, CheckpointError or ConfigError.
     """
-    from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
-    from stablesr_kit.pipelines.face_parts import load_detector, load_parser
+    from stablesr_kit.pipelines.face_parts import SpandrelUpsampler, load_detector, load_parser
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
 
     mode, w, device = asked["mode"], asked["w"], choose_device(asked["device"])
@@ -312,7 +311,7 @@ def place_by_hand(
 def load_background(name: str, device: "torch.device") -> "Background":
     """What enlarges the photos. Raises ConfigError, CheckpointError or ModelNotFoundError."""
     from stablesr_kit.imaging.resizing import resize_bicubic
-    from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler, StableSRBackground
+    from stablesr_kit.pipelines.face_parts import SpandrelUpsampler, StableSRBackground
 
     if name == "none":
         return resize_bicubic

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.processes import gathered, is_first
 from stablesr_kit.errors import ImageError, OutputError, StableSRKitError, is_out_of_memory
-from stablesr_kit.imaging.finding import find_pictures
-from stablesr_kit.imaging.formats import SUFFIXES
+from stablesr_kit.imaging.finding import SUFFIXES, find_pictures
 from stablesr_kit.imaging.reading import MAX_PIXELS, MAX_STREAMED_PIXELS, Picture, open_picture, read_picture
 from stablesr_kit.imaging.writing import check_output, left_out, output_format
 

@@ -1,21 +1,22 @@
 """`stablesr restore`: pictures and folders in, restored pictures out."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from tqdm import tqdm
 
 from stablesr_kit import __version__
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
 from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, plan, run
 from stablesr_kit.cli.journal import Journal
-from stablesr_kit.cli.memory_limits import dtype_that_fits, parse_max_memory
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
-from stablesr_kit.errors import JobError, StableSRKitError
+from stablesr_kit.errors import ConfigError, JobError, StableSRKitError
 from stablesr_kit.storage import sha256
 
 if TYPE_CHECKING:
@@ -400,3 +401,41 @@ def check_components(pipeline: "StableSRPipeline | OneStepPipeline", options: di
         usage_error(
             "--lambda-pix and --lambda-sem are the strengths of PiSA-SR, which this model is not; leave them out"
         )
+
+
+def parse_max_memory(text: str | None) -> int | None:
+    """Bytes; None stays None and stands for what is free. Ends the command if the text is no size."""
+    if text is None:
+        return None
+
+    from stablesr_kit.tiling.memory import Tiling
+
+    try:
+        return Tiling(max_memory=text).allowed_bytes()
+    except ConfigError:
+        usage_error(f"--max-memory {text!r} is not a size; give one such as 6GB or 500MB")
+
+
+def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", max_memory: int | None) -> "torch.dtype":
+    """float32, or with a note half precision where the model's weights alone would not fit; others stay."""
+    import torch
+
+    from stablesr_kit.models.execution import has_bf16
+    from stablesr_kit.pipelines.loading import parameter_count
+    from stablesr_kit.tiling.memory import GIB, RESERVE, free_bytes
+
+    budget = free_bytes(device) if max_memory is None else max_memory
+    needed = parameter_count(model) * dtype.itemsize
+    if dtype != torch.float32 or needed <= budget * (1 - RESERVE):
+        return dtype
+    half = torch.bfloat16 if device.type == "cpu" else torch.float16
+    name = str(half).removeprefix("torch.")
+    slowness = ""
+    if device.type == "cpu" and not has_bf16(device):
+        slowness = "; this processor computes it through float32, about three times slower"
+    tqdm.write(
+        f"note: {needed / GIB:.2f} GiB of weights in float32 do not fit into {budget / GIB:.2f} GiB of memory; "
+        f"restoring in {name}, as --dtype {name} does{slowness}",
+        file=sys.stderr,
+    )
+    return half

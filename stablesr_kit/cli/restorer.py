@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from tqdm import tqdm
 
 from stablesr_kit.cli.face_stage import load_face_model, tell_faces
 from stablesr_kit.cli.jobs import Job, check_result, naming, open_job, tell_changes
 from stablesr_kit.cli.journal import Journal, Settings
-from stablesr_kit.cli.memory_limits import plan_for
 from stablesr_kit.cli.messages import loading, quieten_libraries
+from stablesr_kit.errors import JobError
 from stablesr_kit.imaging.metadata import Metadata
 from stablesr_kit.imaging.reading import MAX_PIXELS, Picture, Pixels
 from stablesr_kit.imaging.writing import output_dtype, write_bands
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from stablesr_kit import CodeFormerPipeline, FaceRefinement, OneStepPipeline, StableSRPipeline
     from stablesr_kit.imaging.canvas import Readable
     from stablesr_kit.pipelines.stablesr import Sampled
-    from stablesr_kit.tiling.memory import Tiling
+    from stablesr_kit.tiling.memory import Plan, Tiling
     from stablesr_kit.tiling.team import Team
 
 LESS_MEMORY = "restore with a smaller --tile or --scale"
@@ -292,3 +293,43 @@ def side_by_side(left: "Readable", right: "Readable", dtype: type[np.unsignedint
 def gap_beside(width: int) -> int:
     """Pixels between a picture of this width and another."""
     return max(width // 100, 1)
+
+
+def plan_for(
+    pipeline: "StableSRPipeline | OneStepPipeline",
+    height: int,
+    width: int,
+    tiling: "Tiling",
+    options: dict[str, Any],
+    saved: Path,
+) -> "Plan | None":
+    """The plan for a result of height x width pixels, told if there are tiles; None if there is nothing to plan.
+
+    options: of the call. saved: a file with the plan that a stopped run began with, which is kept to whatever is free
+    now, so that the picture is the same; it is written if it is not there.
+
+    Raises:
+        JobError: the stopped run was allowed another amount of memory.
+    """
+    from stablesr_kit.tiling.memory import Plan
+
+    if saved.exists():
+        plan = Plan.load(saved)
+        if plan.max_memory != tiling.allowed_bytes():
+            raise JobError(
+                f"begun with {_limit(plan.max_memory)} (now {_limit(tiling.allowed_bytes())}); "
+                "give the same, or start this picture again without --resume"
+            )
+    elif pipeline.needs_plan(height, width, tiling):
+        planned = {name: options[name] for name in ("w", "num_inference_steps", "guidance_scale") if name in options}
+        plan = pipeline.plan(height, width, tiling=tiling, **planned)
+        plan.save(saved)
+    else:
+        return None
+    if plan.grid is not None or plan.vae_tile_px is not None:
+        tqdm.write(str(plan), file=sys.stderr)
+    return plan
+
+
+def _limit(max_memory: int | None) -> str:
+    return "no --max-memory" if max_memory is None else f"--max-memory {max_memory / 1e9:g}GB"

@@ -1,11 +1,56 @@
-"""Which files of a folder are pictures: by their endings, and by their first bytes where an ending says nothing."""
+"""Which files are pictures, and of which format: by their first bytes and by the endings of their names."""
 
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.formats import START, SUFFIXES, format_of
+
+READ_FORMATS = ("AVIF", "BMP", "GIF", "HEIC", "JPEG", "JPEG 2000", "JPEG XL", "PNG", "PNM", "TIFF", "WEBP")
+SUFFIXES = frozenset(
+    ".apng .avif .bmp .dib .gif .heic .heif .hif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .jxl .mpo .pbm .pfm .pgm "
+    ".png .pnm .ppm .tif .tiff .webp".split()
+)
+START = 64
+"""Bytes of a file that are enough to tell its format."""
+
+_STARTS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+}
+_AVIF_BRANDS, _HEIC_BRANDS = (
+    (b"avif", b"avis"),
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+)
+
+
+def format_of(start: bytes) -> str | None:
+    """The format, of `READ_FORMATS`, of a file with these first bytes (`START` of them); None for anything else."""
+    for magic, name in _STARTS.items():
+        if start.startswith(magic):
+            return name
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[4:8] == b"ftyp":
+        brands = [start[i : i + 4] for i in (8, *range(16, min(int.from_bytes(start[:4], "big"), START), 4))]
+        if any(brand in _AVIF_BRANDS for brand in brands):
+            return "AVIF"
+        return "HEIC" if any(brand in _HEIC_BRANDS for brand in brands) else None
+    if start[:2] == b"BM" and start[6:10] == bytes(4):
+        return "BMP"
+    if start[:1] == b"P" and start[1:2] in b"123456fF" and start[2:3].isspace():
+        return "PNM"
+    return None
 
 
 class Found(NamedTuple):

@@ -35,7 +35,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from stablesr_kit.imaging.formats import START, format_of
+from stablesr_kit.imaging.finding import START, format_of
 from stablesr_kit.imaging.profiles import profile_from
 
 PROVENANCE = "stablesr"

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.formats import READ_FORMATS, START, format_of
+from stablesr_kit.imaging.finding import READ_FORMATS, START, format_of
 from stablesr_kit.imaging.metadata import Described, Metadata, describe, read_metadata
 from stablesr_kit.imaging.profiles import cmyk_to_srgb, inks_to_rgb, is_profile_of, lab_to_srgb
 

@@ -68,6 +68,11 @@ class NoisePredictor(ModelMixin, ConfigMixin):
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
 
+    @property
+    def factor(self) -> int:
+        """Pixels per position of the noise along a side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
     def forward(self, image: Tensor, timestep: Tensor | float) -> Tensor:
         """Mean and log variance of the noise (B, 2 * latent_channels, h / 2, w / 2) with two levels.
 

@@ -1,16 +1,26 @@
-"""Detectors by name and the parser, with their weights read safely."""
+"""The parts of FaceRefinement: detectors and the parser, by name, with weights read safely; and what enlarges the photo
+before its faces are put back: plain resizing, StableSR, or any network of spandrel.
+"""
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from stablesr_kit.checkpoints.reading import read_checkpoint
+from stablesr_kit.checkpoints.spandrel import load_spandrel
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.faces.detectors import WEIGHT_FILES, MTCNNDetector, RetinaFaceDetector, YuNetDetector
 from stablesr_kit.faces.face import FaceDetector
-from stablesr_kit.faces.parse import ParseNetParser
+from stablesr_kit.faces.paste import ParseNetParser
+from stablesr_kit.imaging.canvas import Region, regions
+from stablesr_kit.imaging.resizing import resize_bicubic
+from stablesr_kit.spaces import image_to_unit, unit_to_image
+
+if TYPE_CHECKING:
+    from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
 DetectorName = Literal["mtcnn", "retinaface", "yunet"]
 
@@ -54,8 +64,8 @@ def load_parser(weights: Path, device: torch.device | str = "cpu") -> ParseNetPa
     return ParseNetParser(_tensors(weights), device)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in read_checkpoint(path).content.items() if isinstance(v, torch.Tensor)}
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return {k: v for k, v in read_checkpoint(path).content.items() if isinstance(v, Tensor)}
 
 
 def _facexlib_copy(file_name: str) -> Path:
@@ -66,3 +76,67 @@ def _facexlib_copy(file_name: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"the detector retinaface needs its weights; give {file_name}, or put it at {path}")
     return path
+
+
+# Side of the tiles that a network of another project takes at once, which bounds its memory, and what it sees around.
+_TILE_PX, _HALO_PX = 512, 32
+
+
+class Background(Protocol):
+    """Enlarges a photo; `resize_bicubic` is one that adds nothing."""
+
+    def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
+
+
+class StableSRBackground:
+    """The photo restored by a StableSRPipeline, with the same noise for every photo."""
+
+    def __init__(self, pipeline: "StableSRPipeline", w: float | None = None, seed: int = 0) -> None:
+        self.pipeline, self.w, self.seed = pipeline, w, seed
+
+    def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        unit = image_to_unit(image)
+        restored = self.pipeline(
+            unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
+        ).images
+        return kept_grey(unit_to_image(restored.cpu().float()), image)
+
+
+class SpandrelUpsampler:
+    """A super-resolution network of any architecture that spandrel knows (ESRGAN, SwinIR, DAT, ...).
+
+    As a background it enlarges by the network's own factor, in tiles, and then resizes; called without a size it only
+    enlarges, which is what FaceRefinement's `upsampler` needs.
+
+    Raises as `load_spandrel`.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        self._model, self._device = load_spandrel(path, device), torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """The image (B, 3, h, w) enlarged, and resized to (height, width) if they are given; both in [-1, 1]."""
+        unit = image_to_unit(image)
+        enlarged = kept_grey(unit_to_image(torch.stack([self._enlarged(one) for one in unit])), image)
+        return enlarged if height is None or width is None else resize_bicubic(enlarged, height, width)
+
+    def _enlarged(self, unit: Tensor) -> Tensor:
+        """The picture (3, h, w) in [0, 1] enlarged by the network, tile by tile."""
+        height, width = unit.shape[1:]
+        enlarged = unit.new_empty(3, height * self._model.scale, width * self._model.scale)
+        for tile in regions(height, width, _TILE_PX):
+            outer = tile.grown(_HALO_PX, height, width)
+            tile_there, outer_there = (Region(*(edge * self._model.scale for edge in one)) for one in (tile, outer))
+            part = self._model(outer.crop(unit)[None].to(self._device))[0].clamp(0, 1)
+            tile_there.crop(enlarged).copy_(tile_there.cut_from(part, outer_there))
+        return enlarged
+
+
+def kept_grey(enlarged: Tensor, image: Tensor) -> Tensor:
+    """Images enlarged by a network (B, 3, H, W), grey again where the given image (B, 3, h, w) is grey to the bit."""
+    is_grey = (image == image[:, :1]).all(dim=(1, 2, 3)).to(enlarged.device)
+    return torch.where(is_grey[:, None, None, None], enlarged.mean(dim=1, keepdim=True), enlarged)

@@ -15,8 +15,7 @@ from stablesr_kit.faces.detectors import SURE, MTCNNDetector, detect_turned
 from stablesr_kit.faces.face import Box, Face, FaceDetector, LandmarkSource, Only, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, to_enlarged
 from stablesr_kit.faces.identity import FaceEmbedder, identity_distance
-from stablesr_kit.faces.parse import FaceParser, parsed_mask
-from stablesr_kit.faces.paste import MaskShape, is_grey, match_grey, paste_face
+from stablesr_kit.faces.paste import FaceParser, MaskShape, is_grey, match_grey, parsed_mask, paste_face
 from stablesr_kit.spaces import image_to_levels, image_to_pixels, levels_to_image
 
 Action = Literal["refined", "held back", "left alone", "too large"]

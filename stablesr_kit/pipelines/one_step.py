@@ -340,7 +340,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         It is predicted from the pictures at a quarter of the result's height x width, which is their own size where the
         scale is 4. The pixels of a latent position are folded into channels, so that both are cut by the same tiles.
         """
-        fold = 2 ** (len(self.noise_predictor.config.block_out_channels) - 1)  # pixels per latent position
+        fold = self.noise_predictor.factor
         scale = self.vae_scale_factor // fold
         canvas_height, canvas_width = (side // scale for side in self.padded_size(height, width))
         quarters = (resized(one, math.ceil(height / scale), math.ceil(width / scale)) for one in images)

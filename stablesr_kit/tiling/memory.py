@@ -43,11 +43,10 @@ from stablesr_kit.tiling.autoencoder import (
     TilingMode,
     smallest_tile_px,
 )
-from stablesr_kit.tiling.canvas_attention import attention_flops
 from stablesr_kit.tiling.feature_maps import FeatureMap, Workspace
 from stablesr_kit.tiling.latents import TileGrid, TileSize, choose_grid, cover, grids
 from stablesr_kit.tiling.scratch import Moments, Scratch, sums_of
-from stablesr_kit.tiling.walk import decoded, encoded
+from stablesr_kit.tiling.walk import attention_flops, decoded, encoded
 
 RESERVE = 0.1  # of the budget, for what is not counted: the kernels' own buffers and the allocator's gaps
 GIB = 2**30

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from stablesr_kit import StableSRPipeline
-from stablesr_kit.cli.memory_limits import dtype_that_fits
+from stablesr_kit.cli.restore import dtype_that_fits
 from stablesr_kit.pipelines.loading import parameter_count
 from stablesr_kit.tiling.memory import Plan, Planner
 from tests.helpers.cli_runs import error_lines, stablesr

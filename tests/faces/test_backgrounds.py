@@ -8,7 +8,7 @@ from spandrel.architectures.ESRGAN import ESRGAN
 from torch import Tensor
 
 from stablesr_kit.errors import CheckpointError
-from stablesr_kit.pipelines.backgrounds import SpandrelUpsampler
+from stablesr_kit.pipelines.face_parts import SpandrelUpsampler
 from tests.helpers.tiny import unit_noise
 
 

@@ -6,8 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from stablesr_kit.faces.geometry import Matrix
-from stablesr_kit.faces.parse import parsed_mask
-from stablesr_kit.faces.paste import MaskShape, is_grey, match_grey, oval, paste_face
+from stablesr_kit.faces.paste import MaskShape, is_grey, match_grey, oval, parsed_mask, paste_face
 
 # A face of 64 pixels, turned a little, with its corner at (90, 40).
 TO_PICTURE: Matrix = np.array([[1.1, -0.2, 90.3], [0.2, 1.1, 40.7]])

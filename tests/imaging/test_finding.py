@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.finding import find_pictures
-from stablesr_kit.imaging.formats import format_of
+from stablesr_kit.imaging.finding import find_pictures, format_of
 from tests.helpers.picture_files import as_pillow, noise
 
 

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 from stablesr_kit.faces.face import Face, Only, detection_size, faces_from_rows, select_faces
 from stablesr_kit.faces.geometry import Matrix, align, crop, inverse, template
-from stablesr_kit.faces.parse import parsed_mask
-from stablesr_kit.faces.paste import GREEN, is_grey, match_grey, paste_face
+from stablesr_kit.faces.paste import GREEN, is_grey, match_grey, parsed_mask, paste_face
 from tests.parity.references import Quantity, Reference, checked, read_json
 
 SIZE_PX = 512

@@ -24,7 +24,7 @@ import fsspec
 from filelock import FileLock
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.formats import SUFFIXES
+from stablesr_kit.imaging.finding import SUFFIXES
 from stablesr_kit.training.data.sources import StoredPhoto
 
 logger = logging.getLogger(__name__)

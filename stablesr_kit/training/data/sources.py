@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.imaging.finding import find_pictures
-from stablesr_kit.imaging.formats import SUFFIXES
+from stablesr_kit.imaging.finding import SUFFIXES, find_pictures
 from stablesr_kit.imaging.reading import read_picture
 
 logger = logging.getLogger(__name__)
