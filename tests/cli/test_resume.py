@@ -1,6 +1,5 @@
 """A restoration that is stopped after any step goes on to the same bits, in memory, through a file and SIGKILL."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from stablesr_kit import Job, SpacedDDPMScheduler, StableSRPipeline, Tiling
 from stablesr_kit.cli import main
 from stablesr_kit.errors import JobError
 from stablesr_kit.pipelines.job import SamplingState
+from tests.helpers.forks import FORKS
 from tests.helpers.tiny import seeded, tiny_pipeline
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -99,11 +99,9 @@ def test_kills_in_every_stage_and_the_file_is_that_of_an_uninterrupted_run(tmp_p
     encoded, decoded = (saved.parent / stage / "record.pt" for stage in ("encode-0", "decode-0"))
     options = ("--model", tmp_path / "model", "--steps", 4, "--tile", 32, "--resume", "-o")
     arguments = ("restore", tmp_path / "in.png", *options)
-    processes = multiprocessing.get_context("forkserver")  # torch and diffusers are imported once, not by every run
-    processes.set_forkserver_preload([__name__])
 
     def exit_status(output: Path, last: Path | None = None, count: int = 0) -> int | None:
-        process = processes.Process(target=_run, args=([*map(str, (*arguments, output))], last, count))
+        process = FORKS.Process(target=_run, args=([*map(str, (*arguments, output))], last, count))
         process.start()
         process.join()
         return process.exitcode

@@ -4,11 +4,9 @@
 """
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -24,18 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.helpers.forks import FORKS, free_port, of_two_processes, write_streams_to
 from tests.helpers.training_watch import watched
 
 ROOT = Path(__file__).parents[2]
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "stablesr_kit.pipelines.stablesr",
-        "stablesr_kit.training.run.run",
-        "deepspeed",
-    ]  # accelerate imports it if it is there
-)
 
 FACES = {"height": 32, "width": 32, "distance_px": 8}
 """Arguments of save_smooth_pictures for what stands for faces."""
@@ -110,23 +100,19 @@ def save_smooth_pictures(
 
 
 class ForkedRun:
-    """Programs in one process or several that talk through gloo, forked where the imports are done: in milliseconds.
+    """Programs in one process, or in two that talk through gloo.
 
-    They run in the current folder and environment; what they say is in forked.log. begin: what each calls first.
+    They run in the current folder and environment; what they say is in forked.log. processes: 1 or 2. begin: what each
+    calls first.
     """
 
     def __init__(self, calls: list[list[str]], processes: int = 1, begin: Callable[[], None] | None = None) -> None:
-        shared: dict[str, str] = {}
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        ranks = [shared and {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        port = free_port()
+        ranks = [of_two_processes(rank, port) for rank in range(2)] if processes == 2 else [{}]
         self.log = Path("forked.log").absolute()
         self.log.write_bytes(b"")
         self.processes = [
-            FORKS.Process(target=_run_there, args=(calls, os.getcwd(), os.environ | shared | rank, self.log, begin))
+            FORKS.Process(target=_run_there, args=(calls, os.getcwd(), os.environ | rank, self.log, begin))
             for rank in ranks
         ]
         for process in self.processes:
@@ -166,9 +152,7 @@ def _run_there(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    with log.open("ab") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+    write_streams_to(log, log)
     torch.set_num_threads(1)
     _keep_process_group()
     if begin is not None:

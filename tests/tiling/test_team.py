@@ -1,8 +1,6 @@
 """Two processes at one picture: the result is to the bit that of one, and what one meets the other learns."""
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from stablesr_kit import Job, Tiling
 from stablesr_kit.tiling.team import Team
+from tests.helpers.forks import FORKS, free_port, of_two_processes
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline
 
 PICTURE = tiny_picture(30, 41)
@@ -37,36 +36,26 @@ def arguments(guidance_scale: float = 1.0, **tiles: Any) -> dict[str, Any]:
 
 
 def test_two_processes_give_the_bits_of_one_and_share_their_troubles(tmp_path: Path) -> None:
-    processes = multiprocessing.get_context("forkserver")  # torch and diffusers are imported once
-    processes.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    members = [processes.Process(target=_member, args=(rank, port, tmp_path)) for rank in range(2)]
+    port = free_port()
+    members = [FORKS.Process(target=_member, args=(rank, port, tmp_path)) for rank in range(2)]
     for member in members:
         member.start()
     for member in members:
         member.join(300)
     assert [member.exitcode for member in members] == [0, 0]
     found = torch.load(tmp_path / "found.pt")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(found["jitter"], run(**CASES["jitter"]))
-        # the second process lacks memory for tiles of 24 latents
-        assert torch.equal(found["memory"], run(tile_px=48, overlap_px=24))
-        assert torch.equal(found["whole"], run(tile_px="none"))
-    finally:
-        torch.set_num_threads(threads)
+    assert torch.equal(found["jitter"], run(**CASES["jitter"]))
+    # the second process lacks memory for tiles of 24 latents
+    assert torch.equal(found["memory"], run(tile_px=48, overlap_px=24))
+    assert torch.equal(found["whole"], run(tile_px="none"))
     assert found["failure"] == "another process failed at its tiles; see what it says"
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert all(min(share["jitter"], share["memory"]) > 0 for share in shares)
     assert shares[1]["whole"] == 0
 
 
-def _member(rank: int, port: str, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _member(rank: int, port: int, folder: Path) -> None:
+    os.environ |= of_two_processes(rank, port)
     team = Team(PartialState(cpu=True))
     torch.set_num_threads(1)  # accelerate has chosen a number; sums depend on it
     pipeline = tiny_pipeline(with_text=False)

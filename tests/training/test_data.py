@@ -24,8 +24,8 @@ from stablesr_kit.training.data.crops import (
     report_skipped,
 )
 from stablesr_kit.training.data.options import PairOptions, PhotoOptions
+from tests.helpers.forks import FORKS
 from tests.helpers.photo_files import numbers_in, photo, save_photos
-from tests.helpers.training_runs import FORKS
 
 
 def options_of(folder: Path, **options: Any) -> PhotoOptions:
