@@ -151,7 +151,7 @@ def kernel_matrix(rows: Sequence[Row], methods: Sequence[str], name: str) -> str
     axes[0].set_ylabel("sigma_LR, that was (px)")
     axes[0].set_title("PSNR in dB, non-blind")
     known = [psnr.get((value, value), math.nan) for value in true]
-    axes[1].plot(true, known, "k-", color=_INK, linewidth=1.5, label="non-blind, kernel known")
+    axes[1].plot(true, known, "-", color=_INK, linewidth=1.5, label="non-blind, kernel known")
     for method in dict.fromkeys(row["method"] for row in blind):
         points = [(row["at"]["sigma_lr"], row["metrics"]["psnr"]["mean"]) for row in blind if row["method"] == method]
         axes[1].plot(*zip(*points, strict=True), "o-", color=colour_of(method, methods), markersize=4, label=method)

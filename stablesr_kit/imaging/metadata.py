@@ -11,6 +11,7 @@ libvips itself writes is not what it was given (texts lose their accents, a reso
 import json
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -196,7 +197,8 @@ def descriptive_exif(given: Image.Exif) -> bytes | None:
 def read_provenance(path: Path) -> dict[str, Any] | None:
     """How the result in a file was made; None if that is not written in it, or the file cannot be read."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a broken file can make Pillow warn
             kind = format_of(file.read(START))
             file.seek(0)
             metadata = read_metadata(file, kind or "", False).metadata

@@ -103,7 +103,7 @@ def test_a_trained_codeformer_becomes_a_pipeline_folder() -> None:
         is_last = name.startswith("fusions") and ".merge." not in name and ".2." in name
         assert torch.equal((0.5 * tensor if is_last else tensor).half(), after[name])
     assert "_name_or_path" not in json.loads(Path("assembled/codeformer/config.json").read_text())
-    pipeline = CodeFormerPipeline.from_pretrained("assembled", torch_dtype=torch.float32)
+    pipeline = CodeFormerPipeline.from_pretrained("assembled", dtype=torch.float32)
     assert pipeline.max_enlargement == 1.5
     face = Image.open("pictures/0.png")
     assert pipeline(face).images[0].size == face.size
