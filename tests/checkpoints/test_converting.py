@@ -265,7 +265,7 @@ def test_files_in_the_wrong_place_are_told_where_they_belong(files: dict[str, Pa
         ({"checkpoint": files["extract"], "base": files["full"].parent}, "lacks scheduler, unet, vae"),
     ):
         with pytest.raises(CheckpointError, match=message) as caught:
-            convert_checkpoint(**arguments, hints=HINTS)  # type: ignore[arg-type]
+            convert_checkpoint(**arguments, hints=HINTS)
         assert "\n" not in str(caught.value)
 
 
@@ -315,4 +315,4 @@ def test_a_conversion_in_the_stored_precision_copies_no_weight(files: dict[str, 
         (converted["adapter"].conv_in.weight, "encoder", "input_blocks.0.0.weight"),
         (converted["vae"].decoder.mid_block.attentions[0].to_q.weight, "vae", "decoder.mid.attn_1.q.weight"),
     ):
-        assert parameter.data_ptr() == checkpoint.sections[section][name].data_ptr(), section  # type: ignore[index]
+        assert parameter.data_ptr() == checkpoint.sections[section][name].data_ptr(), section

@@ -46,7 +46,7 @@ def test_16_bits_stay_16_bits(name: str, model: Path, tmp_path: Path) -> None:
         result = stablesr("restore", tmp_path / source, "-o", tmp_path / target, "--model", model)
         assert (result.exit_code, result.stderr) == (0, "")
     restored = read_picture(tmp_path / name)
-    assert (restored.dtype, restored.has_alpha) == (np.uint16, True)
+    assert (restored.dtype, restored.has_alpha) == (np.dtype(np.uint16), True)
     assert len(np.unique(restored.pixels % 257)) > 100
     assert np.abs(restored.pixels / 257 - pixels_of(tmp_path / f"shallow_{name}"))[..., :3].max() <= 1
 

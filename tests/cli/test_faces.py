@@ -171,8 +171,8 @@ def test_a_result_says_how_it_was_made_unless_that_is_unwanted(
     mode: str, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.png"
-    arguments = (photo, "-o", out, "--model", model, "--mode", mode, "--w", 0.3)
-    arguments += ("--background", "none") if mode == "whole" else ()
+    arguments = [photo, "-o", out, "--model", model, "--mode", mode, "--w", 0.3]
+    arguments += ["--background", "none"] if mode == "whole" else []
     assert faces(*arguments).exit_code == 0
     made = read_provenance(out)
     assert made is not None

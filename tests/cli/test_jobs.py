@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from stablesr_kit.cli.jobs import LONGEST_NAME, Report, plan
 from stablesr_kit.imaging.metadata import read_provenance
@@ -137,7 +137,7 @@ def test_a_finished_run_leaves_results_that_know_how_they_were_made(model: Path,
     expected = {"software": "stablesr-kit", "version": __version__, "model": model.name, "seed": 7, "w": 0.25}
     assert expected.items() <= made.items()
     assert isinstance(made["steps"], int)
-    assert json.loads(Image.open(out / "a.png").text["stablesr"])["seed"] == 7
+    assert json.loads(PngImageFile(out / "a.png").text["stablesr"])["seed"] == 7
     again = stablesr(*arguments, "--resume")
     assert (again.exit_code, again.stdout) == (0, "0 restored, 2 already there\n")
     other = stablesr(*arguments[:-1], 0.5, "--resume")

@@ -128,7 +128,7 @@ def test_niqe_of_too_small_and_of_flat_pictures_is_nan() -> None:
 def test_lpips_agrees_with_torchmetrics(net: str) -> None:
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    ours = LPIPS(WEIGHTS, net)  # type: ignore[arg-type]
+    ours = LPIPS(WEIGHTS, net)
     theirs = _NoTrainLpips(pretrained=True, net=net, pnet_rand=True)  # its own heads
     theirs.net.load_state_dict(ours.network.net.state_dict())
     restored, truth = (picture[60:156, 40:136] for picture in pair())

@@ -146,7 +146,7 @@ def official_encoder(adapter: StableSRAdapter) -> dict[str, Tensor]:
 def official_spade(adapter: StableSRAdapter, unet: UNet2DConditionModel) -> dict[str, Tensor]:
     modules = key_maps.unet_modules(unet.config)
     generator = torch.Generator().manual_seed(6)
-    official = {}
+    official: dict[str, Tensor] = {}
     for (block, channels, _), layer in zip(adapter.config.sft_blocks, adapter.sft_layers, strict=True):
         prefix = f"{PREFIXES['spade']}{modules[block][0]}.spade."
         scale = 1 + 0.1 * torch.randn(channels, generator=generator)

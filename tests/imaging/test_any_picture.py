@@ -1,6 +1,7 @@
 """Random pictures of every kind: our reader is the others', bit for bit, and what is written is read again."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_tifffile_reads_the_same(seed: int, tmp_path: Path) -> None:
     random = np.random.default_rng(seed)
     given = random_picture(random)
     colours = given.ndim == 3 and given.shape[2] > 2
-    options: dict[str, object] = {"photometric": "rgb" if colours else "minisblack"}
+    options: dict[str, Any] = {"photometric": "rgb" if colours else "minisblack"}
     if given.ndim == 3 and given.shape[2] in (2, 4):
         options["extrasamples"] = ["unassalpha"]
     if given.ndim == 3:

@@ -93,7 +93,7 @@ def test_every_stage_of_the_two_pass_model_happens_as_often_as_configured(monkey
     def recorded(name: str, change: bool = False):  # type: ignore[no-untyped-def]
         def stage(x: Tensor, *arguments: object, **_: object) -> Tensor:
             events.append(name)
-            return F.interpolate(x, arguments[0]) if change else x  # type: ignore[arg-type]
+            return F.interpolate(x, arguments[0]) if change else x
 
         return stage
 

@@ -6,6 +6,7 @@ import tracemalloc
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,12 +33,16 @@ tifffile = pytest.importorskip("tifffile")
 
 @pytest.mark.parametrize("channels", [0, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_png_of_every_depth_and_channels(channels: int, dtype: type, tmp_path: Path) -> None:
+def test_png_of_every_depth_and_channels(channels: int, dtype: Any, tmp_path: Path) -> None:
     given = noise(channels=channels, dtype=dtype)
     write_png(tmp_path / "in", given)
     picture = read_picture(tmp_path / "in")
     assert np.array_equal(picture.pixels, as_rgb(given))
-    assert (picture.is_grey, picture.has_alpha, picture.dtype) == (channels in (0, 2), channels in (2, 4), dtype)
+    assert (picture.is_grey, picture.has_alpha, picture.dtype) == (
+        channels in (0, 2),
+        channels in (2, 4),
+        np.dtype(dtype),
+    )
     assert picture.notes == ()
 
 
@@ -60,7 +65,7 @@ def test_tiff_of_every_depth_plane_and_layout(
         pytest.skip("refused, see broken_files")
     given = noise(channels=channels, dtype=dtype)
     stored = given.transpose(2, 0, 1) if planar == "separate" and channels else given
-    options = {"planarconfig": planar} if channels else {}
+    options: dict[str, Any] = {"planarconfig": planar} if channels else {}
     if channels == 4:
         options["extrasamples"] = ["unassalpha"]
     photometric = "rgb" if channels else "minisblack"
@@ -89,7 +94,7 @@ def test_tiff_of_packed_bits_is_scaled(bits: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_tiff_whose_white_is_zero(dtype: type, tmp_path: Path) -> None:
+def test_tiff_whose_white_is_zero(dtype: Any, tmp_path: Path) -> None:
     given = noise(channels=0, dtype=dtype)
     tifffile.imwrite(tmp_path / "in.tif", given, photometric="miniswhite")
     assert np.array_equal(read_picture(tmp_path / "in.tif").pixels[..., 0], np.iinfo(dtype).max - given)

@@ -27,7 +27,7 @@ def in_bands(array: np.ndarray, rows: int = 10) -> Iterator[np.ndarray]:
 
 
 def written(path: Path, values: np.ndarray, source: Picture) -> np.ndarray:
-    write_bands(path, in_bands(values), *values.shape[:2], source)
+    write_bands(path, in_bands(values), values.shape[0], values.shape[1], source)
     return read_picture(path).pixels
 
 

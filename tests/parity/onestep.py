@@ -236,8 +236,8 @@ def run_tagged(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) -
     if is_pisa:
         ours["unet_pix"] = predict(latents=z, prompt_embeds=ours["prompt_embeds"], lambda_sem=0.0)
         ours["unet_pixsem"] = predict(latents=z, prompt_embeds=ours["prompt_embeds"])
-        strengths = {match.group(1, 2) for key in case.reference if (match := re.search(r"_pix(.+)_sem(.+)", key))}
-        for pix, sem in sorted(strengths):
+        pairs = {match.group(1, 2) for key in case.reference if (match := re.search(r"_pix(.+)_sem(.+)", key))}
+        for pix, sem in sorted(pairs):
             restored(f"_pix{pix}_sem{sem}", lambda_pix=float(pix), lambda_sem=float(sem))
     content, style = as_unit(case.reference.get("out_u8_nofix", ours["out_u8_nofix"])), unit_of(prepared)
     if content.shape == style.shape:
@@ -285,7 +285,7 @@ def run_hypir(pipeline: OneStepPipeline, case: Case, ours: dict[str, Tensor]) ->
     height, width = grown.shape[-2:]
     vae_in = F.pad(grown * 2 - 1, (0, -width % 8, 0, -height % 8))
 
-    tiles_px = cover(*vae_in.shape[-2:], (patch_px, patch_px), patch_px - stride_px)
+    tiles_px = cover(vae_in.shape[-2], vae_in.shape[-1], (patch_px, patch_px), patch_px - stride_px)
     size = (vae_in.shape[-2] // factor, vae_in.shape[-1] // factor)
     tiles = cover(*size, (patch, patch), overlap)
     coded = [posterior(pipeline.vae, tile.crop(vae_in)) for tile in tiles_px]
@@ -454,7 +454,7 @@ def pooled(coder: nn.Module, whole: Tensor, reference: dict[str, Tensor], which:
     local = threading.local()
     means, variances, areas = ([torch.empty(0)] * len(tiles) for _ in range(3))
 
-    def normalise(norm: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> Tensor:
+    def normalise(norm: nn.GroupNorm, inputs: tuple[Tensor], _output: Tensor) -> Tensor:
         (x,) = inputs
         groups = x.reshape(norm.num_groups, -1)
         variances[local.tile], means[local.tile] = torch.var_mean(groups, dim=1, correction=0)

@@ -15,7 +15,7 @@ from tests.helpers.tiny import seeded, tiny_pipeline
 def test_callbacks_see_the_tensors_they_ask_for() -> None:
     pipeline = tiny_pipeline()
     for asked in (["latents"], ["prompt_embeds"], pipeline._callback_tensor_inputs):
-        seen = []
+        seen: list[Any] = []
 
         def note(
             pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], seen: list[Any] = seen

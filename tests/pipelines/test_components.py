@@ -97,7 +97,7 @@ def test_an_ip_adapter_shows_the_unet_a_picture() -> None:
     assert differs(styled, plain, by=1e-4)
     with torch.no_grad():
         cpu = torch.device("cpu")
-        embeds = pipeline.prepare_ip_adapter_image_embeds(*shown.values(), None, cpu, 1, False)
+        embeds = pipeline.prepare_ip_adapter_image_embeds(shown["ip_adapter_image"], None, cpu, 1, False)
     assert [tuple(one.shape) for one in embeds] == [(1, 1, IMAGE_CHANNELS)]
     same(run(pipeline, ip_adapter_image_embeds=embeds), styled)
 

@@ -99,7 +99,8 @@ def test_a_finished_run_is_uploaded_with_its_card(folder: Path, hub: ThreadingHT
     assert not [name for name in received["files"] if "checkpoint" in name or ".part" in name]
 
     card = ModelCard(received["files"]["README.md"].decode())
-    assert card.data.library_name == "diffusers" and "train_autoencoder" in card.data.tags
+    data = card.data.to_dict()
+    assert data["library_name"] == "diffusers" and "train_autoencoder" in data["tags"]
     assert f"Trained by `train_autoencoder` of stablesr-kit {__version__}" in card.text
     assert "| vae | AutoencoderKL |" in card.text
     assert "Started from nothing; trained on train_data_dir `photos`" in card.text

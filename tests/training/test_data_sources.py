@@ -237,7 +237,9 @@ def test_shards_elsewhere_are_fetched_when_due_and_few_are_kept(
     local = RandomCrops(PhotoCrops(PhotoOptions(shards=str(tars / "set-*.tar"), resolution=16), 0))
     loader = DataLoader(crops, 2, sampler=range(24), num_workers=2)
     assert torch.equal(torch.cat(list(loader)), torch.stack([local[index] for index in range(24)]))
-    cache = crops.crops.source.cache
+    source = crops.crops.source
+    assert isinstance(source, ShardPhotos)
+    cache = source.cache
     assert len(list(cache.glob("*.tar"))) <= 2
     del crops, loader
     assert not cache.exists()
@@ -275,7 +277,7 @@ def test_what_is_no_shard_is_refused_in_one_line(
 def test_a_tar_without_pictures_and_a_compressed_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("text")
     for name, mode in (("plain.tar", "w"), ("small.tar.gz", "w:gz")):
-        with tarfile.open(tmp_path / name, mode) as tar:  # type: ignore[call-overload]
+        with tarfile.open(tmp_path / name, mode) as tar:
             tar.add(tmp_path / "note.txt", "note.txt")
     with pytest.raises(ImageError, match=r"holds no picture; its samples should be NAME\.jpg"):
         ShardPhotos(str(tmp_path / "plain.tar"))

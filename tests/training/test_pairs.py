@@ -17,7 +17,7 @@ from stablesr_kit.training.data.pairs import DegradedCrops, open_pairs
 from tests.helpers.photo_files import save_photos
 
 
-def crops_of(tmp_path: Path, **options: Any) -> PhotoCrops:
+def crops_of(tmp_path: Path, **options: Any) -> PhotoCrops[PairOptions]:
     folder = save_photos(tmp_path / "photos", 3, 80, 96)
     return PhotoCrops(PairOptions(train_data_dir=(str(folder),), resolution=64, **options), 0)
 
