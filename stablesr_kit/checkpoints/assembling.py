@@ -1,6 +1,6 @@
 """Build one network from the tensors of another layout: nothing missing, nothing left over, every shape as expected.
 
-A recipe says of which official tensors one of ours is made, and how.
+A recipe says which official tensors become one of ours, and how.
 """
 
 import re
@@ -22,11 +22,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class AssemblyOptions(NamedTuple):
-    """How every network of a conversion is assembled."""
+    """Options for all networks of a conversion."""
 
     dtype: torch.dtype = torch.float32
     ignore: tuple[str, ...] = ()
-    """Regular expressions of full names that may be left over, beside `IGNORED`."""
+    """Regular expressions of full names that may be left over, in addition to `IGNORED`."""
 
 
 class Recipe(NamedTuple):
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     sources: tuple[str, ...]
     """Official names."""
     make: Callable[..., Tensor]
-    """Our tensor from those."""
+    """Makes our tensor from those."""
 
 
 Recipes = dict[str, Recipe]
@@ -56,10 +56,10 @@ def assemble(
 
     Args:
         build: makes the network; it is run without allocating parameters.
-        recipes_for: how each of the given names is made.
+        recipes_for: gives a recipe for each of our names.
         tensors: official names, without `prefix`.
         what: the network's name in messages.
-        own: tensors of ours that have no counterpart.
+        own: our tensors that have no official counterpart.
 
     Raises `CheckpointError`, which names every missing tensor, every one left over and every wrong shape.
     """
@@ -99,7 +99,7 @@ def assemble(
 
 
 def _without_kernel(shape: torch.Size) -> tuple[int, ...]:
-    """The shape without the 1 x 1 kernel that a convolution has and the equal linear layer has not."""
+    """The shape without a 1 x 1 kernel: a convolution has one, the equivalent linear layer has none."""
     sizes = list(shape)
     while len(sizes) > 2 and sizes[-1] == 1:
         sizes.pop()
@@ -111,12 +111,12 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 def renamed_recipes(names: Iterable[str], modules: Modules) -> Recipes:
-    """Every tensor is one of theirs under another name: the UNet, the autoencoder and CFW."""
+    """Recipes that only rename: for the UNet, the autoencoder and CFW."""
     return {name: Recipe((translate(name, modules),), as_it_is) for name in names}
 
 
 def adapter_recipes(names: Iterable[str], config: dict[str, Any], unet_config: dict[str, Any]) -> Recipes:
-    """Time-aware encoder and SFT layers; sources under their full names."""
+    """Recipes for time-aware encoder and SFT layers; official names are full names."""
     encoder_modules = key_maps.time_aware_encoder_modules(config)
     unet_modules = key_maps.unet_modules(unet_config)
     heads = config["num_attention_heads"]
@@ -140,7 +140,7 @@ def adapter_recipes(names: Iterable[str], config: dict[str, Any], unet_config: d
 
 
 def face_recipes(names: Iterable[str], modules: Modules) -> Recipes:
-    """CodeFormer and its VQGAN: queries, keys and values of the autoencoder's attention are one layer."""
+    """Recipes for CodeFormer and its VQGAN, where one layer gives queries, keys and values of an attention."""
     recipes: Recipes = {}
     for name in names:
         if name == "positions":  # a table that belongs to no module
@@ -155,7 +155,7 @@ def face_recipes(names: Iterable[str], modules: Modules) -> Recipes:
 
 
 def part_of_heads(qkv: Tensor, index: int, heads: int) -> Tensor:
-    """(C, ...) queries, keys or values of qkv (3C, ...), which goes head by head: q, k, v of the first, and so on."""
+    """Queries, keys or values (C, ...) of qkv (3C, ...), stored head by head: q, k, v of head 1, of head 2 ..."""
     return qkv.unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
 
 
@@ -184,7 +184,7 @@ def gamma_beta(
 
 
 def open_clip_recipes(names: Iterable[str]) -> Recipes:
-    """CLIPTextModel from the text tower of open_clip."""
+    """Recipes for CLIPTextModel from the text tower of open_clip."""
     recipes: Recipes = {}
     for name in names:
         ours = name.removeprefix("text_model.")
@@ -202,11 +202,11 @@ def open_clip_recipes(names: Iterable[str]) -> Recipes:
 
 
 def third(qkv: Tensor, index: int) -> Tensor:
-    """(C, ...) queries, keys or values of (3C, ...). A copy: three tensors that share memory cannot be saved."""
+    """Queries, keys or values (C, ...) of (3C, ...). A copy, since tensors that share memory cannot be saved."""
     return qkv.chunk(3)[index].clone()
 
 
 def clip_recipes(names: Iterable[str], available: Iterable[str]) -> Recipes:
-    """CLIPTextModel from that of transformers, with or without the `text_model.` that newer releases dropped."""
+    """Recipes for CLIPTextModel from transformers' own, whose newer releases dropped the prefix `text_model.`."""
     prefix = "transformer.text_model." if any(".text_model." in name for name in available) else "transformer."
     return {name: Recipe((prefix + name.removeprefix("text_model."),), as_it_is) for name in names}

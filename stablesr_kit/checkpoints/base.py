@@ -1,4 +1,4 @@
-"""The Stable Diffusion an adapter stands on: in the same checkpoint, in another one, or in a diffusers folder."""
+"""The Stable Diffusion that an adapter belongs to: in the same checkpoint, in another one, or in a diffusers folder."""
 
 import json
 from dataclasses import dataclass
@@ -30,23 +30,23 @@ class BaseNetworks:
     text_encoder: CLIPTextModel | None
     tokenizer: Any | None
     prediction: Prediction | None
-    """What the UNet predicts, where a config says so."""
+    """What the UNet predicts; None if no config says so."""
 
 
 def read_base(base: str | Path, *, tensors_only: bool = False, use_ema: bool = False) -> Checkpoint | Path:
-    """A checkpoint of Stable Diffusion, or the path of a diffusers folder. Raises as `convert_checkpoint`."""
+    """A Stable Diffusion checkpoint, or the path of a diffusers folder. Raises like `convert_checkpoint`."""
     if Path(base).is_dir():
         return Path(base)
     return canonicalize(read_checkpoint(base, tensors_only=tensors_only), use_ema=use_ema)
 
 
 def build_base(base: Checkpoint | Path, hints: Hints, options: AssemblyOptions) -> BaseNetworks:
-    """The frozen networks of a Stable Diffusion that is given beside a file of other weights."""
+    """The frozen networks of the Stable Diffusion that is given as `base`."""
     if isinstance(base, Path):
         return base_of_folder(base, options.dtype)
     base_found = detect(base, hints)
     if base_found.unet is None or base_found.adapter is not None:
-        raise CheckpointError(f"{base.path.name} is {base_found.description}, not a Stable Diffusion to stand on")
+        raise CheckpointError(f"{base.path.name} is {base_found.description}, expected a Stable Diffusion as base")
     complain(f"{base.path.name}: not understood", left_over(base.sections.get("other", {}), options.ignore))
     return base_of_checkpoint(base, base_found, options)
 
@@ -98,7 +98,7 @@ def base_of_folder(folder: Path, dtype: torch.dtype) -> BaseNetworks:
 
 
 def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
-    """Side of the pictures that a UNet of Stable Diffusion's size was trained on; 0 for others, which nothing tells."""
+    """Side of the pictures that a full-size Stable Diffusion UNet was trained on; 0 (unknown) for other UNets."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
         return 0
     side: int = unet.config.sample_size * scale_factor(vae)
@@ -107,7 +107,7 @@ def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
 
 @torch.no_grad()
 def measure_prediction(unet: UNet2DConditionModel) -> Prediction | None:
-    """What the weights themselves do with pure noise, or None if they are not those of a trained model.
+    """What the UNet predicts, measured with pure noise; None if its weights are untrained.
 
     At the last timestep x is all noise: an epsilon model returns it, a velocity model returns the picture it expects,
     with hardly any of x. At an early timestep both know noise when they see it, since v = sqrt(a) eps - sqrt(1 - a) x0

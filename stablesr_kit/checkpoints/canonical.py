@@ -1,4 +1,4 @@
-"""Bring every way the same weights are stored to one form: sections with the official names."""
+"""Bring a checkpoint to one form, however it was saved: sections with the official names."""
 
 import logging
 import re
@@ -19,13 +19,13 @@ WRAPPERS = ("state_dict", "params_ema", "params", "params_d", "model_state_dict"
 """Where training programs put the weights, in order of preference."""
 
 PARTS = {"state_dict_unet": "unet.", "state_dict_vae": "vae."}
-"""Where OSEDiff and PiSA-SR put the LoRAs of each network, and what we put before their names."""
+"""Where OSEDiff and PiSA-SR store the LoRAs of each network, and the prefix we give them."""
 
 WRAPPED_MODULE = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
-"""What DistributedDataParallel and torch.compile put into names."""
+"""What DistributedDataParallel and torch.compile add to names."""
 
 NAMED = 12
-"""How many names a message lists. All of them are in a note on an error."""
+"""How many names a message lists; a note on the error lists all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Checkpoint:
 def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
     """The sections of a file.
 
-    `use_ema` takes the running averages that some training runs keep beside the weights of the UNet (and of SPADE).
+    use_ema: take the moving averages (EMA) that some files hold beside the weights of the UNet and of SPADE.
 
     Raises `CheckpointError` if the file holds no tensor, or no averages though they are asked for.
     """
@@ -73,7 +73,7 @@ def canonicalize(raw: RawCheckpoint, *, use_ema: bool = False) -> Checkpoint:
 
 
 def _wrapper(content: Mapping[str, object]) -> str | None:
-    """The key under which the weights are: a known one, or that of the only mapping beside which there is no tensor."""
+    """The key of the weights: a known one, or that of the only mapping in a file without tensors beside it."""
     inner = [key for key, value in content.items() if isinstance(value, Mapping) and key not in PARTS]
     for key in WRAPPERS:
         if key in inner:
@@ -112,7 +112,7 @@ def section_of(name: str) -> Section:
 
 
 def left_over(names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
-    """The full names that no reason allows to ignore; the others are logged with their reason.
+    """The full names that may not be ignored; the others are logged, with the reason.
 
     ignored: regular expressions of names, beside `IGNORED`.
     """
@@ -128,7 +128,7 @@ def left_over(names: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
 
 
 def complain(problem: str, names: list[str]) -> None:
-    """Raise a `CheckpointError` that names them, if there are any."""
+    """Raise a `CheckpointError` that lists the names, if there are any."""
     if not names:
         return
     error = CheckpointError(f"{problem}: {_listed(names)}")
@@ -147,7 +147,7 @@ def _full_vae_name(name: str) -> str:
 
 
 def _averages(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with those of the UNet replaced by their running averages (LDM stores these without dots)."""
+    """The tensors, those of the UNet replaced by their moving averages (LDM stores these without dots)."""
     prefix = PREFIXES["unet"]
     averaged = {
         name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(prefix)

@@ -1,4 +1,4 @@
-"""Networks from checkpoints of CodeFormer, of its VQ autoencoder and of that one's discriminator."""
+"""Networks from checkpoints of CodeFormer, of its VQGAN and of the VQGAN's discriminator."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ def convert_face_checkpoint(
 
     Args:
         checkpoint: codeformer.pth or one of its relatives, vqgan_code1024.pth, vqgan_discriminator.pth.
-        hints: what shapes do not tell, where it differs from the released models.
+        hints: hyperparameters that shapes do not show, where they differ from the released models.
         tensors_only, ignore: as for `convert_checkpoint`.
 
     Raises:

@@ -50,7 +50,7 @@ SLOTS: Mapping[str, str] = {
     "lora": "load it with pipeline.load_lora_weights",
     **dict.fromkeys(("codeformer", "vqgan", "vqgan discriminator"), "give it as --codeformer"),
 }
-"""What to do with a checkpoint that is in the wrong place."""
+"""What to do with a checkpoint that was given for the wrong argument."""
 
 
 def convert_checkpoint(
@@ -67,18 +67,18 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Components of a pipeline, by the names of StableSRPipeline's arguments; absent ones are None.
 
-    Weights stay mapped from the file where its format and `dtype` allow: a second copy is never made.
+    Where format and `dtype` allow, weights stay mapped from the file, without a second copy in memory.
 
     Args:
         checkpoint: a complete StableSR checkpoint, or a web-UI extract.
         cfw: a checkpoint with the fusion layers of CFW. Without it the pipeline takes w = 0 only.
         base: for an extract, the Stable Diffusion it belongs to: a checkpoint or a diffusers folder.
-        prediction_type: what the UNet predicts. None finds out: a base's scheduler config, the behaviour of the
-            UNet, the file name, in this order; if none tells, epsilon is assumed and said so.
-        hints: what shapes do not tell, where it differs from the released models.
-        use_ema: take the running averages of the UNet's weights, where the file has both.
-        tensors_only: read a pickle that names unknown objects; they are replaced, nothing is run.
-        ignore: regular expressions of official names that may be left over, beside the known ones.
+        prediction_type: what the UNet predicts. None finds out, from the base's scheduler config, the behaviour of the
+            UNet and the file name, in this order; if all fail, epsilon is assumed, with a warning.
+        hints: hyperparameters that shapes do not show, where they differ from the released models.
+        use_ema: take the moving averages (EMA) of the UNet's weights, where the file has both.
+        tensors_only: read a pickle although it names unknown objects; they are replaced, and nothing is run.
+        ignore: regular expressions of official names that may be left over, in addition to the known ones.
 
     Raises:
         UnsafeCheckpointError: a file needs more than tensors.
@@ -178,7 +178,7 @@ def _slot(found: Detection) -> str:
 def _base_networks(
     main: Checkpoint, found: Detection, base: Checkpoint | Path | None, hints: Hints, options: AssemblyOptions
 ) -> BaseNetworks:
-    """The frozen networks below the adapter of `main`."""
+    """The frozen networks that the adapter of `main` steers."""
     if found.unet is not None:
         if base is not None:
             raise CheckpointError(f"{main.path.name} holds its own Stable Diffusion; leave base (--base) out")
@@ -192,7 +192,7 @@ def _base_networks(
 
 
 def _prediction(given: PredictionType | None, networks: BaseNetworks, files: list[Checkpoint]) -> Prediction:
-    """What the UNet predicts, by the strongest evidence there is; contradictions are named."""
+    """What the UNet predicts, by the strongest evidence; contradictions are reported."""
     if given is not None:
         return Prediction(given, "given", is_certain=True)
     by_name = next(filter(None, (prediction_from_name(file.path.name) for file in files)), None)
@@ -243,9 +243,9 @@ def _fusion_and_vae(
 
 
 def _compare(vae: AutoencoderKL, cfw_vae: AutoencoderKL, cfw_name: str) -> None:
-    """CFW was trained beside a frozen copy of the autoencoder: say so if it is not a copy of this one.
+    """Warn if the autoencoder that CFW was trained with is not the checkpoint's.
 
-    A difference below half precision is none: files are published in either.
+    Differences below half precision do not count: files are published in both precisions.
     """
     ours, theirs = vae.state_dict(), cfw_vae.state_dict()
     other = [name for name in ours if name not in theirs or ours[name].shape != theirs[name].shape]

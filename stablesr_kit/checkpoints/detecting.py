@@ -1,6 +1,6 @@
-"""What a checkpoint is, and every hyperparameter that its names and shapes tell.
+"""What a checkpoint is, and the hyperparameters that follow from its names and shapes.
 
-Nothing here takes diffusers or transformers, whose import costs more than reading a file of 5 GB.
+Nothing here imports diffusers or transformers: that takes longer than reading a file of 5 GB.
 """
 
 import math
@@ -38,7 +38,7 @@ Family = Literal[
 ]
 
 ONE_STEP: tuple[Family, ...] = ("pisa-sr", "osediff", "hypir", "invsr")
-"""Restorers of one step or a few, which stand on a Stable Diffusion that is given beside them."""
+"""Restorers of one or a few steps, which need a Stable Diffusion (--base)."""
 
 Config = dict[str, Any]
 
@@ -59,7 +59,7 @@ SIGNATURES: tuple[tuple[Family, str, str], ...] = (
     ("yolov5-face", "a YOLOv5-face detector", r"^model\.\d+\.(conv|stem_1)\."),
     ("diffusers weights", "weights of one diffusers model", r"^(encoder\.)?(down_blocks\.|conv_norm_out\.)"),
 )
-"""Checkpoints without the sections of Stable Diffusion: (family, description, a name that gives it away)."""
+"""Checkpoints without sections of Stable Diffusion: (family, description, a name that only this family has)."""
 
 RELEASED_LATENT_SIZE = 16
 RELEASED_HEADS = 8
@@ -68,7 +68,7 @@ BLOCK_KINDS: Mapping[str, str] = {
     "proj_out.weight": "attention",
     "conv.weight": "downsampling",
 }
-"""What a tensor of a block says of it; the other blocks are single layers."""
+"""Which block a tensor name belongs to; all others are single layers."""
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -79,7 +79,7 @@ PREDICTIONS: Mapping[str, PredictionType] = {
     r"512": "epsilon",
     r"stablesr_000117": "epsilon",
 }
-"""What published file names say, the first that matches: Stable Diffusion 2 and StableSR at 768 px are v models."""
+"""Prediction types by file name, the first match wins: Stable Diffusion 2 and StableSR at 768 px predict v."""
 
 
 class Prediction(NamedTuple):
@@ -108,12 +108,12 @@ class Detection:
     adapter: Config | None = None
     cfw: Config | None = None
     faces: Config | None = None
-    """Of a network for faces, which is the whole of its file."""
+    """Config of a face network, if the file holds one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """What shapes do not tell; None means the value of the released models of the same kind."""
+    """Hyperparameters that shapes do not show; None is the value of the released models of that kind."""
 
     unet_head_channels: int | None = None
     """Channels per attention head of the UNet; 64 in Stable Diffusion 2."""
@@ -206,7 +206,7 @@ def face_config(family: Family, names: Mapping[str, Tensor], hints: Hints) -> Co
 
 
 def prediction_from_name(name: str) -> Prediction | None:
-    """What the name of a released file, or one like it, says."""
+    """What the UNet predicts, according to the name of a released file."""
     for pattern, prediction in PREDICTIONS.items():
         if re.search(pattern, name, re.IGNORECASE):
             return Prediction(prediction, f"by the file name {name}", True)
@@ -341,7 +341,7 @@ def _levels(part: Mapping[str, Tensor], what: str) -> list[NetworkLevel]:
 
 
 def codeformer_config(names: Mapping[str, Tensor], heads: int | None = None) -> Config:
-    """Arguments of CodeFormer. heads: None means those of the released models; no shape tells them."""
+    """Arguments of CodeFormer. heads: None is the number of the released models; shapes do not show it."""
     what = "CodeFormer"
     positions, dim = shape(names, "position_emb", what)
     latent_size = math.isqrt(positions)
@@ -359,7 +359,7 @@ def codeformer_config(names: Mapping[str, Tensor], heads: int | None = None) -> 
 
 
 def vqgan_config(names: Mapping[str, Tensor], latent_size: int | None = None) -> Config:
-    """Arguments of VQGAN. latent_size: side of the latent, of which the picture's is a multiple; None means 16."""
+    """Arguments of VQGAN. latent_size: side of the latents it was trained on; None is 16."""
     what = "the VQGAN"
     is_gumbel = "quantize.embed.weight" in names
     codes = shape(names, "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", what)
@@ -383,7 +383,7 @@ def vqgan_config(names: Mapping[str, Tensor], latent_size: int | None = None) ->
 
 
 def _vqgan_levels(names: Mapping[str, Tensor], what: str) -> list[tuple[list[int], bool]]:
-    """Of each level of the encoder: the numbers of its residual blocks, and whether attention follows them."""
+    """Per level of the encoder: indices of its residual blocks, and whether attention follows them."""
     kinds: dict[int, str] = {}
     for name in names:
         block = re.fullmatch(r"encoder\.blocks\.(\d+)\.(.+)", name)

@@ -39,7 +39,7 @@ USES: Mapping[str, str] = {
     "face pipeline": "stablesr faces PHOTO -o OUT --model {name}",
     "base": "stablesr convert EXTRACT --base {name} -o DIR",
 }
-"""The command that takes a checkpoint of each kind."""
+"""The command that uses a checkpoint of each kind."""
 
 SUMMARY = (
     *("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "use_linear_projection"),
@@ -48,12 +48,12 @@ SUMMARY = (
     *("image_size", "base_channels", "channel_multipliers", "codebook_size", "code_channels", "quantization"),
     *("dim", "num_heads", "num_layers", "fuse_sizes"),
 )
-"""The fields of a config that tell models apart."""
+"""The config fields in which models differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
-    """What is known about a checkpoint; `str` of it is for people."""
+    """What is known about a checkpoint; `str()` gives text for people."""
 
     path: Path
     kind: str
@@ -67,11 +67,11 @@ class CheckpointReport:
     configs: Mapping[str, Config]
     """The diffusers config of each part that has one."""
     prediction: Prediction | None
-    """None: it has no UNet, or only measuring would tell (`convert` does)."""
+    """None: it has no UNet, or the prediction type must be measured, which `convert` does."""
     command: str | None
-    """The command that takes it."""
+    """The command that uses it."""
     missing: tuple[str, ...]
-    """What it needs beside it, and why."""
+    """What else is needed, and why."""
     notes: tuple[str, ...]
     sha256: str | None
 
@@ -129,13 +129,13 @@ def inspect_checkpoint(
 def _missing(found: Detection) -> list[str]:
     needs = []
     if found.family == "stablesr extract":
-        needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds the adapter alone")
+        needs.append("the Stable Diffusion 2.1 it belongs to (--base): it holds only the adapter")
     if found.family in ONE_STEP:
         from stablesr_kit.checkpoints.one_step import SYSTEMS  # beside diffusers, whose import takes seconds
 
         needs.append(f"{SYSTEMS[found.family].base} (--base)")
     if found.family == "cfw":
-        needs.append("a StableSR checkpoint: it holds the decoder's part alone")
+        needs.append("a StableSR checkpoint: it holds only the decoder's part")
     if found.adapter is not None and found.cfw is None:
         needs.append("vqgan_cfw_00011.ckpt (--cfw) for w above 0")
     if found.family == "stablesr" and found.text is None:
@@ -225,7 +225,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _header(path: Path) -> Counter[str]:
-    """Dtype -> how many numbers of it a safetensors file holds."""
+    """Dtype -> number of values of this dtype in a safetensors file."""
     numbers: Counter[str] = Counter()
     try:
         with safe_open(path, framework="pt") as file:

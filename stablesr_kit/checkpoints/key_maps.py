@@ -1,4 +1,4 @@
-"""Names of other people's checkpoints, as data. Modules map to modules: {ours: theirs}; tensors below them keep their
+"""Tensor names in other people's checkpoints, as data: {our module: their module}. Tensors in a module keep their
 names, except for the children listed here."""
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ PREFIXES: Mapping[Section, str] = {
     "text": "cond_stage_model.",
     "other": "",
 }
-"""What the released StableSR checkpoints put before the names of each part."""
+"""Prefix of each part's names in the released StableSR checkpoints."""
 
 TITLES: Mapping[str, str] = {
     "unet": "UNet",
@@ -236,7 +236,7 @@ def vqgan_blocks(config: Mapping[str, Any], half: str, resamplers: str) -> list[
 
 
 def codeformer_modules(config: Mapping[str, Any]) -> Modules:
-    """CodeFormer, without its position embedding, which is no module, to the official one."""
+    """CodeFormer to the official one, without the position embedding, which is no module."""
     modules = {f"vqgan.{ours}": theirs for ours, theirs in vqgan_modules({**config, "quantization": "nearest"}).items()}
     modules |= {
         "proj_in": ("feat_emb", {}),

@@ -96,8 +96,8 @@ def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Assembly
 def clip_tokenizer(*, pads_with_zero: bool, length: int) -> CLIPTokenizer:
     """Tokenizer of every CLIP text encoder with 49408 tokens.
 
-    pads_with_zero: as open_clip and Stable Diffusion 2 pad, which is with the token "!"; else with the end token, as
-        Stable Diffusion 1 does. As in their published tokenizers, a "!" in a prompt is then that same token.
+    pads_with_zero: pad with token 0, which is "!", as open_clip and Stable Diffusion 2 do (a "!" in a prompt is the
+        same token, as with their published tokenizers); else with the end token, as Stable Diffusion 1 does.
     length: tokens of every prompt.
     """
     alphabet = list(byte_alphabet().values())
@@ -155,7 +155,7 @@ def _renamed(
     config: Config,
     options: AssemblyOptions,
 ) -> Network:
-    """A network each of whose tensors is one of theirs under another name."""
+    """A network whose tensors differ from the official ones only in name."""
     return assemble(
         lambda: network(**config),
         lambda names: renamed_recipes(names, modules(config)),

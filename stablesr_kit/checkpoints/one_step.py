@@ -1,4 +1,4 @@
-"""One-step restorers from their released files and the Stable Diffusion they stand on: LoRAs merged, nothing left over.
+"""One-step restorers from their released files and their Stable Diffusion: LoRAs merged, no tensor left over.
 
 Facts of the released programs: PiSA-SR (Sun et al. 2025), OSEDiff (Wu et al. 2024), HYPIR (Lin et al. 2025) and InvSR
 (Yue et al. 2025).
@@ -38,13 +38,13 @@ INVSR_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What a restorer is beside its weights.
+    """What a restorer needs besides its weights.
 
     Attributes:
         licence: of code and weights, with its source.
-        alpha: of the LoRAs, which count alpha / rank; None counts them once, whatever the rank.
-        prompt: the text it is used with where none is given.
-        config: of `OneStepPipeline`.
+        alpha: LoRAs are scaled by alpha / rank; None scales them by 1.
+        prompt: the text it uses if none is given.
+        config: arguments of `OneStepPipeline`.
     """
 
     licence: str
@@ -119,13 +119,13 @@ def convert_one_step(
     tensors_only: bool = False,
     ignore: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Arguments of `OneStepPipeline`: stock networks with the LoRAs merged, and what the released program sets.
+    """Arguments of `OneStepPipeline`: stock networks with the LoRAs merged, and the settings of the released program.
 
     Args:
         checkpoint: pisa_sr.pkl, osediff.pkl, HYPIR_sd2.pth, noise_predictor_sd_turbo_v5.pth, or one of that kind of
             any rank and width.
-        base: the Stable Diffusion it stands on, a diffusers folder or a checkpoint.
-        hints: what shapes do not tell, where it differs from the released models.
+        base: the Stable Diffusion it was made from, a diffusers folder or a checkpoint.
+        hints: hyperparameters that shapes do not show, where they differ from the released models.
         tensors_only, ignore: as for `convert_checkpoint`.
 
     Raises:
@@ -195,13 +195,13 @@ LISTS = re.compile(r"(?P<part>unet|vae)_lora_(?P<group>[a-z]+)_modules(?P<kind>_
 """Where OSEDiff and PiSA-SR list the modules of each adapter."""
 
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight")
-"""What peft calls the two factors of what is added to a module's weight: B @ A, times a scale."""
+"""peft's names of the two factors of a LoRA: scale * B @ A is added to a module's weight."""
 
 
 def merged(
     kind: type[Network], network: Network, tensors: Mapping[str, Tensor], system: System, options: AssemblyOptions
 ) -> Network:
-    """A network like the given one, in float32, with LoRAs added to its weights; it shares all other tensors with it.
+    """A network like the given one, in float32, with LoRAs added to its weights; all other tensors are shared.
 
     tensors: `<module>.lora_A.<adapter>.weight` and `.lora_B.`, and `<module>.base_layer.<weight or bias>` of a layer
         that was trained as a whole, which takes the place of the network's own.
@@ -271,10 +271,10 @@ def noise_predictor(tensors: Mapping[str, Tensor], hints: Hints, options: Assemb
 
 
 def noise_predictor_hints(path: Path) -> Hints:
-    """What the weights of InvSR's network do not tell, from a JSON file with its arguments.
+    """Hyperparameters of InvSR's network that its weights do not show, from a JSON file with its arguments.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not such a file.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -323,6 +323,6 @@ def _of_part(names: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _split(names: Mapping[str, Tensor], pattern: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(those without the pattern, those with it)."""
+    """(Names that do not match the pattern, names that do)."""
     with_it = {name: tensor for name, tensor in names.items() if re.search(pattern, name)}
     return {name: tensor for name, tensor in names.items() if name not in with_it}, with_it

@@ -30,7 +30,7 @@ NOT_WEIGHTS: Mapping[bytes, str] = {
     b"Rar!": "a RAR archive; unpack it and give the weight file inside",
     b"\x89HDF": "an HDF5 file; Keras and TensorFlow weights are not supported",
 }
-"""First bytes of files that are often given instead of weights: what they are and what to do."""
+"""First bytes of files that are often mistaken for weights: what they are and what to do."""
 
 BOOKKEEPING: Mapping[str, str] = {
     "pytorch_lightning.": "callbacks and hyper-parameters of Lightning 1",
@@ -43,13 +43,13 @@ BOOKKEEPING: Mapping[str, str] = {
     "collections.defaultdict": "state of callbacks and optimisers",
     **{f"builtins.{name}": "a type named by a configuration" for name in ("bool dict float int list str".split())},
 }
-"""Beginnings of names that training runs leave beside the weights. They become placeholders without asking."""
+"""Prefixes of object names that training runs leave beside the weights. They always become placeholders."""
 
 HOSTILE = tuple(
     f"{module}."
     for module in "os posix nt sys subprocess shutil socket runpy importlib ctypes pty code webbrowser".split()
 )
-"""Beginnings of names no checkpoint needs: such a file is refused even if only its tensors are asked for."""
+"""Prefixes of object names that no checkpoint needs: a file with one is refused even with tensors_only."""
 
 DICT_CLASSES = frozenset(
     {
@@ -59,7 +59,7 @@ DICT_CLASSES = frozenset(
         "pytorch_lightning.utilities.parsing.AttributeDict",
     }
 )
-"""Names whose placeholder is an empty dict, because the pickle goes on to fill it."""
+"""Objects whose placeholder is an empty dict, because the pickle fills it afterwards."""
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
@@ -75,7 +75,7 @@ class RawCheckpoint:
     content: Mapping[str, object]
     """Tensors and plain values by name; may be nested."""
     placeholders: tuple[str, ...]
-    """Names of the objects other than tensors, which were replaced by inert placeholders."""
+    """Names of objects that are not tensors; inert placeholders replace them."""
 
 
 class _Placeholder:
@@ -130,7 +130,7 @@ def read_checkpoint(path: str | Path, *, tensors_only: bool = False) -> RawCheck
 
 
 def _file_format(path: Path) -> FileFormat:
-    """The format by content; the extension is not looked at."""
+    """The format, by content; the extension does not matter."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; expected a weight file (.safetensors, .ckpt, .pth, .pt)")
     with path.open("rb") as file:
@@ -174,7 +174,7 @@ def _read_safetensors(path: Path) -> dict[str, object]:
 
 
 def _placeholders(path: Path, tensors_only: bool) -> dict[str, type]:
-    """A class that does nothing for each object the pickle names beyond those of tensors.
+    """For each object in the pickle that is not part of a tensor: a class that does nothing.
 
     The names are read without interpreting the pickle.
     """

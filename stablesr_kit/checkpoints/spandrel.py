@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 def load_spandrel(path: Path, device: torch.device | str = "cpu") -> "ImageModelDescriptor[torch.nn.Module]":
     """The network of a file, from RGB to RGB; its call pads and clamps, (B, 3, h, w) in [0, 1] on both sides.
 
-    The architectures of spandrel_extra_arches, some of which may not be used commercially, are known where it is
-    installed.
+    If spandrel_extra_arches is installed, its architectures work too; some of them forbid commercial use.
 
     Raises:
         ConfigError: the extra is not installed.
-        CheckpointError: the file is no such network, or not one from three channels to three.
+        CheckpointError: the file holds no such network, or one that does not turn RGB into RGB.
     """
     try:
         from spandrel import MAIN_REGISTRY, ArchRegistry, ImageModelDescriptor, ModelLoader, UnsupportedModelError

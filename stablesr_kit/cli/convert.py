@@ -14,7 +14,9 @@ from stablesr_kit.storage import replacing_folder
 
 TensorsOnly = Annotated[
     bool,
-    typer.Option("--tensors-only", help="Read a pickle that names unknown objects; they are left out, none is run."),
+    typer.Option(
+        "--tensors-only", help="Read a pickle that names unknown objects; they are dropped, and nothing is run."
+    ),
 ]
 
 
@@ -39,35 +41,41 @@ def convert(
         ),
     ] = None,
     cfw: Annotated[
-        Path | None, typer.Option(metavar="CKPT", help="The autoencoder with feature wrapping; without it w is 0.")
+        Path | None,
+        typer.Option(metavar="CKPT", help="The checkpoint with feature wrapping (CFW); without it, only w = 0 works."),
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(metavar="CKPT|DIR", help="For all but a StableSR checkpoint: the Stable Diffusion it belongs to."),
+        typer.Option(
+            metavar="CKPT|DIR",
+            help="The Stable Diffusion that CKPT belongs to; a whole StableSR checkpoint needs none.",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="JSON", help="For InvSR of another size: the arguments of its noise predictor."),
+        typer.Option(metavar="JSON", help="For an InvSR of another size: the arguments of its noise predictor."),
     ] = None,
     codeformer: Annotated[
         Path | None,
-        typer.Option(metavar="PTH", help="A CodeFormer, its VQGAN or discriminator: alone, or faces for CKPT."),
+        typer.Option(
+            metavar="PTH", help="A CodeFormer, alone or for the faces of CKPT; or its VQGAN or discriminator."
+        ),
     ] = None,
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction"] | None,
-        typer.Option(help="What the UNet predicts.", show_default="found out"),
+        typer.Option(help="What the UNet predicts.", show_default="detected"),
     ] = None,
     tensors_only: TensorsOnly = False,
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Names of tensors that may be left over; repeatable.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensor names that may be left over; repeatable.")
     ] = None,
 ) -> None:
     """Turn official checkpoints into a pipeline folder.
 
-    The folder is what `stablesr restore --model DIR` and `StableSRPipeline.from_pretrained` take. PiSA-SR, OSEDiff,
-    HYPIR and InvSR become a folder of `OneStepPipeline`, with their licence in it. The folder of a CodeFormer
-    alone is for `stablesr faces --model DIR` and `CodeFormerPipeline.from_pretrained`; with CKPT it becomes DIR/faces,
-    where `stablesr restore --face codeformer` looks. A VQGAN or discriminator becomes the folder of a network.
+    Use the folder with `stablesr restore --model DIR` or `StableSRPipeline.from_pretrained`. PiSA-SR, OSEDiff, HYPIR
+    and InvSR become a folder for `OneStepPipeline`, with their licence in it. A CodeFormer alone becomes a folder for
+    `stablesr faces --model DIR` and `CodeFormerPipeline.from_pretrained`; together with CKPT it becomes DIR/faces,
+    which `stablesr restore --face codeformer` uses. A VQGAN or discriminator becomes the folder of a network.
     """
     if checkpoint is None and codeformer is None:
         usage_error("nothing is given to convert; give an official StableSR checkpoint, or --codeformer PTH, or both")
@@ -134,7 +142,7 @@ class Savable(Protocol):
 def convert_one_step_file(
     path: Path, base: Path, config: Path | None, tensors_only: bool, ignore: Sequence[str]
 ) -> Savable:
-    """A pipeline of one step or a few. Raises CheckpointError."""
+    """A pipeline of one or a few steps. Raises CheckpointError."""
     from stablesr_kit import OneStepPipeline
     from stablesr_kit.checkpoints.one_step import noise_predictor_hints
 
@@ -143,7 +151,7 @@ def convert_one_step_file(
 
 
 def convert_faces(path: Path, tensors_only: bool, ignore: Sequence[str], is_alone: bool) -> Savable:
-    """A pipeline around a CodeFormer; alone, another network of its family as it is. Raises CheckpointError."""
+    """A CodeFormer as a pipeline, or another network of its family as a network. Raises CheckpointError."""
     from stablesr_kit.checkpoints.codeformer import convert_face_checkpoint
     from stablesr_kit.models.codeformer import CodeFormer
     from stablesr_kit.pipelines.codeformer import CodeFormerPipeline

@@ -1,4 +1,4 @@
-"""`stablesr degrade`: good pictures in, the pictures a restorer is trained and judged on out."""
+"""`stablesr degrade`: make the LQ pictures that a restorer is trained and tested on, from HQ ones."""
 
 import os
 import zlib
@@ -31,22 +31,22 @@ def degrade(
         typer.Option("-o", "--output", metavar="OUT", help="A file for one picture, else a folder (of PNG files)."),
     ],
     preset: Annotated[str, typer.Option(metavar="NAME", help="How to degrade; see --list.")] = "stablesr-512",
-    seed: Annotated[int, typer.Option(min=0, help="The same seed degrades a file of the same name alike.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed and file name give the same result.")] = 0,
     scale: Annotated[
         int, typer.Option(min=1, help="How many times smaller the result is; 1 keeps the size, as in training.")
     ] = 1,
     save_hq: Annotated[
-        bool, typer.Option("--save-hq", help="Also write the picture a restorer should return, as NAME_hq.")
+        bool, typer.Option("--save-hq", help="Also write the HQ picture, which a restorer should return, as NAME_hq.")
     ] = False,
     _list: Annotated[
-        bool, typer.Option("--list", callback=_print_presets, is_eager=True, help="Show the presets and leave.")
+        bool, typer.Option("--list", callback=_print_presets, is_eager=True, help="Show the presets and exit.")
     ] = False,
 ) -> None:
     """Degrade pictures as training does.
 
-    Sides are cut at the right and below to multiples of the scale. Pictures are spread over the processes of
-    `accelerate launch -m stablesr_kit.cli degrade ...`. Exit status: 0 all degraded; 1 some failed, each
-    with one line, and the others are written; 2 wrong usage.
+    Pictures are cropped at the right and bottom to multiples of the scale. They are spread over the processes of
+    `accelerate launch -m stablesr_kit.cli degrade ...`. Exit status: 0 all degraded; 1 some failed (one line
+    each; the others are written); 2 wrong usage.
     """
     from stablesr_kit.imaging.degradations import find_preset
 

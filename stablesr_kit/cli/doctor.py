@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 def doctor() -> None:
     """Show what this machine offers and what is broken.
 
-    Versions, devices, memory, disk, and whether the embedded models load. Exit status: 0 all that is needed works, 1
+    Versions, devices, memory, disk, and whether the embedded models load. Exit status: 0 everything needed works; 1
     something is broken.
     """
     problems = 0
@@ -46,7 +46,7 @@ def doctor() -> None:
 
 
 def _findings(examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings; whatever breaks while looking is itself a finding, since a doctor must not die of the patient."""
+    """The findings; an error while looking is a finding too."""
     try:
         yield from examine()
     except Exception as error:
@@ -59,7 +59,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Installed versions of all direct dependencies, against what the package asks for."""
+    """Installed versions of all direct dependencies, checked against the requirements."""
     from packaging.requirements import Requirement
 
     yield Finding(DISTRIBUTION, metadata.version(DISTRIBUTION))
@@ -111,7 +111,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    """What is in the package, loaded."""
+    """Whether the models in the package load."""
     quieten_libraries()
 
     from stablesr_kit import CodeFormerPipeline, StableSRPipeline

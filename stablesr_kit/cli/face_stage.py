@@ -1,4 +1,4 @@
-"""What the commands that restore faces share: the face network, and a line for each face."""
+"""Shared by the commands that restore faces: the face network, and a line for each face."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +21,14 @@ BESIDE = "faces"
 
 
 def choose_face_model(model: str | None, beside: str | None = None) -> str:
-    """The model that was given, or the one beside a StableSR model `beside`, or the one in the package."""
+    """The given model, or the one inside the StableSR model `beside`, or the one in the package."""
     if model is None and beside is not None and (Path(beside) / BESIDE).is_dir():
         return beside
     return model or EMBEDDED
 
 
 def find_face_model(model: str) -> Path:
-    """The file or folder of a face model, also of one inside a StableSR model. Raises ModelNotFoundError."""
+    """File or folder of a face model, which may be inside a StableSR model. Raises ModelNotFoundError."""
     from stablesr_kit.pipelines.loading import EMBEDDED_FACES, resolve_model
 
     if (Path(model) / BESIDE).is_dir():
@@ -39,7 +39,7 @@ def find_face_model(model: str) -> Path:
 def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
     """CodeFormer from an original checkpoint file, a pipeline folder, the package or the hub.
 
-    Raises ModelNotFoundError, or CheckpointError for a model that is damaged or another one.
+    Raises ModelNotFoundError, or CheckpointError if the model is damaged or of another kind.
     """
     quieten_libraries()
 
@@ -54,9 +54,9 @@ def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
 
 
 def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"], is_given: bool = False) -> None:
-    """A line for each face of a photo on stdout, above the progress bars; one line if there is none.
+    """Print a line for each face of a photo, or one line if it has none, above the progress bars.
 
-    is_given: the faces were given by hand, none at all perhaps.
+    is_given: the faces were given by hand.
     """
     name = one_line(source)
     if not reports:
@@ -78,10 +78,10 @@ def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceRep
 def tell_aligned(
     source: Path, task: "FaceTask", w: float | None, given: Image.Image, restored: Image.Image, hole: Image.Image | None
 ) -> None:
-    """A line for a picture of one aligned face on stdout, above the progress bars.
+    """Print a line for a picture of one aligned face, above the progress bars.
 
-    given, restored: before and after, of the same proportions. hole: white where it was to be filled in; None is where
-    `given` is pure white.
+    given, restored: before and after, of the same proportions. hole: the mask, white where it was filled in; None is
+    where `given` is pure white.
     """
     import numpy as np
 
@@ -99,6 +99,6 @@ def tell_aligned(
 
 
 def check_face_w(w: float | None, option: str) -> None:
-    """Refuse a fidelity that no face network was made for."""
+    """Refuse a fidelity outside 0 to 1."""
     if w is not None and not 0 <= w <= 1:
         usage_error(f"{option} {w} must be a number from 0 (quality) to 1 (fidelity); 0.5 is usual")

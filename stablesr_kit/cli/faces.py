@@ -1,4 +1,4 @@
-"""`stablesr faces`: faces restored in whole photographs, or pictures of one aligned face restored, filled, coloured."""
+"""`stablesr faces`: restore the faces of whole photographs; restore, fill in or colour pictures of one aligned face."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ def faces(
     ],
     mode: Annotated[
         Mode,
-        typer.Option(help="Photographs with faces, or pictures of one aligned face: restored, filled in, coloured."),
+        typer.Option(help="whole: photographs; aligned, inpaint, colorize: pictures of one aligned face."),
     ] = "whole",
     model: Annotated[
         str | None,
@@ -77,26 +77,26 @@ def faces(
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(help="inpaint: a picture that is white where to fill in.", show_default="the pure white pixels"),
+        typer.Option(help="For inpaint: a picture, white where to fill in.", show_default="the pure white pixels"),
     ] = None,
-    detector: Annotated[Literal["mtcnn", "retinaface", "yunet"], typer.Option(help="Who finds the faces.")] = "mtcnn",
+    detector: Annotated[Literal["mtcnn", "retinaface", "yunet"], typer.Option(help="Detector of the faces.")] = "mtcnn",
     detector_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The detector's file; mtcnn needs none.")
+        Path | None, typer.Option(metavar="FILE", help="The detector's weights; mtcnn needs none.")
     ] = None,
     only_center: Annotated[bool, typer.Option("--only-center", help="Only the face nearest the centre.")] = False,
     only_largest: Annotated[bool, typer.Option("--only-largest", help="Only the largest face.")] = False,
     min_eye_distance: Annotated[
-        float, typer.Option(metavar="PX", help="Leave out faces whose eyes are nearer, in pixels of the photo.")
+        float, typer.Option(metavar="PX", help="Leave out faces whose eyes are closer, in pixels of the photo.")
     ] = 5.0,
     max_identity_distance: Annotated[
-        float, typer.Option(help="A restored face farther than this from the given one is held back; inf: none is.")
+        float, typer.Option(help="Hold back a restored face whose distance from the input is larger; inf: never.")
     ] = 0.3,
     max_enlargement: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Faces more than X times as large in the result as the model makes them are left alone.",
-            show_default="the model's: 1.5 of mini, none of others",
+            help="Leave alone faces that would be more than X times the model's own size in the result.",
+            show_default="the model's: 1.5 for mini, none for others",
         ),
     ] = None,
     upscale: Annotated[float, typer.Option(help="How many times larger the photo becomes.")] = 2,
@@ -104,15 +104,15 @@ def faces(
         str,
         typer.Option(
             metavar="stablesr|none|DIR|FILE",
-            help="What enlarges the photo: mini, plain resizing, a StableSR folder, a network that spandrel knows.",
+            help="Enlarges the photo: mini, plain resizing, a StableSR folder, or a network that spandrel loads.",
         ),
     ] = "stablesr",
     face_upsampler: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Enlarges the restored faces: a network that spandrel knows.")
+        Path | None, typer.Option(metavar="FILE", help="A network that spandrel loads, to enlarge the restored faces.")
     ] = None,
     parser: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keeps clothes and background out of the mask: parsing_parsenet.pth."),
+        typer.Option(metavar="FILE", help="parsing_parsenet.pth: keeps clothes and background out of the mask."),
     ] = None,
     draw_box: Annotated[bool, typer.Option("--draw-box", help="Outline the restored squares.")] = False,
     given: Annotated[
@@ -128,7 +128,7 @@ def faces(
 ) -> None:
     """Restore faces.
 
-    Exit status: 0 all done; 1 some failed, each with one line, and the others are written; 2 wrong usage.
+    Exit status: 0 all done; 1 some failed (one line each; the others are written); 2 wrong usage.
     """
     for name in _WHOLE_ONLY if mode != "whole" else ():
         source = context.get_parameter_source(name)

@@ -1,4 +1,4 @@
-"""How the command line speaks: results on stdout; notes and errors on stderr, one line each."""
+"""Messages of the command line: results on stdout; notes and errors on stderr, one line each."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from stablesr_kit.errors import CheckpointError, ModelNotFoundError, StableSRKit
 
 
 def one_line(message: object) -> str:
-    """The message on one line, without control characters (file names and foreign errors may hold some)."""
+    """The message on one line, without control characters (file names and library errors may hold some)."""
     text = " ".join(str(message).split())
     return "".join(character if character.isprintable() else "?" for character in text)
 
@@ -31,13 +31,13 @@ class UsageError(typer.BadParameter):
 
 
 def usage_error(message: str) -> NoReturn:
-    """Ends the command with one line on stderr and exit status 2: nothing was done, the call must change."""
+    """End the command with one line on stderr and exit status 2: nothing was done, the call must change."""
     raise UsageError(message)
 
 
 @contextmanager
 def failing_in_one_line() -> Iterator[None]:
-    """Turns the errors a user can cause into one line on stderr; exit status 2 for a wrong model name, else 1."""
+    """Print errors that a user can cause as one line on stderr; exit status 2 for a wrong model name, else 1."""
     try:
         yield
     except ModelNotFoundError as error:
@@ -49,7 +49,7 @@ def failing_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Says in one line, as a CheckpointError, that a model is damaged, however diffusers says it."""
+    """Turn every error of diffusers about a damaged model into a CheckpointError of one line."""
     try:
         yield
     except StableSRKitError:
@@ -61,7 +61,7 @@ def loading(model: str) -> Iterator[None]:
 
 @contextmanager
 def telling(logger_name: str) -> Iterator[None]:
-    """Lets a part of the toolkit say what it does, not only what is wrong."""
+    """Let a part of the toolkit log what it does, not only warnings."""
     logger = logging.getLogger(logger_name)
     before = logger.level
     logger.setLevel(logging.INFO)
@@ -72,10 +72,10 @@ def telling(logger_name: str) -> Iterator[None]:
 
 
 def quieten_imports() -> None:
-    """No advice from libraries that are still to be imported: transformers warns of optional packages as it is.
+    """Silence libraries that are not imported yet: while it is imported, transformers warns of missing packages.
 
-    Whoever sets the environment variables hears them. DeepSpeed, where it is installed, is imported whenever
-    transformers saves a network, and logs to stdout.
+    Environment variables that are set already win. DeepSpeed, if installed, is imported whenever transformers saves a
+    network, and logs to stdout.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
@@ -83,7 +83,7 @@ def quieten_imports() -> None:
 
 
 def quieten_libraries() -> None:
-    """No advice from transformers and diffusers, no errors that are raised as well, and bars only on a terminal."""
+    """Silence transformers and diffusers: no advice, no log of raised errors, no bars without terminal."""
     quieten_imports()
 
     from diffusers.utils import logging as diffusers_logging

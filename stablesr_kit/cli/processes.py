@@ -1,8 +1,6 @@
-"""Work spread over the processes of `accelerate launch`: pictures, or the tiles of a single one.
+"""Share work between the processes of `accelerate launch`: pictures, or the tiles of a single one.
 
-Each process takes its own pictures and learns what became of all.
-
-A command that was started otherwise is one process and takes part in nothing.
+Each process takes its own pictures, and all learn all results. Without `accelerate launch` there is one process.
 """
 
 import os
@@ -22,7 +20,7 @@ LONGEST_WAIT = timedelta(days=365)
 
 
 def is_first() -> bool:
-    """Whether this is the process that says what concerns all of them."""
+    """Whether this process prints what concerns all of them."""
     state = _state()
     return state is None or state.is_main_process
 
@@ -34,7 +32,7 @@ def local_index() -> int:
 
 
 def team_of_all() -> "Team | None":
-    """All processes as a team at one picture; None if there is one."""
+    """All processes as a team for one picture; None if there is only one process."""
     state = _state()
     if state is None:
         return None
@@ -51,7 +49,7 @@ def share_of(items: list[Item]) -> list[Item]:
 
 
 def gathered(item: Item) -> list[Item]:
-    """The items of all processes, in their order; waits for the slowest. All must come here, once each."""
+    """One item of each process, in their order. All processes must call it; it waits for the slowest."""
     if _state() is None:
         return [item]
 

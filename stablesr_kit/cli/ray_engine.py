@@ -1,4 +1,4 @@
-"""The pictures of `stablesr restore` spread over a Ray cluster, whose nodes see the same folders."""
+"""Restore the pictures of `stablesr restore` on a Ray cluster; all nodes must see the same folders."""
 
 import logging
 from dataclasses import replace
@@ -18,7 +18,7 @@ class RayRestorer:
         self.restorer = Restorer(restoring)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Row of a job -> its number, and the line that says why there is no result."""
+        """Restore the job of a row; returns its number and the error, empty if there is none."""
         try:
             companion = Path(row["companion"]) if row["companion"] else None
             job = Job(
@@ -34,8 +34,8 @@ class RayRestorer:
 def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: int | None) -> None:
     """Map the pictures over actors of the cluster of RAY_ADDRESS, or of one that is started here.
 
-    workers: how many actors; None is as many as there are pictures and room. Each takes a whole accelerator, if that is
-    where the model goes. Ends the command if Ray is not installed.
+    workers: number of actors; None is up to one per picture, as the cluster allows. Each takes a whole accelerator if
+    the model runs on one. Ends the command if Ray is not installed.
     """
     try:
         import ray

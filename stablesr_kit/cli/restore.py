@@ -46,97 +46,98 @@ def restore(
     color_fix: Annotated[
         Literal["wavelet", "adain", "ycbcr", "none"] | None,
         typer.Option(
-            help="How the result gets the colours of the input.", show_default="wavelet, or a one-step model's own"
+            help="How the result gets the input's colours.", show_default="wavelet, or a one-step model's own"
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
             metavar="lq|noise|TIMESTEP",
-            help="Begin at the noised input, pure noise, or a timestep.",
+            help="Start from the noised input, from pure noise, or at a timestep.",
             show_default="lq",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the picture shows.", show_default="no text")] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What it should not look like; acts with --guidance-scale above 1.")
+        str | None, typer.Option(help="What the picture should not look like; needs --guidance-scale above 1.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Weight of the prompts; 1 is off.", show_default="1")
+        float | None, typer.Option(help="Classifier-free guidance; 1 is off.", show_default="1")
     ] = None,
     lambda_pix: Annotated[
-        float | None, typer.Option(help="Of PiSA-SR: how much degradation is removed.", show_default="1")
+        float | None, typer.Option(help="PiSA-SR: how much degradation is removed.", show_default="1")
     ] = None,
     lambda_sem: Annotated[
-        float | None, typer.Option(help="Of PiSA-SR: how much detail is invented.", show_default="1")
+        float | None, typer.Option(help="PiSA-SR: how much detail is added.", show_default="1")
     ] = None,
-    tile: Annotated[
-        str, typer.Option(metavar="auto|none|PX", help="Side of the tiles a large picture is restored in.")
-    ] = "auto",
+    tile: Annotated[str, typer.Option(metavar="auto|none|PX", help="Side of the tiles for a large picture.")] = "auto",
     tile_overlap: Annotated[
-        int | None, typer.Option(metavar="PX", help="What neighbouring tiles share.", show_default="a quarter")
+        int | None, typer.Option(metavar="PX", help="Overlap of neighbouring tiles.", show_default="a quarter")
     ] = None,
     mode: Annotated[
         Literal["exact", "approximate"],
-        typer.Option(help="How the tiles of a large picture are coded; approximate needs less disk."),
+        typer.Option(help="Tiled autoencoder: exact, or approximate with less disk."),
     ] = "exact",
     attention: Annotated[
         Literal["global", "windowed"],
-        typer.Option(help="Of the tiled autoencoder; windowed where the plan says that global costs most."),
+        typer.Option(help="Attention of the tiled autoencoder; windowed is faster for very large pictures."),
     ] = "global",
     max_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What the device may hold, such as 6GB.", show_default="what is free"),
+        typer.Option(metavar="SIZE", help="Memory limit of the device, such as 6GB.", show_default="what is free"),
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")] = "auto",
     dtype: Annotated[
         DtypeName,
         typer.Option(
-            help="Precision; auto is bfloat16 where the device computes in it, else float16 on CUDA, float32 elsewhere."
+            help="Precision; auto is bfloat16 if the device supports it, else float16 on CUDA, float32 elsewhere."
         ),
     ] = "auto",
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the networks: minutes before the first step, less time for each."),
+        typer.Option("--compile", help="Compile the networks: the first step takes minutes, all others less time."),
     ] = False,
     face: Annotated[
-        Literal["none", "codeformer"], typer.Option(help="What refines the faces of the restored picture.")
+        Literal["none", "codeformer"], typer.Option(help="Restore the faces of the result as well.")
     ] = "none",
-    face_w: Annotated[float, typer.Option(help="Of the faces: 0 quality to 1 fidelity.")] = 0.7,
+    face_w: Annotated[float, typer.Option(help="Faces: 0 quality to 1 fidelity.")] = 0.7,
     codeformer: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|DIR|PTH",
-            help="What refines them: a pipeline folder, a hub repository, or an original checkpoint.",
+            help="The face model: a pipeline folder, a hub repository, or an original checkpoint.",
             show_default="that of --model, or mini",
         ),
     ] = None,
     huge: Annotated[
-        bool, typer.Option("--huge", help="Also take pictures of more than 100 million pixels; only files you trust.")
+        bool, typer.Option("--huge", help="Allow pictures of more than 100 million pixels; only for files you trust.")
     ] = False,
     engine: Annotated[
-        Literal["here", "ray"], typer.Option(help="Who runs the pictures: this process, or a cluster (RAY_ADDRESS).")
+        Literal["here", "ray"],
+        typer.Option(help="Where pictures are restored: in this process, or on a Ray cluster (RAY_ADDRESS)."),
     ] = "here",
-    workers: Annotated[int | None, typer.Option(help="Of --engine ray.", show_default="as the cluster allows")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of workers for --engine ray.", show_default="as the cluster allows")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     provenance: Annotated[
         bool,
         typer.Option(
             "--provenance/--no-provenance",
-            help="Write into each result how it was made; without, --resume knows none of a run that was finished.",
+            help="Write into each result how it was made; --resume needs this to recognise results.",
         ),
     ] = True,
 ) -> None:
     """Restore and enlarge pictures.
 
-    What --model holds decides how: StableSR takes --w, --start and guidance, a one-step restorer (PiSA-SR, OSEDiff,
-    HYPIR, InvSR) does not; PiSA-SR alone has --lambda-pix and --lambda-sem.
+    Options depend on the model: --w, --start and guidance are for StableSR, not for one-step models (PiSA-SR, OSEDiff,
+    HYPIR, InvSR); --lambda-pix and --lambda-sem are for PiSA-SR.
 
-    Pictures, or the tiles of a single one, are spread over the processes of `accelerate launch -m stablesr_kit.cli
-    restore ...`.
+    With `accelerate launch -m stablesr_kit.cli restore ...`, processes share the pictures, or the tiles of a single
+    one.
 
-    Exit status: 0 all restored; 1 some failed, each with one line, and the others are written; 2 wrong usage.
+    Exit status: 0 all restored; 1 some failed (one line each; the others are written); 2 wrong usage.
     """
     asked = context.params
     check_options(asked)
@@ -186,7 +187,7 @@ def restore(
 
 
 def check_options(asked: Mapping[str, Any]) -> None:
-    """Refuse options that no model can work with, before one is loaded. asked: those of `restore`, by name."""
+    """Refuse options that no model can use, before one is loaded. asked: options of `restore`, by name."""
     parse_tile(asked["tile"], asked["tile_overlap"])
     parse_max_memory(asked["max_memory"])
     check_numbers(asked["scale"], asked["w"], asked["steps"], asked["guidance_scale"], asked["seed"])
@@ -196,7 +197,7 @@ def check_options(asked: Mapping[str, Any]) -> None:
 
 
 def restoring_of(folder: Path, asked: Mapping[str, Any], digest: Callable[[Path], str] = sha256) -> Restoring:
-    """What to do with every picture whose result goes into the folder; ends the command where that means nothing.
+    """How to restore the pictures whose results go into the folder; ends the command if the options cannot work.
 
     asked: options of `restore`, by name. digest: of a model's file or folder.
 
@@ -263,7 +264,7 @@ OF_ONE_STEP = {"lambda_pix": 1.0, "lambda_sem": 1.0}
 
 
 def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a pipeline's call; ends the command if one is given that the model's kind does not take.
+    """Options of a pipeline's call; ends the command if one of them is not for this kind of model.
 
     folder: of the model. given: all options, None for one that is not given.
     """
@@ -283,7 +284,7 @@ def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def assist(team: "Team", model: str, device: "torch.device", is_compiled: bool) -> None:
-    """Predict tiles for the first process, in the precision that it tells first."""
+    """Predict tiles for the first process, in the precision that it sends."""
     pipeline = load_pipeline(model, device, team.listen())
     if is_compiled:
         pipeline.compile_prediction()
@@ -305,7 +306,7 @@ def parse_start(start: str) -> Literal["lq", "noise"] | int:
 
 
 def parse_tile(tile: str, overlap: int | None) -> Literal["auto", "none"] | int:
-    """The `tile_px` of a pipeline call; what the networks can take is known to the pipeline alone."""
+    """The `tile_px` of a pipeline call; the pipeline checks whether it suits the networks."""
     if tile == "auto":
         return "auto"
     if tile == "none":
@@ -318,7 +319,7 @@ def parse_tile(tile: str, overlap: int | None) -> Literal["auto", "none"] | int:
 
 
 def check_numbers(scale: float, w: float | None, steps: int | None, guidance_scale: float | None, seed: int) -> None:
-    """Refuse numbers no model can work with, before one is loaded."""
+    """Refuse numbers that no model can use, before one is loaded."""
     if not (math.isfinite(scale) and scale > 0):
         usage_error(f"--scale {scale} must be a positive number; 4 is usual")
     if w is not None and not (math.isfinite(w) and w >= 0):
@@ -339,7 +340,7 @@ def tiling_of(tiles: dict[str, Any], max_memory: int | None) -> "Tiling":
 
 
 def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
-    """The jobs whose results are not there yet; ends the command if they are, but of other settings."""
+    """The jobs without a result; ends the command if results of other settings are there."""
     try:
         left = [job for job in jobs if not journal.is_finished(job.source, job.results)]
     except JobError as error:
@@ -349,7 +350,7 @@ def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
 
 
 def possible(job: Job, is_huge_allowed: bool, scale: float, report: Report) -> list[Job]:
-    """The job, unless its picture cannot be read or its result not be written, which is reported."""
+    """The job; None, reported, if its picture cannot be read or its result cannot be written."""
     try:
         open_job(job, is_huge_allowed, scale)
     except StableSRKitError as error:
@@ -359,7 +360,7 @@ def possible(job: Job, is_huge_allowed: bool, scale: float, report: Report) -> l
 
 
 def choose_device(name: str) -> "torch.device":
-    """The named device, or the best one there is; ends the command if there is none of that name."""
+    """The named device, or with "auto" the best one; ends the command if there is no such device."""
     import torch
 
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
@@ -377,7 +378,7 @@ def choose_device(name: str) -> "torch.device":
 
 
 def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
-    """The named precision, or the one that is fast and safe on the device."""
+    """The named precision, or with "auto" one that is fast and safe on the device."""
     import torch
 
     from stablesr_kit.models.execution import has_bf16
@@ -392,7 +393,7 @@ def choose_dtype(name: DtypeName, device: "torch.device") -> "torch.dtype":
 
 
 def check_components(pipeline: "StableSRPipeline | OneStepPipeline", options: dict[str, Any]) -> None:
-    """Refuse what this model has no part for, once instead of for every picture."""
+    """Refuse options for which the model lacks a component, once instead of for every picture."""
     if (w := options.get("w", 0)) > 0 and pipeline.cfw is None:
         usage_error(f"--w {w} needs feature wrapping (CFW), which this model lacks; give --w 0 or convert with --cfw")
     if (options["prompt"] or options.get("negative_prompt")) and pipeline.text_encoder is None:
@@ -404,7 +405,7 @@ def check_components(pipeline: "StableSRPipeline | OneStepPipeline", options: di
 
 
 def parse_max_memory(text: str | None) -> int | None:
-    """Bytes; None stays None and stands for what is free. Ends the command if the text is no size."""
+    """Bytes, or None for what is free. Ends the command if the text is no size."""
     if text is None:
         return None
 
@@ -417,7 +418,7 @@ def parse_max_memory(text: str | None) -> int | None:
 
 
 def dtype_that_fits(dtype: "torch.dtype", model: Path, device: "torch.device", max_memory: int | None) -> "torch.dtype":
-    """float32, or with a note half precision where the model's weights alone would not fit; others stay."""
+    """The dtype, but half precision, with a note, if float32 weights alone would not fit."""
     import torch
 
     from stablesr_kit.models.execution import has_bf16

@@ -1,4 +1,4 @@
-"""What a process of `stablesr restore` holds, and what it does with each picture."""
+"""The loaded model of a process of `stablesr restore`, and how it restores each picture."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 LESS_MEMORY = "restore with a smaller --tile or --scale"
 BYTES_PER_PIXEL = 48
-"""Of a result that is held whole, at the peak: three floats as an image, as rows of pixels and as levels."""
+"""Peak memory per pixel of a result held whole: three floats each as image, as rows of pixels and as levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restoring:
-    """What to do with every picture: plain values, which any process of any machine can be given.
+    """How to restore every picture, as plain values that can be sent to any process.
 
     folder: of the results and their journal.
     settings: as `Journal` takes them.
     model: name or folder.
-    options: of a pipeline's call, and tiling: its tiles and memory.
-    face_model: name or folder of what refines faces, at fidelity face_w; None: nothing does.
-    is_compiled: networks are, before the first step.
-    resume: continue what is in progress.
+    options: of the pipeline's call. tiling: its tiles and memory.
+    face_model: name or folder of the face model, used at fidelity face_w; None restores no faces.
+    is_compiled: whether networks are compiled.
+    resume: continue unfinished pictures.
     has_provenance: write into each result how it was made.
     """
 
@@ -71,11 +71,11 @@ class Restoring:
 
 @dataclass(kw_only=True)
 class Watch:
-    """Who looks on while pictures are restored.
+    """What an observer of the restoration is told.
 
     progress: as a pipeline's `Job` takes it.
     on_step: called with the latents (1, C, h, w) after each step.
-    is_kept: `sampled` then holds what the last picture was decoded of, with all that `redecode` takes for any w.
+    is_kept: whether `sampled` keeps the last picture's latent and features, for `redecode` with any w.
     """
 
     progress: Callable[[str, int, str], Any] | None = None
@@ -87,8 +87,8 @@ class Watch:
 class Restorer:
     """A loaded model that restores one picture after the other.
 
-    team: processes that predict tiles with this one; None if there are none.
-    pipeline, face_network: loaded already; None loads what `restoring` names.
+    team: processes that also predict tiles; None if there are none.
+    pipeline, face_network: loaded ones; None loads those that `restoring` names.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -143,7 +143,7 @@ class Restorer:
             self.journal.finish(job.source, job.results)
 
     def provenance(self, job: Job) -> dict[str, Any]:
-        """What a result says of how it was made: for people first, then all that a later run compares."""
+        """How a result was made: settings for people first, then all that a later run compares."""
         steps = self.restoring.options["num_inference_steps"] or self.pipeline.default_steps
         said = {"software": "stablesr-kit", "model": Path(self.restoring.model).name, "steps": steps}
         return said | self.journal.provenance(job.source)
@@ -161,9 +161,9 @@ def find_model(model: str) -> Path:
 def load_pipeline(
     model: str, device: "torch.device", dtype: "torch.dtype", has_text: bool = False
 ) -> "StableSRPipeline | OneStepPipeline":
-    """The model on its device. Without a text its text encoder stays on disk, unless the empty text takes one.
+    """The model on its device. The text encoder is loaded only for a prompt, or if the empty prompt needs it.
 
-    Raises ModelNotFoundError, or CheckpointError for a model that is damaged.
+    Raises ModelNotFoundError, or CheckpointError if the model is damaged.
     """
     quieten_libraries()
 
@@ -188,14 +188,14 @@ def refinement(network: "CodeFormerPipeline", w: float) -> "FaceRefinement":
 
 
 def seeded(seed: int) -> "torch.Generator":
-    """A fresh generator for each picture: its result does not depend on what was restored before it."""
+    """A new generator for each picture, so that results do not depend on the order."""
     import torch
 
     return torch.Generator().manual_seed(seed)
 
 
 def show_steps(pipeline: "StableSRPipeline | OneStepPipeline", job: Job, is_below_another_bar: bool) -> None:
-    """Name the bar over the denoising steps after the picture; there is none where nobody looks at a terminal."""
+    """Label the progress bar of the denoising steps with the picture; no bar if there is no terminal."""
     pipeline.set_progress_bar_config(
         desc=job.source.name,
         leave=False,
@@ -213,7 +213,7 @@ def resumable(
     team: "Team | None",
     watch: Watch,
 ) -> "Callable[[Readable], Readable]":
-    """Restores a picture; plan, coding and sampling are saved in the folder, from where another run goes on."""
+    """Restore a picture, saving plan, encoding, sampling and decoding in a folder so that a later run can go on."""
     from stablesr_kit import Job as PipelineJob
     from stablesr_kit import StableSRPipeline
     from stablesr_kit.pipelines.job import SamplingState
@@ -291,7 +291,7 @@ def side_by_side(left: "Readable", right: "Readable", dtype: type[np.unsignedint
 
 
 def gap_beside(width: int) -> int:
-    """Pixels between a picture of this width and another."""
+    """Width of the gap between two pictures of this width."""
     return max(width // 100, 1)
 
 
@@ -303,13 +303,13 @@ def plan_for(
     options: dict[str, Any],
     saved: Path,
 ) -> "Plan | None":
-    """The plan for a result of height x width pixels, told if there are tiles; None if there is nothing to plan.
+    """The plan for a result of height x width pixels, printed if there are tiles; None if none is needed.
 
-    options: of the call. saved: a file with the plan that a stopped run began with, which is kept to whatever is free
-    now, so that the picture is the same; it is written if it is not there.
+    options: of the call. saved: file of the plan. An existing plan, of a stopped run, is used whatever memory is free
+    now, so that the picture stays the same; otherwise a new one is written there.
 
     Raises:
-        JobError: the stopped run was allowed another amount of memory.
+        JobError: the stopped run had another memory limit.
     """
     from stablesr_kit.tiling.memory import Plan
 

@@ -109,10 +109,10 @@ class MTCNNOptions:
     pyramid_factor: float = 0.709
     """Size of one scale relative to the one before."""
     thresholds: tuple[float, float, float] = (0.6, 0.7, 0.85)
-    """Least scores after the first, second and third network; 0.9 for the third misses two of 592 portraits, 0.8 adds
-    objects more often than faces."""
+    """Lowest accepted scores of the three networks. For the third, 0.9 misses two of 592 portraits; 0.8 finds more
+    objects than faces in addition."""
     max_candidates: int = 20_000
-    """Most windows, the surest ones, that go from the first network to the second."""
+    """Largest number of windows, the most confident ones, that the second network gets."""
     batch_size: int = 512
     """Patches per forward."""
     strip_px: int = 1024
@@ -156,7 +156,7 @@ class MTCNNDetector:
 
     @torch.no_grad()
     def landmarks_in(self, pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> tuple[NDArray[np.float64], Points]:
-        """Scores (N,) and landmarks (N, 5, 2) of the last network for boxes drawn around faces."""
+        """Scores (N,) and landmarks (N, 5, 2) that the last network gives for boxes around faces."""
         squares = squared(np.array(boxes, np.float64).reshape(-1, 4))
         scores, _, landmarks = self._run(self.output, pixels, squares)
         return scores, placed(squares, landmarks)
@@ -191,7 +191,7 @@ class MTCNNDetector:
     def _run(
         self, network: RefinementNetwork | OutputNetwork, pixels: NDArray[np.uint8], squares: NDArray[np.float64]
     ) -> list[NDArray[np.float64]]:
-        """What the network says of the picture inside each of the squares (N, 4), in batches."""
+        """The network's outputs for the picture inside each square (N, 4), in batches."""
         patches = [cut(pixels, square, network.size_px) for square in squares.round().astype(int)]
         size = network.size_px
         batches = [patches[i : i + self.options.batch_size] for i in range(0, len(patches), self.options.batch_size)]
@@ -206,7 +206,7 @@ class MTCNNDetector:
 
 
 def pyramid(pixels: NDArray[np.uint8], options: MTCNNOptions) -> Iterator[NDArray[Any]]:
-    """The picture at falling scales: on the first a face of `min_face_px` fills a window of the first network."""
+    """The picture at decreasing scales: in the first, a face of `min_face_px` fills a window of the first network."""
     scale = WINDOW_PX / options.min_face_px
     height, width = pixels.shape[:2]
     while min(height, width) * scale >= WINDOW_PX:
@@ -275,11 +275,11 @@ class RetinaFaceOptions:
     """What counts as a face."""
 
     min_sides_px: tuple[int, ...] = (640, 1280)
-    """Smaller sides of the pictures that are searched; those above the first that would enlarge one are left out."""
+    """Shorter sides to which a picture is resized for the search; of those that enlarge it, only the first is used."""
     threshold: float = 0.8
     """Least score."""
     max_overlap: float = 0.4
-    """Shared part of the union from which on two detections are one face."""
+    """Intersection over union from which on two detections are one face."""
 
 
 class RetinaFaceDetector:
@@ -340,7 +340,7 @@ class RetinaFaceDetector:
 class YuNetDetector:
     """Finds faces with OpenCV's FaceDetectorYN.
 
-    model: the .onnx file (face_detection_yunet_2023mar.onnx). threshold: least score. max_overlap: shared part of the
+    model: the .onnx file (face_detection_yunet_2023mar.onnx). threshold: least score. max_overlap: intersection over
     union from which on two detections are one face. max_side_px: larger pictures are searched at this size; YuNet
     looks for faces of 10 to 300 pixels.
 
@@ -377,13 +377,13 @@ class YuNetDetector:
 
 
 SURE = 0.99
-"""Score of a face that is one: a face that lies on its side may be taken for a worse one that does not."""
+"""Score of a certain face. A lying face may be detected as an upright one, but with a lower score."""
 LEAST_SCORE = 0.95
-"""Of a face in a turned picture: there are three turns to take something else for one."""
+"""Lowest score in a turned picture: each of the three turns is another chance of a false detection."""
 
 
 def detect_turned(detector: FaceDetector, pixels: NDArray[np.uint8], quarters: int) -> list[Face]:
-    """Faces that are upright when pixels (H, W, 3) are turned counterclockwise by quarters, where they are as given."""
+    """Faces that are upright after quarter turns of the pixels (H, W, 3); positions are in the picture as given."""
     height, width = pixels.shape[:2]
     faces = detector.detect(np.ascontiguousarray(np.rot90(pixels, quarters)))
     return [_turned_back(face, height, width, quarters) for face in faces if face.score >= LEAST_SCORE]

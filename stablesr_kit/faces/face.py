@@ -1,4 +1,4 @@
-"""Faces found in a photograph, or given by hand: where they are, which are the same, and which are restored."""
+"""Faces, found in a photograph or given by hand: positions, duplicates, and which are restored."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Face:
     turned: int = 0
     """Degrees, counterclockwise, that the picture was turned by when the face was found."""
     landmarks_from: LandmarkSource = "detector"
-    """Who placed the landmarks; "template" means an upright face that fills the box was assumed."""
+    """Where the landmarks come from; "template" assumes an upright face that fills the box."""
 
     @property
     def eye_distance(self) -> float:
@@ -54,10 +54,10 @@ class FaceDetector(Protocol):
     """Finds faces in a picture."""
 
     name: str
-    """What a report calls it."""
+    """Its name in reports."""
 
     def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
-        """The faces in pixels (H, W, 3), RGB, each once, the surest first; an empty list if there is none."""
+        """The faces in pixels (H, W, 3), RGB, each once, the most confident first; may be empty."""
 
 
 def select_faces(
@@ -71,8 +71,8 @@ def select_faces(
 ) -> list[Face]:
     """The faces whose eyes are more than min_eye_distance pixels apart; with `only`, at most one of them.
 
-    height, width: size of the picture. only: the one that covers most of the picture, or the one nearest its centre.
-    official_quirks: measure the eyes as the published script does, a column too far, which drops large profile faces.
+    height, width: size of the picture. only: "largest" or "center", the one nearest the picture's centre.
+    official_quirks: measure the eyes like the published script, one column off, which drops large profile faces.
     """
     distance = _official_eye_distance if official_quirks else lambda face: face.eye_distance
     large = [face for face in faces if distance(face) > min_eye_distance]
@@ -101,8 +101,8 @@ def suppress(
 ) -> NDArray[np.intp]:
     """Indices of the boxes (N, 4) that stay, the highest of their scores (N,) first; ties in the order given.
 
-    max_overlap: a box goes if it shares more than this part of the union (or of the smaller box, which also removes
-    boxes inside boxes) with a surer one.
+    max_overlap: a box is removed if its intersection over union with a better one exceeds this (or its intersection
+    over the smaller box, which also removes boxes inside boxes).
     """
     areas = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
     rest = np.argsort(-scores, kind="stable")

@@ -34,7 +34,7 @@ OUTSIDE = (132.0, 133.0, 135.0)
 def template(size_px: int, points: int = 5, crop_ratio: tuple[float, float] = (1.0, 1.0)) -> Points:
     """Landmarks (5 or 3, 2) of an aligned face in a square of size_px.
 
-    crop_ratio: (height, width) of a larger crop in squares, with the face in its middle.
+    crop_ratio: (height, width) of a larger crop, in sides of the square, with the face in its middle.
     """
     base = (FIVE_POINTS if points == 5 else THREE_POINTS) * (size_px / TEMPLATE_SIZE_PX)
     ratio = np.array(crop_ratio[::-1])
@@ -47,7 +47,7 @@ def align(landmarks: Points, size_px: int) -> Matrix:
     Least median of squares: one landmark that is far off does not count.
 
     Raises:
-        ImageError: the landmarks are not finite or fall together, so that they fix no similarity.
+        ImageError: the landmarks are not finite, or coincide, and so determine no similarity.
     """
     expected = template(size_px, points=len(landmarks))
     spread = np.ptp(landmarks, axis=0).max() if np.isfinite(landmarks).all() else 0.0
@@ -97,12 +97,12 @@ def to_enlarged(matrix: Matrix, scale: tuple[float, float], face_scale: float = 
 
 
 def inverse(matrix: Matrix) -> Matrix:
-    """The map back."""
+    """The inverse map."""
     return np.asarray(cv2.invertAffineTransform(matrix), np.float64)
 
 
 def scaling(vertical: float, horizontal: float) -> Matrix:
-    """Where pixel centres go when a picture is resized."""
+    """The map of pixel centres when a picture is resized."""
     return np.array([[horizontal, 0, (horizontal - 1) / 2], [0, vertical, (vertical - 1) / 2]])
 
 

@@ -25,7 +25,7 @@ def read_given_faces(path: Path) -> dict[str, list[Box | Points]]:
     """Boxes and landmarks ((5, 2) or (3, 2)) by the name of their photo.
 
     Raises:
-        ConfigError: there is no such file, or it is not as expected.
+        ConfigError: the file does not exist or is malformed.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -39,9 +39,9 @@ def read_given_faces(path: Path) -> dict[str, list[Box | Points]]:
 
 
 def place_given_faces(pixels: NDArray[np.uint8], given: Sequence[Box | Points], detector: MTCNNDetector) -> list[Face]:
-    """Faces of what was given for pixels (H, W, 3); a box gets its landmarks from the detector's last network.
+    """Faces at the given boxes or landmarks in pixels (H, W, 3); a box gets landmarks from the detector's last network.
 
-    Where that network sees no face in the box, an upright one that fills it is assumed (landmarks_from "template").
+    If that network sees no face in the box, an upright face that fills the box is assumed (landmarks_from "template").
 
     Raises:
         ImageError: a face lies outside the picture, is smaller than a pixel or far larger than the picture.

@@ -1,4 +1,4 @@
-"""Whether a restored face is still the same person: how far it is from the face that went in."""
+"""Whether a restored face is still the same person: its distance from the input face."""
 
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class FaceEmbedder(Protocol):
 def identity_distance(
     aligned: NDArray[np.float32], restored: NDArray[np.float32], embedder: FaceEmbedder | None = None
 ) -> NDArray[np.float64]:
-    """Distance (N,) of each restored face from the aligned one that went in; 0 is the same face.
+    """Distance (N,) of each restored face from its aligned input; 0 is the same face.
 
     aligned, restored: (N, S, S, 3), RGB in 8-bit levels. With an embedder, one minus the cosine of the embeddings;
     without, `structural_distance`.

@@ -1,7 +1,7 @@
-"""A restored face put back into a picture without a seam; the rest of the picture stays bitwise as it is.
+"""Paste a restored face into a picture without a seam; the rest of the picture does not change by a bit.
 
-The face of a grey or tinted photograph gets its tint first. A parser says where in the face skin, eyes and hair are, so
-that background, clothes and hats are left alone.
+The face of a grey or tinted photograph is tinted first. With a parser, only skin, eyes and hair are pasted, and
+background, clothes and hats are kept.
 """
 
 from collections.abc import Mapping
@@ -44,10 +44,10 @@ def paste_face(
 
     picture: (H, W, 3 or more); channels beyond three (alpha) are kept. uint8 and uint16 are rounded and clipped, floats
     are not. face: (S, S, 3), in the picture's units. to_picture: from the face's pixels to the picture's.
-    scale: how much larger the picture is than the one the face was found in; the seam lies that much further inside.
+    scale: enlargement since the face was found; the mask is eroded by that much more.
     shape: the soft mask: the whole square as published, or an oval, which leaves hair and background alone.
-    parsed: (s, s), 0 to 1, where a parser sees the face; the mask is the smaller of the two.
-    box_colour: draws the square's border in this colour, in the picture's units.
+    parsed: mask (s, s), 0 to 1, of the parser; the smaller of both masks is used.
+    box_colour: colour of the square's border, in the picture's units; None draws none.
     """
     size_px = len(face)
     corners = apply(to_picture, np.array([(-1.0, -1.0), (size_px, -1.0), (-1.0, size_px), (size_px, size_px)]))
@@ -78,7 +78,7 @@ def paste_face(
 
 
 def oval(size_px: int) -> NDArray[np.float32]:
-    """Mask (S, S), 0 to 1, of the face in an aligned square: one in the middle, falling smoothly to zero."""
+    """Oval mask (S, S) of the face in an aligned square: 1 in the middle, falling smoothly to 0."""
     position = (np.arange(size_px, dtype=np.float32) + 0.5) / size_px
     x, y = ((position - centre) / axis for centre, axis in zip(_OVAL_CENTRE, _OVAL_AXES, strict=True))
     radius = np.hypot(x[None, :], y[:, None])
@@ -93,10 +93,10 @@ def is_grey(picture: NDArray[np.generic], threshold: float = 10.0) -> bool:
 
 
 def match_grey(face: NDArray[np.float32], aligned: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The luminance of a restored face (S, S, 3) with the mean and spread of the aligned input in each channel.
+    """The luminance of a restored face (S, S, 3), with the mean and deviation of each channel of the aligned input.
 
-    Both in 8-bit levels; the result is clipped to 0 ... 255. What lies beyond the picture has no tint and is left
-    out.
+    Both in 8-bit levels; the result is clipped to 0 ... 255. Pixels beyond the picture do not
+    count.
     """
     grey = np.repeat((face @ LUMA)[..., None], 3, axis=2).astype(np.float64)
     shown = shown_in(aligned)

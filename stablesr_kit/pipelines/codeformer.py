@@ -29,7 +29,7 @@ FaceOutputType = Literal["pil", "np", "pt"]
 
 
 class TaskDefaults(NamedTuple):
-    """What a task takes where the caller says nothing."""
+    """Defaults of a task."""
 
     w: float
     adain: bool
@@ -58,8 +58,8 @@ class CodeFormerPipeline(DiffusionPipeline):
     Args:
         codeformer: the network.
         task: what it was trained for: "restore", "inpaint" or "colorize".
-        max_enlargement: how many times larger than `image_size` a face in a photograph may become in the result for
-            `FaceRefinement` to restore it: what is as detailed already would lose by it. None: however large.
+        max_enlargement: `FaceRefinement` restores faces up to this many times `image_size` in the result; larger ones
+            already have more detail than the network gives. None is no limit.
     """
 
     model_cpu_offload_seq = "codeformer"
@@ -78,7 +78,7 @@ class CodeFormerPipeline(DiffusionPipeline):
         Keyword arguments as `DiffusionPipeline.from_pretrained` (dtype, variant, ...).
 
         Raises:
-            ModelNotFoundError: there is no such model here or on the hub, or it is not of CodeFormer.
+            ModelNotFoundError: there is no such model here or on the hub, or it is no CodeFormer.
         """
         folder = resolve_model(pretrained_model_name_or_path, embedded=EMBEDDED_FACES, **kwargs)
         if "codeformer" not in cls.load_config(str(folder)):
@@ -92,7 +92,7 @@ class CodeFormerPipeline(DiffusionPipeline):
     def from_original(cls, checkpoint: str | Path, *, task: FaceTask | None = None, **kwargs: Any) -> Self:
         """Build a pipeline from an official file (codeformer.pth, or the ones for inpainting and colorization).
 
-        task: None tells the released files apart by their shapes; others are taken to restore.
+        task: None recognises the released files by their shapes; others are taken for "restore".
         Other keyword arguments as `convert_face_checkpoint`.
 
         Raises:
@@ -120,12 +120,12 @@ class CodeFormerPipeline(DiffusionPipeline):
 
     @property
     def max_w(self) -> float:
-        """The fidelity that is closest to the face given: 1, or 0 of a network without fusion (stage II)."""
+        """The highest fidelity: 1, or 0 for a network without fusion layers (stage II)."""
         return 1.0 if self.codeformer.fusions else 0.0
 
     @property
     def max_enlargement(self) -> float:
-        """As given; infinite where there is no limit."""
+        """Limit of the enlargement of faces, see the class; infinity if there is none."""
         limit = self.config.max_enlargement
         return math.inf if limit is None else float(limit)
 
@@ -138,7 +138,7 @@ class CodeFormerPipeline(DiffusionPipeline):
         Arguments as `CodeFormer.forward`.
 
         Raises:
-            FloatingPointError: the network is damaged, or its precision too low.
+            FloatingPointError: the result is not finite: the network is damaged, or its precision too low.
         """
         device = self._execution_device
         w = w.to(device) if isinstance(w, Tensor) else w
@@ -168,26 +168,25 @@ class CodeFormerPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Restore, complete or colour aligned faces.
 
-        A face comes back in its own proportions, enlarged so that its smaller side is at least `image_size`.
+        A result has the proportions of its face, and its shorter side is at least `image_size`.
 
         Args:
             faces: a PIL image, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W), uint8 or float
                 in [0, 1], or a list of these, of any sizes.
             w: 0 quality to 1 fidelity; above 1 extrapolates. None: restore 0.5, inpaint 1, colorize 0.
-            adain: give the codes the statistics of the input's latent. None: no for inpaint, else yes.
+            adain: give the codes the mean and deviation of the input's latent. None: not for inpaint, else yes.
             task: None is the pipeline's own.
-            mask: to inpaint: where it is white the network completes the face, where it is black the face stays
-                bitwise; of the size of the face, one for all or one each. None takes the white pixels of each face.
-            code_lookup: "transformer", or "nearest": what a plain autoencoder would do.
-            batch_size: faces per forward, of which each takes half a gigabyte at 512 px in float32.
+            mask: for inpaint, of the size of the face, one for all or one each: white is filled in, black stays
+                bitwise. None takes the white pixels of each face as the mask.
+            code_lookup: "transformer", or "nearest" as in a plain VQ autoencoder.
+            batch_size: faces per forward; each takes half a gigabyte at 512 px in float32.
             output_type: "pil"; "np" for arrays (B, H, W, 3), "pt" for tensors (B, 3, H, W), in [0, 1]. Results of
-                different sizes are a list of such batches of one.
+                different sizes are a list of batches of one.
             return_dict: False returns a tuple.
 
         Raises:
-            ImageError: something else than pictures of faces, a mask of another size, all white, or none where one is
-                needed.
-            ConfigError: an option means nothing.
+            ImageError: an input is no picture, or a mask has another size, is all white, or is missing.
+            ConfigError: an option is invalid.
             FloatingPointError: as `restore`.
         """
         task = task or self.config.task
@@ -266,7 +265,7 @@ def _check_proportions(faces: list[Tensor]) -> None:
 
 
 def _masks(faces: list[Tensor], mask: Picture | list[Picture] | None) -> list[Tensor]:
-    """The mask (1, 1, H, W) of each face, 1 where it is to be completed. Raises ImageError."""
+    """The mask (1, 1, H, W) of each face, 1 where it is filled in. Raises ImageError."""
     if mask is None:
         masks = [(face == 1).all(dim=1, keepdim=True).float() for face in faces]
     else:
@@ -290,7 +289,7 @@ def _masks(faces: list[Tensor], mask: Picture | list[Picture] | None) -> list[Te
 
 
 def _result_size(face: Tensor, least: int) -> tuple[int, int]:
-    """Height and width of a face (1, 3, H, W), in its proportions, the smaller at least this."""
+    """Height and width of the result for a face (1, 3, H, W): its proportions, the shorter side at least this."""
     height, width = face.shape[2:]
     scale = max(1.0, least / min(height, width))
     return round(height * scale), round(width * scale)

@@ -28,10 +28,11 @@ DetectorName = Literal["mtcnn", "retinaface", "yunet"]
 def load_detector(name: DetectorName, weights: Path | None = None, device: torch.device | str = "cpu") -> FaceDetector:
     """The detector of that name; nothing is ever downloaded.
 
-    weights: its file; None for mtcnn, which is in the package, and for retinaface if facexlib has a copy.
+    weights: file of the weights. None for mtcnn, whose weights are in the package, and for retinaface if facexlib
+    has a copy.
 
     Raises:
-        ConfigError: a file or an extra is missing, or a file is given to mtcnn; the message says which goes where.
+        ConfigError: a file or an extra is missing, or a file is given for mtcnn.
         CheckpointError: the file is of another network.
     """
     if name == "mtcnn":
@@ -83,7 +84,7 @@ _TILE_PX, _HALO_PX = 512, 32
 
 
 class Background(Protocol):
-    """Enlarges a photo; `resize_bicubic` is one that adds nothing."""
+    """Enlarges a photo; `resize_bicubic` is the simplest one."""
 
     def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
         """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
@@ -108,8 +109,8 @@ class StableSRBackground:
 class SpandrelUpsampler:
     """A super-resolution network of any architecture that spandrel knows (ESRGAN, SwinIR, DAT, ...).
 
-    As a background it enlarges by the network's own factor, in tiles, and then resizes; called without a size it only
-    enlarges, which is what FaceRefinement's `upsampler` needs.
+    It enlarges by the network's own factor, in tiles. Called with a size, as a background, it then resizes to it;
+    FaceRefinement's `upsampler` calls it without.
 
     Raises as `load_spandrel`.
     """
@@ -137,6 +138,6 @@ class SpandrelUpsampler:
 
 
 def kept_grey(enlarged: Tensor, image: Tensor) -> Tensor:
-    """Images enlarged by a network (B, 3, H, W), grey again where the given image (B, 3, h, w) is grey to the bit."""
+    """Images enlarged by a network (B, 3, H, W), made grey if the given image (B, 3, h, w) is exactly grey."""
     is_grey = (image == image[:, :1]).all(dim=(1, 2, 3)).to(enlarged.device)
     return torch.where(is_grey[:, None, None, None], enlarged.mean(dim=1, keepdim=True), enlarged)

@@ -1,4 +1,4 @@
-"""Faces of a photograph refined in place: a post-stage of StableSRPipeline, or of any other enlargement."""
+"""Refine the faces of a photograph in place: a post-stage of StableSRPipeline, or of any other enlargement."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,18 +33,18 @@ class FaceRestorer(Protocol):
 
     @property
     def max_w(self) -> float:
-        """The w that is closest to the face given: 1, or 0 where the network knows no other."""
+        """The highest fidelity: 1, or 0 if the network has no other."""
 
     @property
     def max_enlargement(self) -> float:
-        """How many times larger than `image_size` the faces of a result may be to gain from it."""
+        """Faces of the result up to this many times `image_size` are improved by the network."""
 
     def restore(self, image: Tensor, w: float) -> Tensor:
         """Restored faces (B, 3, S, S) of image (B, 3, S, S), both in [-1, 1]; w: 0 quality to 1 fidelity."""
 
 
 class FaceUpsampler(Protocol):
-    """A network that enlarges restored faces, for results in which they are larger than the restorer's."""
+    """A network that enlarges restored faces, for results that need them larger than the restorer makes them."""
 
     def __call__(self, image: Tensor) -> Tensor:
         """Enlarged image (B, 3, k S, k S) of image (B, 3, S, S), both in [-1, 1]."""
@@ -61,44 +61,44 @@ class FaceReport:
     eye_distance: float
     """In pixels of the photo before it was enlarged."""
     detector: str
-    """Who found the face; "given" for one given by hand."""
+    """Name of the detector; "given" for a face given by hand."""
     turned: int
     """Degrees, counterclockwise, that the photo was turned by when the face was found: 0, 90, 180 or 270."""
     landmarks_from: LandmarkSource
-    """Who placed the landmarks."""
+    """Where the landmarks come from, see `Face`."""
     w: float | None
     """Fidelity the face was restored with; None if it was left alone."""
     identity_distance: float
-    """How far the restored face is from the one that went in; 0 is the same. Of the last attempt."""
+    """Distance of the restored face, in the last attempt, from the input face; 0 is the same."""
     action: Action
-    """"refined" as asked; "held back": refined with w = 1, because at the w asked for it had become somebody else;
-    "left alone": somebody else even so; "too large": left alone, since it would have been enlarged too much."""
+    """"refined"; "held back": refined with w = 1, since with the given w it became another person; "left alone": with
+    w = 1 too; "too large": left alone, since it would be enlarged too much."""
 
 
 class FaceRefinement:
     """A post-stage: `pipeline(photo, post_stages=[FaceRefinement(codeformer, w=0.7)])`.
 
-    Finds the faces of the LQ photo, aligns and restores them in batches, and blends them into the enlarged one. What
-    lies outside the faces' masks stays bitwise as it is. `reports` says what the last call did, photo by photo.
+    Finds the faces in the LQ photo, aligns and restores them in batches, and blends them into the enlarged photo.
+    Pixels outside the masks do not change. `reports` describes the last call, photo by photo.
 
     Args:
         restorer: CodeFormerPipeline, or any network with its `image_size`, `max_w`, `max_enlargement`
             and `restore`.
         w: 0 quality to 1 fidelity.
         detector: None is MTCNN, which comes with the package.
-        parser: keeps background, clothes and hats out of the mask; None leaves that to the mask's shape.
+        parser: keeps background, clothes and hats out of the mask; None uses the mask's shape alone.
         only: the largest face, or the one nearest the centre; None is all of them.
-        min_eye_distance: faces whose eyes are nearer, in pixels of the LQ photo, are left out.
-        max_identity_distance: above it a restored face is somebody else. None switches the check off. The default
-            suits the structural distance: 99 of 100 faithful restorations of faces as small as 16 pixels stay below
-            0.26, 99 of 100 pairs of different people above 0.31.
-        embedder: measures the distance by face recognition instead of structure.
-        upsampler: enlarges the restored faces, however large they are in the result.
-        max_enlargement: leaves alone the faces that would be enlarged more, unless there is an upsampler or they are
-            given by hand; None is the restorer's own.
+        min_eye_distance: faces with a smaller distance of the eyes, in pixels of the LQ photo, are left out.
+        max_identity_distance: above it a restored face counts as another person; None disables the check. The default
+            is for the structural distance: 99 % of faithful restorations of faces down to 16 pixels are below 0.26,
+            99 % of pairs of different people above 0.31.
+        embedder: measures the identity distance by face recognition instead of structure.
+        upsampler: enlarges the restored faces further.
+        max_enlargement: faces that would be enlarged more are left alone, unless there is an upsampler or they are
+            given by hand; None is the restorer's own limit.
         mask: "oval" leaves hair and background alone; "square" is the published mask.
-        draw_boxes: outlines the squares that were restored.
-        batch_size: faces per forward, of which each takes half a gigabyte at 512 px in float32.
+        draw_boxes: outline the restored squares.
+        batch_size: faces per forward; each takes half a gigabyte at 512 px in float32.
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class FaceRefinement:
         """The images with their faces refined; the shape, dtype and device of `images`.
 
         images: (B, 3, H, W) in [-1, 1]. lq_images: (B, 3, h, w) in [-1, 1], of which they are enlargements.
-        faces: of each picture, given by hand, all of which are restored; None finds and selects them.
+        faces: for each picture those given by hand, which are all restored; None detects and selects them.
 
         Raises:
-            ImageError: as many of each are not given, or a face's landmarks fix none.
+            ImageError: the numbers of images and faces differ, or the landmarks of a face are degenerate.
         """
         faces = [None] * len(images) if faces is None else faces
         if not len(images) == len(lq_images) == len(faces):
@@ -170,8 +170,8 @@ class FaceRefinement:
     def find(self, pixels: NDArray[np.uint8]) -> list[Face]:
         """The faces of pixels (H, W, 3), RGB, that would be restored.
 
-        Where none is sure, as in the scan of a portrait that lies on its side, the pixels are turned by quarters, and
-        the turn with the surest face counts.
+        If none has a high score, as in a scan that lies on its side, quarter turns are tried too, and the turn with the
+        highest score counts.
         """
         height, width = pixels.shape[:2]
         faces = self.detector.detect(pixels)
@@ -189,7 +189,7 @@ class FaceRefinement:
         lq: the photo (3, h, w) in [-1, 1], of which the picture is an enlargement. given: as in a call.
 
         Raises:
-            ImageError: a face's landmarks fix none; the faces before it are in the picture then.
+            ImageError: the landmarks of a face are degenerate; the faces before it have been pasted.
         """
         pixels = image_to_pixels(lq[None])[0]
         levels = image_to_levels(lq[None])[0]
@@ -218,7 +218,7 @@ class FaceRefinement:
     def _restore_checked(
         self, aligned: NDArray[np.float32], grey: bool
     ) -> tuple[NDArray[np.float32], list[float | None], NDArray[np.float64]]:
-        """Restored faces (N, S, S, 3), the w of each (None: nobody we know), and their identity distances (N,)."""
+        """Restored faces (N, S, S, 3), the w of each (None: another person), and their identity distances (N,)."""
         restored = self._restore(aligned, self.w, grey)
         distances = identity_distance(aligned, restored, self.embedder)
         strengths: list[float | None] = [self.w] * len(aligned)
@@ -277,5 +277,5 @@ class RestoredFace(NamedTuple):
     aligned: NDArray[np.float32]
     restored: NDArray[np.float32]
     w: float | None
-    """None: it is not pasted, since it became somebody else or is too large."""
+    """None: not pasted, since it became another person or is too large."""
     identity_distance: float

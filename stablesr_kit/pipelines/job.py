@@ -1,4 +1,4 @@
-"""A call as a part of larger work: what it is resumed from, to the bit, who works at it, and whose frames it takes."""
+"""A call as part of larger work: the state it resumes from, processes that share it, and frames of one clip."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,14 +24,14 @@ _PLAIN = (Tensor, int, float, bool, str, type(None))
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """What the steps still to come depend on.
+    """Everything the remaining steps depend on.
 
     step: number of steps taken.
     latents: (B, C, h, w) after them, on the CPU.
-    scheduler: what the scheduler remembers of them.
-    generators: state of each generator the noise comes from.
-    grid: fields of the `TileGrid` in use, which lack of memory may have halved; None if it is not known.
-    vae_tile_px: likewise for the autoencoder's tiles; None if it takes the picture whole.
+    scheduler: the scheduler's own state.
+    generators: state of each generator of the noise.
+    grid: fields of the `TileGrid` in use, which may have been halved for lack of memory; None if unknown.
+    vae_tile_px: side of the autoencoder's tiles in use; None if it takes pictures whole.
     """
 
     step: int
@@ -51,7 +51,7 @@ class SamplingState:
         grid: TileGrid | None = None,
         vae_tile_px: int | None = None,
     ) -> "SamplingState":
-        """The state after `step` steps; grid and vae_tile_px are those of the pipeline by then."""
+        """The state after `step` steps; grid and vae_tile_px are the pipeline's current ones."""
         remembered = {name: value for name, value in vars(scheduler).items() if _is_plain(value)}
         drawn = [one.get_state() for one in _as_list(generator)]
         return cls(
@@ -64,7 +64,7 @@ class SamplingState:
         )
 
     def restore(self, like: Tensor, scheduler: Any, generator: Generators) -> Tensor:
-        """The latents, on the device and of the dtype of `like`; scheduler and generator are as they were then."""
+        """The latents, with device and dtype of `like`; scheduler and generator are set back to that state."""
         if self.latents.shape != like.shape:
             raise ValueError(f"a state of latents {tuple(self.latents.shape)} is given, expected {tuple(like.shape)}")
         vars(scheduler).update(self.scheduler)
@@ -73,7 +73,7 @@ class SamplingState:
         return self.latents.to(like)
 
     def save(self, path: Path) -> None:
-        """Write it whole, or leave the older one. Raises OutputError."""
+        """Write the file, whole or not at all. Raises OutputError."""
         with replacing_file(path) as part:
             part.write_bytes(saved_bytes(vars(self)))
 
@@ -90,22 +90,22 @@ class SamplingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a call that may be stopped, is one of several processes, or takes frames of a clip needs beside its picture.
+    """For calls that can be resumed, are shared by several processes, or restore frames of a clip.
 
     Attributes:
-        plan: of the method `plan`, with tiles for a picture of this size, instead of choosing them in the call.
-        state: go on where another call with these arguments stood, to the bit; None begins.
-        record: a folder for the feature maps of a tiled picture and for what of it is encoded and decoded: a call with
-            the same arguments goes on where another one was killed, to the bit. None records nothing.
-        team: processes that predict tiles of a tiled picture as well, see `StableSRPipeline.assist`; the autoencoder
-            runs in this one alone. None is this process.
-        noise: all the call draws, instead of its generator; a stage of a number each for the encoder's sample, the
-            start and every step.
-        on_prediction: called as `on_prediction(prediction, latents, timestep, step)` with what the networks predicted
-            for the latents (B, C, h, w), scaled as the UNet takes them; the scheduler goes on with what it returns.
-        is_grey: whether the results are grey; None: each picture's content decides.
-        progress: (what is done, number of parts, what a part is) -> a bar over them, with the methods of tqdm's, that
-            is shown instead of the pipeline's own; what its `update` raises stops the call.
+        plan: result of the pipeline's `plan` for a picture of this size; None plans in the call.
+        state: of an earlier call with the same arguments, which goes on from there, to the bit; None begins anew.
+        record: folder for feature maps and progress of encoding and decoding in tiles: after a kill, a call with the
+            same arguments goes on from there, to the bit. None records nothing.
+        team: processes that also predict tiles, see `StableSRPipeline.assist`; the autoencoder runs only in this one.
+            None is this process alone.
+        noise: replaces the call's generator; stage 0 is the encoder's sample, stage 1 the start, and each step has a
+            stage of its own.
+        on_prediction: called as `on_prediction(prediction, latents, timestep, step)` with the prediction for latents
+            (B, C, h, w), scaled as the UNet takes them; the scheduler uses what it returns.
+        is_grey: whether the results are grey; None lets each picture's content decide.
+        progress: (title, number of parts, name of a part) -> a progress bar with tqdm's methods, instead of the
+            pipeline's own; an exception from its `update` stops the call.
     """
 
     plan: Plan | None = None

@@ -1,4 +1,4 @@
-"""Where a model's files are: in the package, in a folder, or on the Hugging Face hub; and how networks are compiled."""
+"""Find the files of a model, in the package, a folder or the Hugging Face hub; and options for compiling networks."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from stablesr_kit.errors import CheckpointError, ConfigError, ModelNotFoundError
 
 EMBEDDED: Mapping[str, str] = {"mini": "mini"}
-"""Name of a StableSR model in the package -> its folder of the assets."""
+"""Name of a StableSR model in the package -> its folder in the assets."""
 
 EMBEDDED_FACES: Mapping[str, str] = {"mini": "mini_faces"}
-"""The same of CodeFormer."""
+"""Name of a CodeFormer in the package -> its folder in the assets."""
 
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
@@ -30,9 +30,8 @@ def resolve_model(
 ) -> Path:
     """Folder with the files of a model; a hub repository is downloaded first.
 
-    DiffusionPipeline's own download refuses a repository that names third-party classes such as ours, hence the
-    snapshot. `embedded` are the models of the pipeline's kind in the package. Of the other keyword arguments, those of
-    `HUB_ARGUMENTS` reach the hub.
+    The whole repository is fetched, since DiffusionPipeline's own download refuses classes of third parties such as
+    ours. embedded: models of this kind in the package. kwargs: those in `HUB_ARGUMENTS` are passed to the hub.
 
     Raises:
         ModelNotFoundError: nothing of this name is embedded, on disk or on the hub.
@@ -54,7 +53,7 @@ def resolve_model(
 
 
 def pipeline_class(folder: Path) -> str:
-    """The name of the pipeline that a folder holds; empty if it does not say."""
+    """Class name of the pipeline in a folder; empty if it cannot be read."""
     try:
         return str(json.loads((folder / "model_index.json").read_bytes()).get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
@@ -62,10 +61,10 @@ def pipeline_class(folder: Path) -> str:
 
 
 def check_components(folder: Path, given: Mapping[str, Any]) -> None:
-    """Refuse a pipeline folder of another kind. given: components that come from elsewhere, by name.
+    """Refuse a pipeline folder without an adapter. given: components passed to from_pretrained, by name.
 
     Raises:
-        ModelNotFoundError: there is no adapter.
+        ModelNotFoundError: there is no adapter; the message says how to get one.
     """
     try:
         index = json.loads((folder / "model_index.json").read_bytes())
@@ -73,21 +72,21 @@ def check_components(folder: Path, given: Mapping[str, Any]) -> None:
         return  # loading it says what is wrong
     if given.get("adapter") is None and not any(index.get("adapter") or ()):
         raise ModelNotFoundError(
-            f"{folder} is a {index.get('_class_name', 'pipeline')} without an adapter, which is what makes it restore "
+            f"{folder} is a {index.get('_class_name', 'pipeline')} without an adapter, which it needs to restore "
             "(and, for w above 0, a cfw); give adapter=StableSRAdapter.from_pretrained(...), or convert a StableSR "
             "checkpoint with `stablesr convert`"
         )
 
 
 def parameter_count(folder: Path) -> int:
-    """Numbers in the weight files of a model's folder, of one variant, from their headers alone."""
+    """Number of values in the weight files of a model's folder (of one variant), read from their headers."""
     ending = f".{variant}" if (variant := only_variant(folder)) else ""
     files = [path for path in folder.glob("*/*.safetensors") if path.suffixes[:-1] == [ending] * bool(ending)]
     return sum(_numbers(path) for path in files)
 
 
 def only_variant(folder: Path) -> str | None:
-    """The variant, such as fp16, of a folder whose weights are there in this one alone; None if they need no name.
+    """The variant, such as fp16, if a folder holds its weights in a single named one; None if no name is needed.
 
     Raises:
         CheckpointError: there are several variants and no weights without one.
@@ -105,7 +104,7 @@ def only_variant(folder: Path) -> str | None:
 
 
 def compile_options(device: torch.device, **given: Any) -> dict[str, Any]:
-    """Options of `torch.compile` for networks that see one size again and again; those given win.
+    """Options of `torch.compile` for networks that see the same size repeatedly; the given ones take precedence.
 
     On a GPU the default is to replay a step as CUDA graphs.
 
@@ -125,7 +124,7 @@ def compile_options(device: torch.device, **given: Any) -> dict[str, Any]:
 
 
 def carries_empty_prompt(folder: Path) -> bool:
-    """Whether the adapter in a model's folder brings the embedding of the empty prompt: no text encoder is needed."""
+    """Whether the adapter in a model's folder stores the empty prompt's embedding; if so, no text encoder is needed."""
     try:
         return json.loads((folder / "adapter" / "config.json").read_bytes())["prompt_length"] > 0
     except (OSError, ValueError, KeyError, TypeError):

@@ -146,8 +146,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder that `stablesr convert` or `save_pretrained` made, or a repository of the Hugging Face hub.
 
-        Keyword arguments as `DiffusionPipeline.from_pretrained`; text_encoder=None, tokenizer=None load less where no
-        text is to be given, unet_pix=None where PiSA-SR's strengths stay as they are.
+        Keyword arguments as `DiffusionPipeline.from_pretrained`. To load less: text_encoder=None, tokenizer=None if no
+        text will be given; unet_pix=None if PiSA-SR's strengths stay 1.
 
         Raises:
             ModelNotFoundError: there is no such model here or on the hub.
@@ -172,7 +172,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return cls(**convert_one_step(checkpoint, base, **kwargs))
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any pipeline; the licence lies beside the weights."""
+        """As in any pipeline; the licence is written beside the weights."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.licence:
             (Path(save_directory) / "LICENCE.txt").write_text(f"{self.config.licence}\n", encoding="utf-8")
@@ -227,10 +227,10 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     def texts(
         self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, lq: list[Readable]
     ) -> list[str] | None:
-        """What is encoded, one text for all pictures or one for each; None is the model's own text.
+        """The texts to encode, one for all pictures or one each; None is the model's own text.
 
         Raises:
-            ValueError: there are several prompts and another number of tags.
+            ValueError: the numbers of prompts and tags differ.
         """
         if prompt is None and tags is None:
             return None
@@ -273,7 +273,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         """Descending timesteps of the model's, for a number of steps, or those given.
 
         Raises:
-            ValueError: the model has none for that number, or those given are none.
+            ValueError: the model was not made for that number or those timesteps.
         """
         known = {len(one): list(one) for one in self.config.timesteps}
         if timesteps is None:
@@ -308,8 +308,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     ) -> Tensor:
         """What the UNet predicts for latents (B, C, h, w); prompt_embeds are (B, tokens, channels) or (1, ...).
 
-        PiSA-SR's residual is lambda_pix * pix + lambda_sem * (both - pix), pix and both being what the UNets with one
-        and with both LoRAs predict. What counts nothing does not run.
+        PiSA-SR's residual is lambda_pix * pix + lambda_sem * (both - pix), where pix and both are predicted with one
+        and with both LoRAs. A UNet whose weight is 0 does not run.
         """
         prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
         if self.config.prediction != "residual":
@@ -335,10 +335,10 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         grid: TileGrid | None,
         prompt_embeds: Tensor,
     ) -> DiagonalGaussianDistribution:
-        """The noise (B, C, h, w) that LQ pictures (3, H, W) are to begin with at a timestep, in tiles of latents.
+        """Posterior of the noise (B, C, h, w) that the LQ latents start with at a timestep, predicted in tiles.
 
-        It is predicted from the pictures at a quarter of the result's height x width, which is their own size where the
-        scale is 4. The pixels of a latent position are folded into channels, so that both are cut by the same tiles.
+        The network sees the pictures (3, H, W) at a quarter of the result's height x width: their own size for scale 4.
+        The pixels of a latent position are folded into channels, so that pixels and latents have the same tiles.
         """
         fold = self.noise_predictor.factor
         scale = self.vae_scale_factor // fold
@@ -360,14 +360,14 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return DiagonalGaussianDistribution(aggregation.predict(predict, pixels, pixels, prompt_embeds, 0))
 
     def denoised(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
-        """x0 of latents and what was predicted for them, in closed form (Ho et al. 2020, eq. 15, or the residual)."""
+        """x0 from latents and the prediction for them (Ho et al. 2020, eq. 15, or latents - residual)."""
         if self.config.prediction == "residual":
             return latents - prediction
         a = self.scheduler.alphas_cumprod[timestep].to(latents)
         return (latents - (1 - a).sqrt() * prediction) / a.sqrt()
 
     def noised(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """x0 with noise at a timestep; with the predicted one it is a step of DDIM (Song et al. 2021, eq. 12)."""
+        """x0 noised to a timestep; with the predicted noise this is a DDIM step (Song et al. 2021, eq. 12)."""
         a = self.scheduler.alphas_cumprod[timestep].to(x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
@@ -608,10 +608,10 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def assist(self, team: Team) -> None:
-        """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
+        """Predict tiles for the first process of a team, which calls its pipeline with it, until it ends the call.
 
         Raises:
-            Exception: what happened here, once the first process has given up.
+            Exception: this process's own error, raised after the first process has stopped.
         """
         latent_tiles.assist(team, self.predict, self._execution_device, self.unet.dtype)
 
@@ -627,12 +627,12 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @property
     def grid(self) -> TileGrid:
-        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
+        """How the running call covers the canvas of latents; it may have been halved for lack of memory."""
         return self._aggregation.grid
 
     @property
     def vae_tile_px(self) -> int | None:
-        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
+        """Side of the autoencoder's tiles in the running call; None if it takes pictures whole."""
         return self._coder.tile_px
 
     @property

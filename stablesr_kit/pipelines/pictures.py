@@ -1,4 +1,4 @@
-"""Whatever people hold a picture in, as images, and images as pictures again."""
+"""Pictures in any common form as images, and images as pictures again."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ _WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32":
 
 
 def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
-    """Images (3, h, w) in [-1, 1] of what `to_image` takes, or the canvases given, which are read when they are needed.
+    """Images (3, h, w) in [-1, 1] of pictures as `to_image` takes them; given canvases are returned and read later.
 
     Raises:
         ImageError: as `to_image`.
@@ -52,7 +52,7 @@ def is_number(value: object) -> bool:
 
 
 def check_size(scale: float | None, height: int | None, width: int | None) -> None:
-    """Refuse a size of the result that means nothing. Raises ValueError."""
+    """Refuse an invalid size of the result. Raises ValueError."""
     if scale is not None and (height is not None or width is not None):
         raise ValueError("scale and height/width exclude each other; give one of them")
     if (height is None) != (width is None):
@@ -65,7 +65,7 @@ def check_size(scale: float | None, height: int | None, width: int | None) -> No
 
 
 def check_output(color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
-    """Refuse names that are not known, and post-stages without pictures. Raises ValueError."""
+    """Refuse unknown names, and post-stages where no picture is made. Raises ValueError."""
     for name, value, choices in (
         ("color_fix", color_fix, get_args(ColorFix)),
         ("output_type", output_type, get_args(OutputType)),
@@ -77,10 +77,10 @@ def check_output(color_fix: str, output_type: str, post_stages: Sequence[PostSta
 
 
 def check_finite(decoded: Sequence[Readable], computed_in: torch.dtype, decoded_in: torch.dtype) -> None:
-    """Refuse decoded images in which a network has overflowed.
+    """Refuse decoded images that are not finite.
 
     Raises:
-        FloatingPointError: it has.
+        FloatingPointError: a network has overflowed.
     """
     if not all(torch.isfinite(image.read(band)).all() for image in decoded for band in bands(image)):
         raise FloatingPointError(
@@ -97,9 +97,9 @@ def finished(
     processor: VaeImageProcessor,
     is_grey: bool | None = None,
 ) -> Images:
-    """Restored images (3, H, W) as an output type says, grey where the LQ ones are, after the post-stages.
+    """Restored images (3, H, W) after the post-stages, grey if the LQ ones are, in the form of an output type.
 
-    lq: as they were given, one per restored one. The post-stages take images whole. processor: of a pipeline.
+    lq: the LQ images as given, one per restored one. Post-stages get whole images. processor: of a pipeline.
     is_grey: of all pictures, where that is known otherwise.
     """
     if post_stages:
@@ -119,7 +119,7 @@ def finished(
 
 
 def to_canvas(source: FilePicture, folder: Path | None = None) -> Canvas:
-    """Image (3, h, w) in [-1, 1] of a picture in a file, read by rows; `folder` as for any canvas.
+    """Image (3, h, w) in [-1, 1] of a picture in a file, read by rows. folder: of the canvas.
 
     Raises:
         ImageError: the file is truncated or damaged.
@@ -134,7 +134,7 @@ def to_canvas(source: FilePicture, folder: Path | None = None) -> Canvas:
 
 
 def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> Iterator[np.ndarray]:
-    """RGB (rows, W, 3) of an image (3, H, W) in [-1, 1], clamped, from top to bottom; white is the type's largest."""
+    """RGB (rows, W, 3) of an image (3, H, W) in [-1, 1], clamped, from top to bottom; white is the dtype's maximum."""
     for band in bands(image):
         unit = image_to_unit(image.read(band)[0].float()).clamp(0, 1)
         levels = (unit * np.iinfo(dtype).max).round()
@@ -142,7 +142,7 @@ def pixel_bands(image: Readable, dtype: type[np.unsignedinteger] = np.uint8) -> 
 
 
 def to_pil(image: Readable) -> PIL.Image.Image:
-    """An RGB picture of an image (3, H, W) in [-1, 1]; beside it, little of the image is in memory at a time."""
+    """An RGB picture of an image (3, H, W) in [-1, 1], made band by band."""
     pixels = np.empty((*image.shape[1:], 3), np.uint8)
     top = 0
     for band in pixel_bands(image):
@@ -154,12 +154,12 @@ def to_pil(image: Readable) -> PIL.Image.Image:
 def to_image(picture: Picture | list[Picture] | tuple[Picture, ...] | None) -> Tensor:
     """Image batch (B, 3, H, W), float32, in [-1, 1].
 
-    picture: a PIL image, read as `stablesr restore` reads a file: upright, grey of 16 bits scaled, transparency left
-    out; an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W), (C, H, W) or (B, C, H, W); or a list of these, all
-    of one size. C is 3 (RGB) or 1 (grey). Numbers are uint8, uint16, or floating point in [0, 1].
+    picture: a PIL image, treated like a file of `stablesr restore` (turned upright, 16-bit grey scaled,
+    transparency dropped); an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W), (C, H, W) or (B, C, H, W); or a
+    list of these, all of one size. C is 3 (RGB) or 1 (grey). Numbers are uint8, uint16, or floating point in [0, 1].
 
     Raises:
-        ImageError: empty, not finite, out of range, of other channels or numbers, or of different sizes.
+        ImageError: a picture is empty, not finite, out of range, or has other channels or numbers; or sizes differ.
     """
     pictures = picture if isinstance(picture, list | tuple) else [picture]
     if not pictures:

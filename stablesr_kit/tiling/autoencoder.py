@@ -1,4 +1,4 @@
-"""Encoding and decoding of pictures of any size tile by tile, equal to doing it at once, or nearly."""
+"""Encode and decode pictures of any size in tiles: exactly, or approximately with less work."""
 
 import logging
 import sys
@@ -50,17 +50,17 @@ SAMPLED_PATCH = 32  # latent positions
 
 
 class PictureCoder:
-    """The autoencoder and CFW of a call: pictures as a whole on the device while memory suffices, else tile by tile.
+    """The autoencoder and CFW of a call: whole pictures while memory suffices, else tile by tile.
 
-    In float16 they run in float32 meanwhile, if the autoencoder's config asks for it.
+    Networks in float16 run in float32 if the autoencoder's config asks for it (`force_upcast`).
 
     Args:
         vae, cfw, mode, attention: as `TiledAutoencoder`.
         tile_px: side of a tile; None begins with whole pictures. Lack of memory sets it, and then halves it.
-        folder: feature maps of more than half a gigabyte lie in files without a name there; None is the system's
-            temporary folder.
-        progress: (what is done, number of parts, what a part is) -> a bar over them; None shows none. Parts are tiles,
-            or blocks of the networks where they take pictures whole.
+        folder: for feature maps of more than half a gigabyte, in unnamed files; None is the system's temporary
+            folder.
+        progress: (title, number of parts, name of a part) -> a progress bar; None shows none. Parts are tiles, or the
+            networks' blocks for whole pictures.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class PictureCoder:
     ) -> tuple[Tensor, list[Features]]:
         """Moments (B, 2 C, h, w) of the raw codes' posteriors, and the encoder's features at `levels`.
 
-        images: B of them, (3, H, W) in [-1, 1]. The features, level -> (b, C, h, w), are of all pictures at once, or
-        picture by picture. record: a folder for what is done in tiles, as `TiledAutoencoder.encode_with_features`.
+        images: B of them, (3, H, W) in [-1, 1]. The features are dicts level -> (b, C, h, w), one for
+        all pictures or one per picture. record: as in `TiledAutoencoder.encode_with_features`.
         """
         with self._in_safe_precision():
             whole = self._if_memory_suffices("encoding", len(images), lambda: self._encode_whole(images, levels))
@@ -100,9 +100,9 @@ class PictureCoder:
 
     @torch.no_grad()
     def decode(self, z: Tensor, features: list[Features], w: float, record: Path | None = None) -> list[Readable]:
-        """Images (3, H, W), about [-1, 1], of raw codes z (B, C, h, w); features as `encode` gives them, or empty ones.
+        """Images (3, H, W), about [-1, 1], of raw codes z (B, C, h, w); features as `encode` returns them, or empty.
 
-        B is a multiple of the pictures that were encoded: that many codes of each, one after the other.
+        B is a multiple of the number of encoded pictures: the codes of each follow one another.
         """
         with self._in_safe_precision():
             fused = self.cfw if w > 0 else None
@@ -159,7 +159,7 @@ class PictureCoder:
         code: Callable[[], Coded],
         cfw: ControllableFeatureWrapping | None = None,
     ) -> Coded | None:
-        """What `code` makes of pictures as a whole; None where tiles are to be taken."""
+        """The result of `code` on whole pictures; None if tiles are needed."""
         if self.tile_px is not None:
             return None
         try:
@@ -177,7 +177,7 @@ class PictureCoder:
     def _bar_over_blocks(
         self, doing: Literal["encoding", "decoding"], pictures: int, cfw: ControllableFeatureWrapping | None
     ) -> Iterator[None]:
-        """Shows how many blocks of the networks are done; a compiled autoencoder shows the end alone."""
+        """Shows how many blocks have run; with a compiled autoencoder only the end is seen."""
         if self.progress is None:
             yield
             return
@@ -202,7 +202,7 @@ class PictureCoder:
         count: Callable[["TiledAutoencoder"], int],
         code: Callable[["TiledAutoencoder"], Coded],
     ) -> Coded:
-        """What `code` makes; where memory lacks, tiles are halved, down to the smallest, and it starts again."""
+        """The result of `code` in tiles; if memory runs out it starts again with tiles of half the side."""
         assert self.tile_px is not None
         nbytes = size[0] * size[1] * self.vae.config.block_out_channels[0] * 4
         folder = (self.folder or Path(tempfile.gettempdir())) if nbytes > MAX_BYTES_IN_MEMORY else None
@@ -240,29 +240,29 @@ def coding_bars(config: Mapping[str, Any]) -> "Callable[[str, int, str], tqdm[An
 
 
 class TiledAutoencoder:
-    """A stock AutoencoderKL, with CFW if wanted, run over tiles. The networks are used as they are and not changed.
+    """Runs a stock AutoencoderKL, and CFW if given, over tiles. The networks are not changed.
 
-    mode "exact" goes layer by layer: every layer sees its true neighbours, every group norm the statistics of the whole
-    picture, and attention all of it, so that the result is that of the networks themselves; in float32 the difference
-    stays below 1e-4. The device holds tiles only; feature maps lie on canvases.
+    mode "exact" goes layer by layer: convolutions see their true neighbours, group norms use statistics of the whole
+    picture, and attention sees all of it. In float32 the result differs from the untiled one by less than 1e-4. Only
+    tiles are on the device; feature maps are on canvases.
 
-    mode "approximate" takes each tile through all layers at once. The statistics of the group norms come from 8 x 8
-    patches spread over the picture, tiles overlap by 8 latent positions on each side, which are cut off, and attention
-    sees its tile. No feature map is ever whole, but those CFW needs.
+    mode "approximate" takes each tile through all layers at once. Group norms use statistics of 8 x 8 patches
+    spread over the picture, tiles have a margin of 8 latent positions that is cut off, and attention sees one tile.
+    Only the feature maps that CFW needs are stored.
 
     Args:
         vae: the autoencoder.
         cfw: the fusion layers for it; None allows w = 0 only.
-        tile_px: side of a tile in the picture; deeper layers of the exact mode use tiles of as many values.
+        tile_px: side of a tile in pixels; in exact mode deeper layers use tiles with the same number of values.
         mode: "exact" or "approximate".
-        attention: "global", or "windowed" for pictures whose size makes global attention, which is quadratic, too slow;
-            for the exact mode.
+        attention: of the exact mode: "global", or "windowed" where global attention, whose cost is quadratic, is too
+            slow.
         window: side, in latent positions, of the square that windowed attention sees.
-        folder: where the canvases are; None keeps them in memory.
-        canvas_dtype: dtype of the feature maps' canvases; half precision halves them and costs exactness.
+        folder: for the canvases; None keeps them in memory.
+        canvas_dtype: of the canvases of feature maps; half precision takes half the room and is less exact.
 
     Raises:
-        ConfigError: an option means nothing, or the autoencoder has blocks that the stock ones do not.
+        ConfigError: an option is invalid, or the autoencoder has other blocks than the stock one.
     """
 
     def __init__(
@@ -301,13 +301,13 @@ class TiledAutoencoder:
         self.canvas_dtype = canvas_dtype
         self.factor = factor
         self.on_tiles: Callable[[int], object] = lambda _: None
-        """Called with the number of tiles that are done since it was called last; see `encoding_tiles`."""
+        """Called with the number of tiles done since the last call; see `encoding_tiles`."""
 
     def encode(self, image: Readable | Tensor) -> Canvas:
-        """Moments (2 C, h, w) of the raw code's posterior: mean, then log variance as the encoder gives it.
+        """Moments (2 C, h, w) of the raw code's posterior: mean, then log variance.
 
-        image: (3, H, W) in [-1, 1]: a canvas, anything that reads like one, or a tensor (1, 3, H, W). Sides that are no
-        multiples of the autoencoder's factor lose the rest, as in the autoencoder itself.
+        image: (3, H, W) in [-1, 1]: a canvas, anything that reads like one, or a tensor (1, 3, H, W). Sides that are
+        no multiples of the autoencoder's factor lose the remainder, as in the stock autoencoder.
         """
         return self.encode_with_features(image, ())[0]
 
@@ -315,10 +315,10 @@ class TiledAutoencoder:
     def encode_with_features(
         self, image: Readable | Tensor, levels: tuple[int, ...], record: Path | None = None
     ) -> tuple[Canvas, dict[int, Canvas]]:
-        """Moments as `encode` gives them, and canvases of the encoder's features (C, H / 2**level, W / 2**level).
+        """Moments as from `encode`, and canvases of the encoder's features (C, H / 2**level, W / 2**level).
 
-        record: a folder for the canvases and for what is done, so that a process that was killed while it encoded this
-            image is continued, to the bit; None keeps nothing.
+        record: folder for the canvases and the progress; after a kill, the same call continues there, with the same
+            bits. None records nothing.
         """
         image = View(image) if isinstance(image, Tensor) else image
         self._check_image(image, levels)
@@ -339,9 +339,9 @@ class TiledAutoencoder:
         """Image (3, H, W), about [-1, 1], of the raw code z (C, h, w), with the LQ picture's features wrapped in.
 
         z: a canvas, anything that reads like one, or a tensor (1, C, h, w).
-        features: of `encode_with_features` at the levels of CFW; they are not changed. None if w is 0.
+        features: from `encode_with_features` at the levels of CFW; not changed. None if w is 0.
         w: 0 is the plain decode, 1 what CFW was trained for.
-        record: as `encode_with_features`.
+        record: as in `encode_with_features`.
         """
         z = View(z) if isinstance(z, Tensor) else z
         fused = self._features_for(z, features, w)
@@ -431,7 +431,7 @@ class TiledAutoencoder:
         return image
 
     def _tiles(self, height: int, width: int) -> list[tuple[Region, Region]]:
-        """Latent regions without and with their halo; with it they are tile_px large."""
+        """Latent regions without and with their halo; with the halo their side is tile_px."""
         side = self.tile_px // self.factor - 2 * APPROXIMATE_HALO
         return [(part, part.grown(APPROXIMATE_HALO, height, width)) for part in regions(height, width, side)]
 
@@ -452,7 +452,7 @@ class TiledAutoencoder:
         return CountingWorkspace(device=whole.device, tile_values=whole.tile_values)
 
     def _workspace(self, scratch: Scratch) -> Workspace:
-        """For a whole picture."""
+        """The workspace of a whole picture."""
         return Workspace(
             device=execution_device(self.vae),
             tile_values=self.tile_px**2 * self.vae.config.block_out_channels[0],
@@ -461,7 +461,7 @@ class TiledAutoencoder:
         )
 
     def _tile_workspace(self, statistics: Statistics) -> Workspace:
-        """For a tile of the approximate mode, which is one piece in memory."""
+        """The workspace of a tile in approximate mode, held in memory as one piece."""
         return Workspace(
             device=execution_device(self.vae),
             tile_values=sys.maxsize,
@@ -499,12 +499,12 @@ class TiledAutoencoder:
 
 
 def smallest_tile_px(vae: AutoencoderKL, mode: TilingMode) -> int:
-    """Side of the smallest tiles worth taking: smaller ones are nearly all halo."""
+    """Side of the smallest useful tiles: smaller ones are nearly all halo."""
     return max(64, 4 * APPROXIMATE_HALO * scale_factor(vae) if mode == "approximate" else scale_factor(vae))
 
 
 def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> Region:
-    """The region of a latent-sized canvas on one that is `scale` times larger and may have some positions more."""
+    """A region of a latent-sized canvas, on a canvas `scale` times larger that may have a few more positions."""
     _, height, width = latent.shape
     return Region(
         region.top * scale,
@@ -515,7 +515,7 @@ def _scaled(region: Region, scale: int, latent: Readable, scaled: Readable) -> R
 
 
 def _sampled(whole: Readable, height: int, width: int, scale: int) -> Canvas:
-    """Patches from all over a canvas of height x width latent positions, put side by side; all of it if it is small."""
+    """Patches spread over a canvas of height x width latent positions, side by side; all of a small canvas."""
     rows = [
         torch.cat(
             [whole.read(Region(top, left, bottom, right)) for left, right in _patches(width, scale, whole.shape[2])],
@@ -527,7 +527,7 @@ def _sampled(whole: Readable, height: int, width: int, scale: int) -> Canvas:
 
 
 def _patches(length: int, scale: int, end: int) -> list[tuple[int, int]]:
-    """Ends of evenly spaced patches along a side of `end` values, which are `length` latent positions and a rest."""
+    """Ends of evenly spaced patches along a side of `end` values: `length` latent positions and a remainder."""
     if length <= SAMPLED_PATCHES * SAMPLED_PATCH:
         return [(0, end)]
     last = length - SAMPLED_PATCH
@@ -540,7 +540,7 @@ def _part(record: Path | None, name: str, index: int) -> Path | None:
 
 
 def _by_picture(features: Features) -> list[Mapping[int, Readable]]:
-    """Features of all pictures at once as canvases picture by picture; without features one empty entry."""
+    """Features of a batch as one dict of canvases per picture; without features one empty dict."""
     if any(isinstance(maps, Canvas) for maps in features.values()):
         return [cast(Mapping[int, Readable], features)]
     tensors = cast(dict[int, Tensor], features)
@@ -557,7 +557,7 @@ def _empty_cache() -> None:
 
 
 def _check_blocks(vae: AutoencoderKL) -> None:
-    """Refuse what the walk through the layers does not know."""
+    """Refuse blocks that the walk through the layers cannot tile."""
     blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block, *vae.decoder.up_blocks, vae.decoder.mid_block]
     for block in blocks:
         parts = [

@@ -1,4 +1,4 @@
-"""Feature maps of a whole picture, computed region by region: the device holds tiles, canvases the rest."""
+"""Feature maps of a whole picture, computed region by region: only tiles are on the device."""
 
 import math
 from collections.abc import Callable
@@ -21,13 +21,13 @@ TileFunction = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class FeatureMap:
-    """Features (C, H, W) that are computed where they are read, until a workspace stores them.
+    """Features (C, H, W) that are computed when they are read, until a workspace stores them.
 
     Attributes:
         read: values (1, C, h, w) of a region, on the device.
-        overwrites: a map whose canvas may take this one's values: it is read for nothing else, and only where it is
-            being overwritten.
-        is_cheap: it costs less to compute again than to keep.
+        overwrites: a map whose canvas may be reused for this one, because only this map reads it, region by region
+            just before overwriting it.
+        is_cheap: computing it again costs less than storing it.
         is_kept: its canvas belongs to the caller.
     """
 
@@ -42,14 +42,14 @@ class FeatureMap:
 
 @dataclass(kw_only=True)
 class Workspace:
-    """Where maps are kept and how large a tile is.
+    """Where maps are stored, and how large tiles are.
 
     Attributes:
         device: where tiles are computed.
-        tile_values: values of a tile; a map with more channels has smaller tiles.
+        tile_values: number of values in a tile; maps with more channels have smaller tiles.
         canvas_dtype: dtype of the canvases.
-        scratch: where the canvases are, and what is done already.
-        statistics: mean and variance (C,) of each group norm's input; filled as norms are met, or given and trusted.
+        scratch: holds the canvases and the progress.
+        statistics: mean and variance (C,) of each group norm's input; measured when a norm is reached, or given.
     """
 
     device: torch.device
@@ -63,13 +63,13 @@ class Workspace:
         return FeatureMap(readable.shape, lambda region: readable.read(region).to(self.device, dtype), is_cheap=True)
 
     def side(self, channels: int) -> int:
-        """Of a tile of a map with this many channels."""
+        """Side of the tiles of a map with this many channels."""
         return max(math.isqrt(self.tile_values // channels), 1)
 
     def store(self, x: FeatureMap, *, side: int | None = None, with_moments: bool = True) -> Canvas:
-        """Compute the map once and keep it; what it was computed from is let go.
+        """Compute the map once and store it; the maps it was computed from are released.
 
-        side: of the regions it is computed in; None is that of the tiles.
+        side: of the regions in which it is computed; None is the tiles' side.
         """
         if x.canvas is not None:
             return x.canvas
@@ -83,7 +83,7 @@ class Workspace:
         return canvas
 
     def normalization(self, x: FeatureMap, norm: nn.GroupNorm, activation: TileFunction | None = None) -> TileFunction:
-        """The norm of the whole map as a function of its tiles; the map is stored, or only measured if it is cheap."""
+        """The group norm of the whole map, as a function of tiles. The map is stored, or if cheap only measured."""
         if norm not in self.statistics:
             if x.moments is None and x.is_cheap:
                 self._sweep(x, None, None, True)
@@ -103,7 +103,7 @@ class Workspace:
         return normalized
 
     def _sweep(self, x: FeatureMap, canvas: Canvas | None, side: int | None, with_moments: bool) -> torch.dtype:
-        """Compute the map tile by tile into a canvas and into its moments; its dtype."""
+        """Compute the map tile by tile, filling a canvas and the moments; returns its dtype."""
         channels, height, width = x.shape
         sweep = self.scratch.begin()
         for region in islice(regions(height, width, side or self.side(channels)), sweep.done, None):
@@ -120,7 +120,7 @@ class Workspace:
 
 
 class _GivenStatistics(TorchFunctionMode):
-    """While open, a group norm normalises with these moments (C,), not with those of what it is given.
+    """Context in which a group norm uses these moments (C,) instead of those of its input.
 
     The norm is called as a module, so that offloading, which brings weights when a module is called, works.
     """
@@ -139,7 +139,7 @@ class _GivenStatistics(TorchFunctionMode):
 
 @dataclass(kw_only=True)
 class CountingWorkspace(Workspace):
-    """Computes nothing and counts the tiles that a walk through the layers takes."""
+    """Computes nothing; counts the tiles of a walk through the layers."""
 
     scratch: Scratch = field(default_factory=lambda: Scratch(device="meta"))
     tiles: int = 0
@@ -153,9 +153,9 @@ class CountingWorkspace(Workspace):
 
 
 def layer(x: FeatureMap, function: TileFunction, channels: int, halo: int) -> FeatureMap:
-    """A function of tiles that keeps their size and pads with zeros, where each value depends on `halo` neighbours.
+    """The map after a layer that keeps the size and pads with zeros; each value depends on `halo` neighbours.
 
-    Its own padding is right where the map ends, and the halo takes it elsewhere.
+    The layer's own padding is right at the borders of the map; elsewhere the halo absorbs it.
     """
     _, height, width = x.shape
 
@@ -178,7 +178,7 @@ def downsampled(x: FeatureMap, downsampler: Downsample2D) -> FeatureMap:
 
 
 def upsampled(x: FeatureMap, upsampler: Upsample2D) -> FeatureMap:
-    """Twice the size by nearest neighbours and a convolution, of which only the result is ever whole."""
+    """Twice the size, by nearest neighbours and a convolution; only the result is stored."""
     _, height, width = x.shape
 
     def read(region: Region) -> Tensor:

@@ -25,9 +25,9 @@ GAUSSIAN_VARIANCE = 0.01  # of a side of length 1 (Wang et al. 2023, sec. 3.4)
 
 
 class Predict(Protocol):
-    """Prediction for a batch of tiles at one timestep: `steered_prediction` with the rest of its arguments bound.
+    """Prediction for a batch of tiles at one timestep: `steered_prediction` with its other arguments bound.
 
-    A team needs those as well: it is a `functools.partial` there.
+    With a team it is a `functools.partial`, so that the others get these arguments too.
     """
 
     def __call__(self, *, latents: Tensor, lq_latents: Tensor, prompt_embeds: Tensor, **kwargs: Any) -> Tensor: ...
@@ -38,10 +38,10 @@ class TileGrid:
     """How a canvas of latents is covered by tiles.
 
     Args:
-        tile: height and width of a tile; the canvas' own make it one tile.
-        overlap: how much neighbours share, at least.
-        batch_size: tiles per call of the networks. On the CPU they are called tile by tile whatever it is: a batch is
-            hardly faster there, and rounds otherwise.
+        tile: height and width of a tile.
+        overlap: least overlap of neighbours.
+        batch_size: tiles per call of the networks. On the CPU it is always one: batches are hardly faster there and
+            round differently.
     """
 
     tile: tuple[int, int]
@@ -49,9 +49,9 @@ class TileGrid:
     batch_size: int = 1
 
     def halved(self, multiple: int) -> "TileGrid | None":
-        """Half the batch or, if that is one tile, half the tile; None if that is too small for the networks.
+        """The grid with half the batch or, if that is 1, half the tile; None if tiles get too small for the networks.
 
-        multiple: tile sides are multiples of this, and at least twice it.
+        multiple: tile sides are multiples of this, and at least two of them.
         """
         if self.batch_size > 1:
             return replace(self, batch_size=self.batch_size // 2)
@@ -63,18 +63,18 @@ class TileGrid:
 
 
 class Aggregation:
-    """Predicts on a canvas that stays where it is, tile by tile on the device.
+    """Predicts on a canvas of any size and on any device, tile by tile on the networks' device.
 
-    Every tile is predicted on its own; where tiles overlap, predictions are averaged with gaussian weights, summed in
-    the order of the tiles. Neither the batch size nor the order in which tiles are computed changes the CPU's result.
+    Where tiles overlap, predictions are averaged with gaussian weights, summed in the order of the tiles. On the CPU
+    neither the batch size nor the order of computation changes the result.
 
     Args:
         size: height and width of the canvas.
-        grid: what to begin with, None with the whole canvas; if memory lacks it is halved for the rest of the run.
+        grid: the first grid, None for the whole canvas; when memory runs out it is halved for the rest of the run.
         multiple: tile sides are multiples of this.
-        device, dtype: where and in what tiles are computed.
-        jitter_seed: moves the tiles at every step, so that no border stays where it is; None leaves them in place.
-        weights: (height, width) of a tile -> what its positions count where tiles overlap; None is `gaussian_weights`.
+        device, dtype: of the networks.
+        jitter_seed: moves the tiles at every step, so that no border stays in place; None does not.
+        weights: (height, width) of a tile -> weights of its positions where tiles overlap; None is `gaussian_weights`.
         team: processes that predict tiles as well; None predicts all of them here.
     """
 
@@ -112,7 +112,7 @@ class Aggregation:
         return sum(len(self.regions(step)) for step in steps)
 
     def show_on(self, progress_bar: Any, steps: range) -> None:
-        """Let a bar of tqdm count the tiles of the steps still to come, or the steps where there are no tiles."""
+        """Make a tqdm bar count the tiles of the coming steps, or the steps if there are no tiles."""
         tiles = self.count(steps)
         progress_bar.total = progress_bar.n + tiles
         progress_bar.unit = "tile" if tiles > len(steps) else "step"
@@ -129,14 +129,14 @@ class Aggregation:
         on_tile: Callable[[], object] = lambda: None,
         on_halving: Callable[[], object] = lambda: None,
     ) -> Tensor:
-        """Prediction (B, C, h, w) for a canvas, with its device and dtype.
+        """Prediction (B, C, h, w) for a canvas, on its device and in its dtype.
 
-        latents, lq_latents: (B, C, h, w). prompt_embeds: as `steered_prediction`; image_embeds: per IP adapter,
-        of as many pictures and branches. on_tile: called after each tile. on_halving: called when the grid was halved
-        and the step begins again.
+        latents, lq_latents: (B, C, h, w). prompt_embeds: as in `steered_prediction`. image_embeds: one tensor
+        per IP adapter, with the same batch. on_tile: called after each tile. on_halving: called after the grid was
+        halved, before the step begins again.
 
         Raises:
-            torch.OutOfMemoryError: one of the smallest tiles is too large (or what the CPU raises then).
+            torch.OutOfMemoryError: even one of the smallest tiles is too large (on the CPU, its own error).
         """
         while True:
             regions = self.regions(step)
@@ -225,18 +225,18 @@ class Aggregation:
 
 
 def _arriving(arrived: torch.Event, indices: Sequence[int], tiles: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Tiles on their way to the CPU, as soon as they are there."""
+    """Tiles copied to the CPU, as soon as they arrive."""
     arrived.synchronize()
     yield from zip(indices, tiles, strict=True)
 
 
 def assist(team: Team, predict: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Predict tiles for the first process of a team until it lets this one go.
+    """Predict tiles for the first process of a team until it ends the call.
 
     predict: `steered_prediction` with the networks bound.
 
     Raises:
-        Exception: what happened here, once the first process has given up.
+        Exception: this process's own error, raised after the first process has stopped.
     """
     failure: Exception | None = None
     while (request := team.listen()) is not None:
@@ -266,12 +266,12 @@ def assist(team: Team, predict: Callable[..., Tensor], device: torch.device, dty
 
 
 def prediction_shapes(request: TileRequest) -> list[tuple[int, int, int, int]]:
-    """(B, C, tile height, tile width) of what each region's prediction is."""
+    """Shape (B, C, tile height, tile width) of each region's prediction."""
     return [(*request.latents.shape[:2], region.height, region.width) for region in request.regions]
 
 
 def repeat_for_tiles(embeds: Tensor, pictures: int, tiles: int) -> Tensor:
-    """Embeddings of `pictures`, once or per guidance branch, repeated for a batch of tiles with all pictures each."""
+    """Embeddings of `pictures`, once or per guidance branch, repeated for a batch of tiles of all pictures."""
     if len(embeds) < pictures:  # one for all
         return embeds
     return repeat(embeds, "(branches pictures) ... -> (branches tiles pictures) ...", pictures=pictures, tiles=tiles)
@@ -280,8 +280,8 @@ def repeat_for_tiles(embeds: Tensor, pictures: int, tiles: int) -> Tensor:
 def tile_offsets(length: int, tile: int, overlap: int, shift: int = 0) -> list[int]:
     """Where tiles begin so that they cover `length`, neighbours overlapping by `overlap` or more.
 
-    Evenly spaced, the last one flush with the end (Wang et al. 2023, sec. 3.4). `shift`, 0 to tile - overlap - 1, moves
-    all but the outermost towards the beginning.
+    They are evenly spaced, the last one ends with the canvas (Wang et al. 2023, sec. 3.4). `shift`, 0 to tile - overlap
+    - 1, moves all but the outermost towards the beginning.
 
     Raises:
         ValueError: the overlap leaves no room to advance, or the tile is longer than the canvas.
@@ -315,7 +315,7 @@ def cover(
 def gaussian_weights(height: int, width: int, official_quirks: bool = False) -> Tensor:
     """Weight (height, width), float64, of each position of a tile: a gaussian of its distance to the centre.
 
-    official_quirks: the released code puts the centre half a position too low, at height / 2.
+    official_quirks: as in the released code, whose vertical centre is half a position off, at height / 2.
     """
     rows = _gaussian(height, height / 2 if official_quirks else (height - 1) / 2)
     return rows[:, None] * _gaussian(width, (width - 1) / 2)
@@ -327,12 +327,12 @@ def _gaussian(length: int, centre: float) -> Tensor:
 
 
 class Blend:
-    """Weighted mean of overlapping tiles, (..., H, W), the same to the bit in whatever order the tiles arrive.
+    """Weighted mean of overlapping tiles, (..., H, W); its bits do not depend on the order in which tiles arrive.
 
     Sums are float64 and taken in the order of `tiles`: a tile that arrives early waits for those before it.
 
     Args:
-        tiles: what covers the canvas.
+        tiles: regions that cover the canvas.
         weights: (height, width) of a tile -> its weights.
     """
 
@@ -344,7 +344,7 @@ class Blend:
         self._sum: Tensor | None = None
 
     def add(self, index: int, values: Tensor) -> None:
-        """What was computed on `tiles[index]`, (..., tile height, tile width), on any device."""
+        """Add the result for `tiles[index]`, (..., tile height, tile width), from any device."""
         self._waiting[index] = values
         while self._added in self._waiting:
             tile, waited = self.tiles[self._added], self._waiting.pop(self._added)
@@ -376,7 +376,7 @@ class Blend:
 def merge(
     tiles: Sequence[Region], patches: Iterable[Tensor], weights: Callable[[int, int], Tensor] = gaussian_weights
 ) -> Tensor:
-    """The canvas (..., H, W) that patches (..., tile height, tile width), in the order of the tiles, average to."""
+    """The canvas (..., H, W): weighted mean of patches (..., tile height, tile width), one per tile in their order."""
     blend = Blend(tiles, weights)
     for index, patch in enumerate(patches):
         blend.add(index, patch)
@@ -384,14 +384,14 @@ def merge(
 
 
 def native_tile(unet: UNet2DConditionModel) -> int:
-    """Side of the latents the UNet was trained on, as its config says, as a multiple of what it can halve."""
+    """Side of the latents the UNet was trained on, from its config, rounded to a side it can halve."""
     size = unet.config.sample_size or 64
     multiple = tile_multiple(unet)
     return max((size if isinstance(size, int) else min(size)) // multiple, 2) * multiple
 
 
 def tile_multiple(unet: UNet2DConditionModel) -> int:
-    """Sides of a tile are multiples of this: every level of the UNet halves them."""
+    """Tile sides are multiples of this, since every level of the UNet halves them."""
     return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
@@ -400,7 +400,7 @@ def canvas_size(
 ) -> tuple[int, int]:
     """Height and width in pixels of the canvas for a result of height x width: every level of the networks halves them.
 
-    At least two positions per side are left at the deepest level: group norms have nothing to measure on one.
+    The deepest level keeps at least two positions per side: a group norm cannot normalise one.
     """
     multiple = pixels_per_latent * tile_multiple(unet)
     smallest = max(min_size_px, 2 * multiple)
@@ -418,16 +418,16 @@ def choose_grid(
     batch_size: int = 1,
     margin: int = 0,
 ) -> TileGrid | None:
-    """How to sample a canvas of latents; None as a whole.
+    """The grid for a canvas of latents; None samples it whole.
 
     height, width: of the canvas, in latents.
-    tile_px: side of a tile in pixels of the result; "auto" takes what the UNet was trained on, and the whole canvas up
-        to four times that area; "none" always the whole canvas.
-    overlap_px: what neighbours share, in pixels; None is a quarter of a tile.
-    margin: latents on each side of the canvas that are cut off, and do not count for "auto".
+    tile_px: side of a tile in pixels of the result. "auto" is the size the UNet was trained on, but up to four times
+        that area the canvas stays whole; "none" never tiles.
+    overlap_px: overlap of neighbours, in pixels; None is a quarter of a tile.
+    margin: latents that are cut off on each side; "auto" does not count them.
 
     Raises:
-        ValueError: the tile or the overlap cannot work; the message says what can.
+        ValueError: the tile or the overlap cannot work; the message names one that can.
     """
     native, multiple = native_tile(unet), tile_multiple(unet)
     if tile_px == "auto":
@@ -454,9 +454,9 @@ def grids(
     batch_size: int = 1,
     margin: int = 0,
 ) -> Iterator[TileGrid | None]:
-    """The grid that `choose_grid` chooses, and then those that take less and less memory.
+    """The grid of `choose_grid`, followed by grids that take less and less memory.
 
-    First the batch is halved and then, with tile_px="auto" only, the tile: that changes the picture.
+    First the batch is halved; then, only with tile_px="auto", the tile, which changes the picture.
     """
     grid = choose_grid(unet, height, width, pixels_per_latent, tile_px, overlap_px, batch_size, margin)
     yield grid
@@ -478,7 +478,7 @@ def checked_tile(tile_px: object, multiple: int, pixels_per_latent: int) -> int:
     """A tile side in latents.
 
     Raises:
-        ValueError: not a number, or not one the networks can halve.
+        ValueError: not a number, or a side that the networks cannot halve.
     """
     unit = multiple * pixels_per_latent
     smallest = 2 * unit  # group norms have nothing to measure on one position
@@ -498,7 +498,7 @@ def checked_overlap(overlap_px: object, tile: int, pixels_per_latent: int) -> in
     """An overlap in latents.
 
     Raises:
-        ValueError: not a number of whole latents, or as large as the tile.
+        ValueError: not a whole number of latents, or not smaller than the tile.
     """
     largest = (tile - 1) * pixels_per_latent
     if not isinstance(overlap_px, int | np.integer) or not 0 <= overlap_px <= largest or overlap_px % pixels_per_latent:

@@ -1,4 +1,4 @@
-"""What fits into a device's memory: what is wished for, what networks cost, and the plan that is chosen from both."""
+"""What fits into a device's memory: the wishes (Tiling), the costs of the networks, and the plan made from both."""
 
 import json
 import math
@@ -59,24 +59,25 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How a picture is taken apart where it is too large for the device: tiles, memory, and room on disk.
+    """How large pictures are split: tiles, memory, and room on disk.
 
     Attributes:
-        tile_px: side of the tiles a large picture is sampled in, in pixels of the result; "auto" takes the size the
-            UNet was trained on, and leaves pictures of up to four times its area whole; "none" never tiles.
-        overlap_px: what neighbouring tiles share, in pixels; None is a quarter of a tile.
-        batch_size: tiles the networks take at once, on devices that gain by it; None as many as fit.
+        tile_px: side of the tiles in which a large picture is sampled, in pixels of the result. "auto" is the size the
+            UNet was trained on, but up to four times that area pictures stay whole; "none" never tiles.
+        overlap_px: overlap of neighbouring tiles, in pixels; None is a quarter of a tile.
+        batch_size: tiles per call of the networks, on devices where this is faster; None is as many as fit.
         jitter: moves the tiles at every step, so that no border stays in place.
-        vae_tile_px: side of the tiles the autoencoder and CFW take, on which the result does not depend; None is what
-            fits, and small pictures whole.
-        vae_mode: "exact" codes a tiled picture as if it were whole; "approximate" nearly so, with less on disk.
-        vae_attention: "global", or "windowed" where the quadratic cost of global attention is too high.
-        max_memory: what the device may hold, in bytes or as "6GB"; None is what is free on it. If it is too little for
-            the tiles of "auto", smaller ones are taken, which changes the picture, and a warning says so.
-        folder: where large feature maps of a tiled picture lie meanwhile; None is the temporary folder.
+        vae_tile_px: side of the tiles of autoencoder and CFW; it does not change the result. None is what fits, and
+            small pictures stay whole.
+        vae_mode: "exact" encodes and decodes a tiled picture as if it were whole; "approximate" nearly so, with less
+            on disk.
+        vae_attention: "global", or "windowed" if global attention, whose cost is quadratic, is too slow.
+        max_memory: limit for the device, in bytes or as "6GB"; None is what is free. If it is too little for the tiles
+            of "auto", smaller ones are used; this changes the picture, and a warning says so.
+        folder: for large feature maps during the call; None is the system's temporary folder.
 
     Raises:
-        ConfigError: a value means nothing. What the networks can take is checked where they are known.
+        ConfigError: a value is invalid. Whether it suits the networks is checked in the call.
     """
 
     tile_px: TileSize = "auto"
@@ -102,7 +103,7 @@ class Tiling:
         self.allowed_bytes()
 
     def allowed_bytes(self) -> int | None:
-        """max_memory in bytes: of a number or of a text such as "6GB" (10**9) or "6GiB" (2**30); None if there is none.
+        """max_memory in bytes, from a number or a text such as "6GB" (10**9) or "6GiB" (2**30); None is no limit.
 
         Raises:
             ConfigError: it is neither.
@@ -118,7 +119,7 @@ class Tiling:
     def grid(
         self, unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int, margin: int = 0
     ) -> TileGrid | None:
-        """How a canvas of height x width latents is sampled if memory does not matter; None as a whole.
+        """The grid for a canvas of height x width latents if memory does not matter; None samples it whole.
 
         margin: see `choose_grid`.
 
@@ -129,7 +130,7 @@ class Tiling:
         return choose_grid(unet, height, width, pixels_per_latent, self.tile_px, self.overlap_px, batch_size, margin)
 
     def leaves_choice(self, grid: TileGrid | None, device: torch.device) -> bool:
-        """Whether memory decides anything that is not given. Without a limit small pictures are taken whole."""
+        """Whether a plan is needed: memory decides something. Without a limit, small pictures are taken whole."""
         is_batch_given = self.batch_size is not None or device.type == "cpu"
         is_decided = grid is None or (is_batch_given and self.vae_tile_px is not None)
         return self.max_memory is not None or not is_decided
@@ -137,18 +138,17 @@ class Tiling:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a call will do and what it takes.
+    """How a call will run, and what it needs.
 
     Attributes:
-        grid: how latents are sampled; None as a whole.
-        vae_tile_px: tiles of the autoencoder and CFW; None for the picture as a whole.
-        peak_bytes: the most the device holds: weights, and what is alive of the costliest stage.
+        grid: of the latents; None samples them whole.
+        vae_tile_px: side of the tiles of autoencoder and CFW; None takes the picture whole.
+        peak_bytes: peak memory on the device: weights, and the tensors of the largest stage.
         flops: operations of the whole call.
-        attention_flops: those of them that global attention in the autoencoder costs beyond attention in windows.
-        seconds: flops at the rate that matrices were multiplied with on the device; an estimate.
-        is_reduced: whether the budget forced tiles of latents that are smaller than the wanted, which changes the
-            picture; nothing else here does.
-        max_memory: the bytes that were allowed; None for those that were free.
+        attention_flops: the part of them by which the autoencoder's global attention exceeds windowed attention.
+        seconds: an estimate, from flops and the measured speed of matrix products on the device.
+        is_reduced: whether tiles of latents are smaller than wanted for lack of memory. Only this changes the picture.
+        max_memory: the limit in bytes; None if it was what was free.
     """
 
     grid: TileGrid | None
@@ -198,12 +198,12 @@ class Plan:
 
 
 class Planner:
-    """Plans calls of a pipeline's networks, which are counted and not changed.
+    """Plans the calls of a pipeline; the networks are only counted.
 
     Args:
-        vae, unet, adapter: of the pipeline, on any device, "meta" included; without an adapter the UNet runs as it is.
+        vae, unet, adapter: of the pipeline, on any device, also "meta"; adapter=None plans the UNet alone.
         cfw: None plans for w = 0.
-        others: networks that stay on the device beside them.
+        others: other networks that stay on the device.
     """
 
     def __init__(
@@ -239,13 +239,13 @@ class Planner:
         flops_per_second: float | None = None,
         margin_px: int = 0,
     ) -> Plan:
-        """What fits on a device. What the tiling gives is kept to.
+        """The plan that fits on a device and keeps to the tiling.
 
-        The rest is chosen so that it fits: batch and tiles of the autoencoder, which do not change the picture, and
-        only where that is not enough smaller tiles of latents, which do. If nothing fits into what happens to be free,
-        the smallest is tried.
+        What the tiling leaves open is chosen: batch size and tiles of the autoencoder, which do not change the picture;
+        only if that is not enough, smaller tiles of latents, which do. If nothing fits into the free memory, the
+        smallest tiles are tried.
 
-        height, width: of the canvas in pixels. pictures: at once. branches: 2 with guidance. flops_per_second: of the
+        height, width: of the canvas in pixels. pictures: per call. branches: 2 with guidance. flops_per_second: of the
         device; None measures it. margin_px: of the canvas, on each side.
 
         Raises:
@@ -304,12 +304,12 @@ class Planner:
         )
 
     def _usable_bytes(self, device: torch.device) -> int:
-        """What is free on the device, and what the networks hold there already."""
+        """Bytes free on the device, plus those that the networks already take there."""
         held = [one for one in self.networks if next(one.parameters()).device == device]
         return free_bytes(device) + sum(weight_bytes(network) for network in held)
 
     def _vae_tiles_px(self, tiling: Tiling, device: torch.device, is_whole: bool) -> list[int | None]:
-        """The choices for the autoencoder, the best first. is_whole: the latents are sampled so."""
+        """Tile sides for the autoencoder, the best first. is_whole: whether latents are sampled whole."""
         if tiling.vae_tile_px is not None:
             return [tiling.vae_tile_px]
         # The approximate mode's halos make tiles of 256 px compute 1.8 times the picture, of 512 px 1.3 times.
@@ -318,7 +318,7 @@ class Planner:
         return [None] * is_whole + [px for px in VAE_TILES_PX if smallest <= px <= largest]
 
     def _attention_flops(self, height: int, width: int) -> float:
-        """What global attention in the autoencoder costs more than windows of the usual size."""
+        """Operations by which the autoencoder's global attention exceeds windowed attention of the usual size."""
         return sum(
             attention_flops(height * width, one.to_k.out_features)
             - attention_flops(height * width, one.to_k.out_features, WINDOW)
@@ -337,7 +337,7 @@ class Planner:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device can still give to this process; memory of the CPU is divided among those launched on it."""
+    """Bytes that this process can still get on the device; processes launched together share the CPU's memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -345,7 +345,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a product of two square matrices, the fastest of five tries."""
+    """Operations per second of a product of square matrices, the fastest of five."""
     side = 512 if device.type == "cpu" else 4096
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     return 2 * side**3 / min(_seconds(lambda: (matrix @ matrix)[0, 0].item()) for _ in range(5))
@@ -367,14 +367,14 @@ def _seconds(function: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """peak_bytes: of what is alive at once, weights not counted, nor what kernels need inside. flops: operations."""
+    """peak_bytes: of tensors alive at once, without weights and workspaces of kernels. flops: operations."""
 
     peak_bytes: int
     flops: float
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and still alive while it is open; `peak` is the most there were."""
+    """Context that counts the bytes of tensors made in it and still alive; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def without_values(network: Any, dtype: torch.dtype) -> Any:
-    """The network of the same config on the meta device, where it computes shapes only."""
+    """A network of the same config on the meta device, which computes only shapes."""
     kind = type(getattr(network, "_orig_mod", network))  # of what torch.compile wraps
     with META:
         built: ModelMixin = kind.from_config(network.config)
@@ -419,9 +419,9 @@ def prediction_cost(
     batch_size: int,
     branches: int = 1,
 ) -> Cost:
-    """Of one prediction for a batch of tiles of latents; the networks are on the meta device.
+    """Cost of one prediction for a batch of tiles of latents; the networks are on the meta device.
 
-    branches: 2 with guidance. Attention is taken to be fused, as torch has it for CPUs and GPUs.
+    branches: 2 with guidance. Attention is counted as fused, as torch computes it on CPUs and GPUs.
     """
     latents = torch.empty(batch_size, unet.config.in_channels, *tile, dtype=unet.dtype, device=META)
     prompts = torch.empty(branches * batch_size, 77, unet.config.cross_attention_dim, dtype=unet.dtype, device=META)
@@ -439,7 +439,7 @@ def coding_costs(
     tile_px: int,
     window: int | None = None,
 ) -> tuple[Cost, Cost]:
-    """Of encoding and of decoding a picture of height x width pixels in exact tiles; networks on the meta device.
+    """Costs of encoding and of decoding a picture of height x width pixels in exact tiles; networks on the meta device.
 
     cfw: None counts the plain decode. window: as `TiledAutoencoder`; None is global attention.
     """
@@ -480,7 +480,7 @@ def approximate_coding_costs(
 def whole_coding_costs(
     vae: AutoencoderKL, cfw: ControllableFeatureWrapping | None, height: int, width: int, pictures: int = 1
 ) -> tuple[Cost, Cost, int]:
-    """As `coding_costs` without tiles, for several pictures at once, and the bytes that CFW's features keep between."""
+    """As `coding_costs` without tiles, for a batch of pictures; and the bytes of CFW's features, kept between both."""
     factor = scale_factor(vae)
     levels = tuple(cfw.config.levels) if cfw is not None else ()
     image = torch.empty(pictures, vae.config.in_channels, height, width, dtype=vae.dtype, device=META)
@@ -503,7 +503,7 @@ def _counted(run: Callable[[], object]) -> Cost:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that never holds its scores, as the kernels of real devices; without values torch takes another."""
+    """Attention that never stores its scores, like the kernels of real devices; on "meta" torch would take another."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -519,7 +519,7 @@ def _key(tensor: Tensor) -> int:
 
 @dataclass(kw_only=True)
 class _CostingWorkspace(Workspace):
-    """Computes one tile of each map, in its middle and without values; the others cost as much per position."""
+    """Computes one tile in the middle of each map, without values; all others cost as much per position."""
 
     device: torch.device = META
     scratch: Scratch = field(default_factory=lambda: Scratch(device=META))

@@ -1,4 +1,4 @@
-"""Where the canvases of a walk through the layers of an autoencoder lie, and what of the walk is done already."""
+"""Where a walk through the layers of an autoencoder keeps its canvases, and how far it has come."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ SAME_BOOT_S = 60  # by which the clock may be set between two looks at when the 
 
 
 class Moments:
-    """Mean and variance per channel of a map, exact whatever tiles it comes in: each adds its sums in float64.
+    """Mean and variance per channel of a map, summed over its tiles in float64.
 
-    Parts are merged as by Chan, Golub and LeVeque (1983, eq. 1.5); within a part the deviations are taken from one of
-    its values, so that a mean far from zero costs no digits.
+    Parts are merged as in Chan, Golub and LeVeque (1983, eq. 1.5). In each part, deviations are taken from one of its
+    values, so that a large mean loses no digits.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Moments:
 
     @classmethod
     def of_zeros(cls, channels: int) -> "Moments":
-        """Of a map without values, for those who only count."""
+        """Moments of a map without values, for counting."""
         moments = cls()
         moments.add(torch.zeros(1, channels, 1, 1))
         return moments
 
     def add(self, tile: Tensor) -> None:
-        """Take in values (1, C, h, w) that no other tile holds."""
+        """Add the values (1, C, h, w) of a tile; tiles do not overlap."""
         count = tile.shape[2] * tile.shape[3]
         first, sums, squares = (value.double().cpu() for value in sums_of(tile))
         mean = sums / count
@@ -63,7 +63,7 @@ class Moments:
 
 @dataclass
 class Sweep:
-    """One pass over the tiles of a map: how many are computed, and what was measured on them."""
+    """One pass over the tiles of a map: how many are done, and their moments."""
 
     done: int = 0
     moments: Moments = field(default_factory=Moments)
@@ -71,16 +71,16 @@ class Sweep:
 
 
 class Scratch:
-    """Canvases that are gone with whoever holds them; nothing is recorded.
+    """Canvases that live as long as they are used; no progress is recorded.
 
     Args:
-        folder: where the canvases are; None keeps them in memory.
-        on_tiles: called with the number of tiles that are done since it was called last.
-        device: of canvases in memory; on "meta" they have no values, for those who only count.
+        folder: for the canvases; None keeps them in memory.
+        on_tiles: called with the number of tiles done since the last call.
+        device: of canvases in memory; "meta" is for counting, without values.
     """
 
     may_overwrite = True
-    """Whether a canvas may take new values while its old ones are still read."""
+    """Whether a canvas may be overwritten while it is still read."""
 
     def __init__(
         self,
@@ -97,25 +97,24 @@ class Scratch:
         return Canvas(*shape, dtype=dtype, folder=self.folder, device=self.device)
 
     def begin(self) -> Sweep:
-        """The next pass, to be filled in tile by tile."""
+        """Begin the next pass."""
         return Sweep()
 
     def save(self) -> None:
-        """The last pass that began has one more tile, and the canvases hold it."""
+        """Note that one more tile of the current pass is on its canvas."""
         self.on_tiles(1)
 
 
 class Record(Scratch):
-    """A walk that outlives its process: after a kill another one takes the same steps and finds them done.
+    """Scratch that outlives its process: after a kill, the same walk goes on where this one stopped.
 
-    Passes and canvases come in the same order in every process, and a canvas is deleted once nothing can read it any
-    more, so that what a later pass needs is there. Canvases are never overwritten: the tile in work when the process
-    dies is computed again from what it was computed from.
+    Every process has the same passes and canvases in the same order. A canvas is deleted when no later pass reads it,
+    and never overwritten, so that the tile in progress during the kill can be computed again.
 
     Args:
-        folder: for this walk alone; what is there of another is deleted.
-        made_with: all, beside what is coded, that decides what is computed, as plain values.
-        on_tiles: as for any scratch; those of an earlier process are told when their pass begins.
+        folder: for this walk alone; files of another walk are deleted.
+        made_with: all settings that decide what is computed, as plain values.
+        on_tiles: as in `Scratch`; tiles of an earlier process are reported when their pass begins.
 
     Raises:
         JobError: the record is damaged.
@@ -139,7 +138,7 @@ class Record(Scratch):
             self._empty()
 
     def canvas(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Canvas:
-        """A canvas (C, H, W) for the next map, with the values it has already."""
+        """A canvas (C, H, W) for the next map, with the tiles it already has."""
         for path in folder_canvases(self._folder):
             if int(path.stem) < self._made and path.name not in self._alive:
                 path.unlink(missing_ok=True)
@@ -150,7 +149,7 @@ class Record(Scratch):
         return canvas
 
     def begin(self) -> Sweep:
-        """The next pass, as far as it is done."""
+        """Begin the next pass, which may be partly done."""
         if self._begun == len(self._sweeps):
             self._sweeps.append(Sweep())
         sweep = self._sweeps[self._begun]
@@ -160,7 +159,7 @@ class Record(Scratch):
         return sweep
 
     def save(self) -> None:
-        """Record that the last pass has one more tile, which the canvases hold."""
+        """Write down that one more tile of the current pass is on its canvas."""
         passes = [(sweep.done, vars(sweep.moments), sweep.dtype) for sweep in self._sweeps]
         # Not synced: the kernel keeps what a killed process wrote, and after a crash of the machine it is not used.
         with replacing_file(self._path, is_synced=False) as part:
@@ -173,7 +172,7 @@ class Record(Scratch):
         return self.folder
 
     def _recorded(self) -> list[Sweep]:
-        """The passes of an earlier process; none if what is there was made otherwise."""
+        """The passes of an earlier process; none if they were made with other settings."""
         if not self._path.exists():
             return []
         try:
@@ -207,7 +206,7 @@ def folder_canvases(folder: Path) -> list[Path]:
 
 
 def saved_bytes(values: dict[str, Any]) -> memoryview:
-    """What torch.save writes, to be written by whoever can say what fails; torch's own writer cannot."""
+    """The bytes that torch.save writes. Torch's own file writer does not say why it fails."""
     buffer = BytesIO()
     torch.save(values, buffer)
     return buffer.getbuffer()

@@ -1,4 +1,4 @@
-"""Several processes at one picture: the first restores it, the others predict tiles for it."""
+"""Several processes restore one picture: the first runs the call, the others predict tiles for it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,14 @@ DONE, LACKS_MEMORY, FAILED = range(3)
 
 
 class OthersFailed(RuntimeError):
-    """The trouble is another process's, which reports it."""
+    """Another process failed; it reports its own error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileRequest:
-    """What one step asks of all: predictions of the regions, in batches, of canvases (B, C, h, w) on the CPU.
+    """What a step asks of all processes: predictions for regions, in batches, of canvases (B, C, h, w) on the CPU.
 
-    arguments: the others of `steered_prediction`, timestep among them.
+    arguments: the other arguments of `steered_prediction`, such as the timestep.
     """
 
     latents: Tensor
@@ -39,8 +39,8 @@ class TileRequest:
 class Team:
     """The processes of `accelerate launch`, each with the same networks, at one picture.
 
-    Every n-th tile is predicted by the same process, and the first gets all of them, exactly as they were computed: on
-    processes and devices of one kind (on CPUs: of as many threads) the result is to the bit that of one process.
+    Each process predicts every n-th tile, and the first gets all predictions unchanged. On devices of one kind (on CPUs
+    with the same number of threads) the result has the bits of a single process.
 
     Args:
         state: of accelerate; any backend.
@@ -55,7 +55,7 @@ class Team:
         return self.state.is_main_process
 
     def tell(self, message: object) -> None:
-        """Send a message from the first process to all others, each of which must `listen`; None lets them go."""
+        """Send a message from the first process to all others, which must `listen`; None ends their work."""
         broadcast_object_list([message])
 
     def listen(self) -> Any:

@@ -49,7 +49,7 @@ def decoded(
     workspace: Workspace,
     window: int | None,
 ) -> Canvas:
-    """Image (3, H, W) of the raw code z (C, h, w); without cfw, features and w do not matter."""
+    """Image (3, H, W) of the raw code z (C, h, w); without cfw, features and w are ignored."""
     decoder = vae.decoder
 
     def read_in(tile: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _wrapped(
 
 
 def _residual_block(x: FeatureMap, block: ResnetBlock2D, workspace: Workspace) -> FeatureMap:
-    """x + conv(norm(conv(norm(x)))): the map between the two norms is stored, the result is left to its reader."""
+    """x + conv(norm(conv(norm(x)))): only the map between the two norms is stored."""
     norm1 = workspace.normalization(x, block.norm1, block.nonlinearity)
     h = layer(x, lambda tile: block.conv1(norm1(tile)), block.out_channels, halo=1)
     norm2 = workspace.normalization(h, block.norm2, block.nonlinearity)
@@ -137,9 +137,9 @@ def _output(x: FeatureMap, coder: Encoder | Decoder, quant_conv: nn.Conv2d | Non
 def attended(x: FeatureMap, attention: Attention, workspace: Workspace, window: int | None) -> FeatureMap:
     """The map after self-attention over all its positions, with the residual connection; stored.
 
-    window: None for all keys, else the side of the square of keys that a query sees. Squares of half that side share
-    their keys, and lie where they do whatever the tile size, so the result does not depend on the tiling; a map no
-    larger than the window is attended to globally.
+    window: side of the square of keys that a query sees; None is all keys. All queries in a square of half that side
+    share their keys. These squares do not depend on the tile size, so neither does the result. A map no larger than
+    the window gets global attention.
     """
     channels, height, width = x.shape
     norm = workspace.normalization(x, attention.group_norm)
@@ -171,7 +171,7 @@ def attended(x: FeatureMap, attention: Attention, workspace: Workspace, window: 
 
 
 def attention_flops(positions: int, channels: int, window: int | None = None) -> int:
-    """Operations of the two products of attention: quadratic in the positions, linear with a window."""
+    """Operations of the two matrix products of attention: quadratic in the positions, linear with a window."""
     keys = positions if window is None else min(positions, window**2)
     return 4 * positions * keys * channels
 
@@ -179,7 +179,7 @@ def attention_flops(positions: int, channels: int, window: int | None = None) ->
 def _chunked_attention(query: Tensor, kv: FeatureMap, chunks: list[Region], heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, (1, n, heads * d), float32, one chunk of keys after the other.
 
-    The running maximum makes the sum independent of what comes first (Milakov and Gimelshein 2018, alg. 3).
+    With the running maximum, chunks can be summed in any order (Milakov and Gimelshein 2018, alg. 3).
     """
     query = query * query.shape[-1] ** -0.5
     total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -203,14 +203,14 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 
 def _window(region: Region, window: int, height: int, width: int) -> Region:
-    """The square of keys around a square of queries, moved inwards where the map ends."""
+    """The square of keys around a square of queries, shifted to lie within the map."""
     top = min(max(region.top - window // 4, 0), max(height - window, 0))
     left = min(max(region.left - window // 4, 0), max(width - window, 0))
     return Region(top, left, min(top + window, height), min(left + window, width))
 
 
 def execution_device(network: nn.Module) -> torch.device:
-    """Where the network computes: its own device or, if it is offloaded, the one its weights are brought to."""
+    """The device on which the network computes, also if it is offloaded."""
     for module in network.modules():
         group = _group_hook(module)
         if group is not None:
@@ -225,9 +225,9 @@ def execution_device(network: nn.Module) -> torch.device:
 
 @contextmanager
 def in_use(network: nn.Module) -> Iterator[None]:
-    """What a call of an offloaded network does before and after its layers, which are called one by one here.
+    """Context that loads an offloaded network as a call of it would, for calling its layers one by one.
 
-    Groups of blocks are all on the device meanwhile; layers that are offloaded one by one have hooks of their own.
+    Groups of blocks are all on the device during it; layers offloaded one by one have their own hooks.
     """
     _bring_to_device(network)
     hooks = [hook for module in network.modules() if (hook := _group_hook(module)) is not None]

@@ -1,10 +1,10 @@
-"""The small networks that train in minutes: how they start, and what is taken over from those trained before.
+"""Small networks that train in minutes: how they are initialised, and what they take from networks trained before.
 
 Autoencoder: with three channels per group, group normalisation erases the brightness and colour that it must keep. One
 group per layer, residual branches that start at zero, nearly linear outputs and a constant pilot signal that dominates
 the statistics of the output norms avoid that.
 
-VQGAN: its outer levels are like those of a trained autoencoder, and are taken from it. Two things differ. The
+VQGAN: its outer levels are copied from a trained autoencoder. Two things differ. The
 activation before the autoencoder's last convolution is replaced by the nearest linear map. Of its decoder's outer
 levels, all but the innermost lose their second residual block.
 """
@@ -29,7 +29,7 @@ PILOT = 3.0
 def build_small_autoencoder(
     block_out_channels: tuple[int, ...], latent_channels: int, layers_per_block: int
 ) -> AutoencoderKL:
-    """Untrained autoencoder without mid-block attention that starts as a nearly linear map."""
+    """Untrained autoencoder without mid-block attention, initialised as a nearly linear map."""
     levels = len(block_out_channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -59,7 +59,7 @@ def build_small_autoencoder(
 
 @torch.no_grad()
 def _start_output_linear(conv: nn.Conv2d, norm: nn.GroupNorm) -> None:
-    """Send a pilot signal through the norm and take it out behind; shift SiLU into its linear part."""
+    """Add a pilot signal before the norm and remove it afterwards; shift SiLU into its linear part."""
     signs = torch.ones_like(_bias(conv))
     signs[1::2] = -1
     _bias(conv).copy_(PILOT * signs)
@@ -71,8 +71,8 @@ def _start_output_linear(conv: nn.Conv2d, norm: nn.GroupNorm) -> None:
 def fold_latent_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Change the 1x1 convolutions around the latent so that it has mean 0 and deviation 1 per channel.
 
-    `mean` and `std`, (C,), are those of the latent so far. What the autoencoder reconstructs stays the same, and
-    scaling_factor 1 is right afterwards. The posterior's log-variance moves along: it is shifted by -2 log(std).
+    mean, std: (C,), of the latent so far. Reconstructions stay the same, and scaling_factor is 1 afterwards. The
+    posterior's log-variance is shifted by -2 log(std).
     """
     channels = mean.numel()
     quant, post_quant = vae.quant_conv, vae.post_quant_conv
@@ -84,7 +84,7 @@ def fold_latent_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> Non
 
 
 def start_fusion_silent(cfw: ControllableFeatureWrapping) -> None:
-    """Make untrained fusion layers add almost nothing, so that training starts from the plain decode."""
+    """Initialise fusion layers so that they add almost nothing and training starts from the plain decode."""
     for name, module in cfw.named_modules():
         if isinstance(module, nn.Conv2d) and name.endswith(("merge.conv2", "merge.conv_shortcut", "refine.conv2")):
             _zero(module)
@@ -102,7 +102,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def build_small_unet(block_out_channels: tuple[int, ...]) -> UNet2DConditionModel:
-    """Untrained UNet of one residual block per level, with attention at the lowest one only."""
+    """Untrained UNet with one residual block per level, and attention at the lowest level only."""
     levels = len(block_out_channels)
     return UNet2DConditionModel(
         sample_size=64,
@@ -120,7 +120,7 @@ def build_small_unet(block_out_channels: tuple[int, ...]) -> UNet2DConditionMode
 
 
 def build_small_adapter(unet: UNet2DConditionModel, block_out_channels: tuple[int, ...]) -> StableSRAdapter:
-    """Untrained adapter for such a UNet, without attention; it leaves the UNet's output as it is at first."""
+    """Untrained adapter for such a UNet, without attention; it does not change the UNet's output at first."""
     return StableSRAdapter.from_unet(
         unet,
         block_out_channels=block_out_channels,
@@ -151,12 +151,12 @@ class GraftedVQGAN(nn.Module):
     """A VQGAN of one residual block per level whose outer levels are those of `vae`, frozen.
 
     Args:
-        vqgan: untrained; its first levels are as wide as those of the autoencoder. Changed in place.
+        vqgan: untrained, its first levels as wide as those of the autoencoder. Changed in place.
         vae: the trained autoencoder.
-        images: (B, 3, H, W) in [-1, 1], on which its last activation is linearised.
+        images: (B, 3, H, W) in [-1, 1], used to linearise its last activation.
 
     Raises:
-        ConfigError: the widths differ, or either has no single block per level of the encoder.
+        ConfigError: the widths differ, or an encoder has more than one block per level.
     """
 
     def __init__(self, vqgan: VQGAN, vae: AutoencoderKL, images: Tensor) -> None:
@@ -193,7 +193,7 @@ class GraftedVQGAN(nn.Module):
         trained.requires_grad_(True)
 
     def forward(self, h: Tensor, is_quantized: bool) -> tuple[Tensor, Quantized]:
-        """Features (B, c, h, w) for the outer decoder, of those of the outer encoder, through codes or around them."""
+        """Features (B, c, h, w) for the outer decoder, from those of the outer encoder, quantised or not."""
         decoder = self.vqgan.decoder
         z = self.encode(h)
         quantized = self.vqgan.quantizer(z)
@@ -211,7 +211,7 @@ class GraftedVQGAN(nn.Module):
         return latent
 
     def outer_encode(self, image: Tensor) -> Tensor:
-        """What the inner levels are given of image (B, 3, H, W) in [-1, 1]."""
+        """Input of the inner levels for image (B, 3, H, W) in [-1, 1]."""
         encoder = self.vqgan.encoder
         h = encoder.conv_in(image)
         for i in range(self.outer):
@@ -249,7 +249,7 @@ class GraftedVQGAN(nn.Module):
 
 @torch.no_grad()
 def target_features(vae: AutoencoderKL, image: Tensor) -> Tensor:
-    """What the outer decoder is best given for image (B, 3, H, W) in [-1, 1], by the autoencoder."""
+    """Target of the inner levels for image (B, 3, H, W) in [-1, 1]: the autoencoder's own features for the decoder."""
     z = vae.encode(image).latent_dist.mean
     h = vae.decoder.conv_in(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
     h = vae.decoder.mid_block(h)
@@ -260,7 +260,7 @@ def target_features(vae: AutoencoderKL, image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_residuals_at_zero(vqgan: VQGAN) -> None:
-    """Every residual block starts as its shortcut and every other convolution orthogonal: narrow nets learn sooner."""
+    """Initialise residual blocks as their shortcut, other convolutions orthogonally: narrow networks learn faster."""
     for name, module in vqgan.named_modules():
         if isinstance(module, nn.Conv2d) and not name.endswith("conv1"):
             if name.endswith("conv2"):

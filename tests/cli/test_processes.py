@@ -1,6 +1,5 @@
 """A folder, and a single picture, spread over two processes: the same files as from one process, failures once."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stablesr_kit.cli import main
-from tests.helpers.cli_runs import stablesr
-from tests.helpers.forks import FORKS, free_port, of_two_processes, write_streams_to
+from tests.helpers.cli_runs import stablesr, stablesr_in_two_processes
+from tests.helpers.forks import free_port
 from tests.helpers.tiny import tiny_pipeline
 
 PLAIN = """
@@ -57,7 +55,9 @@ def test_two_processes_share_what_is_degraded(tmp_path: Path) -> None:
     for seed in range(3):
         pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{seed}.png")
-    shared = _fork_two(["degrade", photos, tmp_path / "missing", "-o", tmp_path / "shared"], tmp_path)
+    shared = stablesr_in_two_processes(
+        "degrade", photos, tmp_path / "missing", "-o", tmp_path / "shared", folder=tmp_path
+    )
     assert (shared.returncode, shared.stdout) == (1, f"3 degraded, 1 failed: {tmp_path / 'shared'}\n"), shared.stderr
     assert stablesr("degrade", photos, "-o", tmp_path / "alone").exit_code == 0
     for file in (tmp_path / "alone").iterdir():
@@ -69,7 +69,7 @@ def test_two_processes_share_the_tiles_of_one_picture(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (33, 41, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "in.png")
     arguments = ["restore", tmp_path / "in.png", "--model", tmp_path / "model", "-o"]
-    shared = _fork_two([*arguments, tmp_path / "shared.png"], tmp_path)
+    shared = stablesr_in_two_processes(*arguments, tmp_path / "shared.png", folder=tmp_path)
     assert (shared.returncode, shared.stdout) == (0, f"1 restored: {tmp_path / 'shared.png'}\n"), shared.stderr
     assert shared.stderr.count("plan: tiles of 16 x 16 latents") == 1
     assert stablesr(*arguments, tmp_path / "alone.png").exit_code == 0
@@ -78,23 +78,3 @@ def test_two_processes_share_the_tiles_of_one_picture(tmp_path: Path) -> None:
 
 def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-
-
-def _fork_two(arguments: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command in two processes as `accelerate launch` starts them, without a start of whole programs."""
-    port, out, err = free_port(), folder / "stdout", folder / "stderr"
-    parts = [str(part) for part in arguments]
-    processes = [FORKS.Process(target=_main, args=(parts, rank, port, out, err)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    status = max(255 if process.exitcode is None else abs(process.exitcode) for process in processes)
-    return subprocess.CompletedProcess(parts, status, out.read_text(), err.read_text())
-
-
-def _main(arguments: list[str], rank: int, port: int, out: Path, err: Path) -> None:
-    os.environ |= of_two_processes(rank, port)
-    write_streams_to(out, err)
-    sys.argv[1:] = arguments
-    main()

@@ -1,43 +1,41 @@
 """The launchable programs and the benchmarks run as a user runs them."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> str:
-    finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
-def test_upscale_photo_puts_the_fidelities_side_by_side(model: Path, tmp_path: Path) -> None:
+def test_upscale_photo_puts_the_fidelities_side_by_side(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    run(
-        "pipelines/upscale_photo.py",
-        str(tmp_path / "photo.png"),
-        "-o",
-        str(tmp_path / "sheet.png"),
-        "--model",
-        str(model),
-    )
+    arguments = [str(tmp_path / "photo.png"), "-o", str(tmp_path / "sheet.png"), "--model", str(model)]
+    monkeypatch.setattr(sys, "argv", ["upscale_photo.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "pipelines" / "upscale_photo.py"), run_name="__main__")
+    assert ended.value.code == 0
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (20, 4 * 28, 3)
     bicubic, *restored = np.split(sheet, 4, axis=1)
     assert all((bicubic != one).any() for one in restored)
 
 
-def test_the_restore_benchmark_prints_one_json_object(model: Path) -> None:
-    result = json.loads(
-        run("-m", "benchmarks.restore", "--json", "--model", str(model), "--size", "8", "--repeats", "1")
-    )
+def test_the_restore_benchmark_prints_one_json_object(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--json", "--model", str(model), "--size", "8", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["restore.py", *arguments])
+    runpy.run_path(str(ROOT / "benchmarks" / "restore.py"), run_name="__main__")
+    result = json.loads(capsys.readouterr().out)
     assert result["call_s"] > 0
     assert result["steps"] == 2
 

@@ -222,7 +222,7 @@ def test_a_step_is_the_same_however_its_samples_are_split_and_activations_kept()
     move a latent to another centre."""
     alone = ["--adversarial_weight", "0"]
     flags = {"vqgan": alone, "codeformer_stage3": alone, "start_vqgan": ["--codebook_fit_steps", "[0]"]}
-    calls = {config: stage(config, "--max_train_steps", "5", *flags.get(config, [])) for config in STAGES}
+    calls = {config: stage(config, "--max_train_steps", "3", *flags.get(config, [])) for config in STAGES}
     results = {config: result for config, (_, result) in STAGES.items()}
     assert_a_step_stays_the_same(calls, results, lambda shared: ForkedRun(shared, 2).finish())
 

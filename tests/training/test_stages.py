@@ -16,7 +16,7 @@ from stablesr_kit.training.run.stages import BegunStage, Stage, find_continuatio
 from tests.helpers.training_runs import ROOT
 
 STAGES = [
-    "train_autoencoder configs/tiny/autoencoder.yaml --max_train_steps 24 --checkpointing_steps 2",
+    "train_autoencoder configs/tiny/autoencoder.yaml --max_train_steps 24 --checkpointing_steps 4",
     "run_stages inner.yaml",  # a program that needs no second to start
 ]
 

@@ -1,4 +1,4 @@
-"""Pairs that were computed beforehand: latents, and samples of a pipeline."""
+"""Training data computed beforehand: latents, pairs, and samples of a pipeline."""
 
 import json
 import logging
@@ -70,7 +70,7 @@ class CachedPairs(Dataset[Pair]):
 
 
 class RestoredCrop(NamedTuple):
-    """What fusion layers learn from: pictures (3, crop_px, crop_px) in [-1, 1] and the latent (C, h, w) between."""
+    """Training sample for CFW: pictures (3, crop_px, crop_px) in [-1, 1], and the sampled latent (C, h, w)."""
 
     lq: Tensor
     latent: Tensor
@@ -108,7 +108,7 @@ class RestoredCrops(Dataset[RestoredCrop]):
 
 
 def read_tensors(file: str | Path, *names: str) -> list[Tensor]:
-    """The tensors of these names in a weight file. Raises CheckpointError when there is one too few or no such file."""
+    """The tensors of these names in a weight file. Raises CheckpointError if one is missing, or the file."""
     content = read_checkpoint(file).content
     tensors = [tensor for tensor in map(content.get, names) if isinstance(tensor, Tensor)]
     if len(tensors) < len(names):

@@ -1,4 +1,4 @@
-"""Faces with two damaged versions: one to predict codes from, a milder one to decode; and their codes, if stored."""
+"""Faces with two LQ versions: one to predict codes from, a milder one for fusion; and their codes, if stored."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,14 +23,14 @@ from stablesr_kit.training.data.sources import FolderPhotos
 
 
 def codes_key(path: Path, folder: str | Path, is_mirrored: bool) -> str:
-    """What the codes of a face of this folder are called in the file."""
+    """Name of a face's codes in the file of codes."""
     return f"{path.relative_to(folder).with_suffix('')}/{'hflip' if is_mirrored else 'orig'}"
 
 
 class StoredCodes:
-    """The codes (h, w) of crops that are whole faces of one folder.
+    """The codes (h, w) of whole faces of one folder.
 
-    Raises ConfigError where the file is none of codes, or crops may be anything but whole faces, mirrored or not.
+    Raises ConfigError if the file holds no codes, or the options allow crops other than whole faces, mirrored or not.
     """
 
     def __init__(self, path: str | Path, crops: PhotoCrops[PhotoOptions]) -> None:
@@ -46,7 +46,7 @@ class StoredCodes:
         self.path, self.photos, self.folder = path, crops.source.photos, options.train_data_dir[0]
 
     def of(self, crop: Crop) -> Tensor:
-        """Codes (h, w), int64, of a crop. Raises ConfigError if it is a part of a face or the file does not know it."""
+        """Codes (h, w), int64, of a crop. Raises ConfigError for a part of a face, or a face without stored codes."""
         assert crop.number is not None  # it was drawn
         path = self.photos[crop.number].hq
         assert isinstance(path, Path)  # as all photographs of a folder
@@ -59,7 +59,7 @@ class StoredCodes:
 
     @torch.no_grad()
     def check(self, vqgan: VQGAN, crop: Crop) -> None:
-        """Raise ConfigError unless the codes of a crop are those that this VQGAN gives it."""
+        """Raise ConfigError unless this VQGAN gives the crop the stored codes."""
         image = pixels_to_image(crop.hq).to(vqgan.device)
         found = vqgan.quantizer.nearest(vqgan.encoder(image)[0])[0].cpu()
         stored = self.of(crop)
@@ -69,7 +69,7 @@ class StoredCodes:
 
 
 class TwiceDegraded(NamedTuple):
-    """Pictures (3, H, W) in [-1, 1]: strongly damaged, mildly damaged, good; and the codes (h, w) of the good one."""
+    """Pictures (3, H, W) in [-1, 1]: strongly degraded, mildly degraded, HQ; and the codes (h, w) of the HQ one."""
 
     strong: Tensor
     mild: Tensor
@@ -81,8 +81,8 @@ class TwiceDegraded(NamedTuple):
 class TwiceDegradedFaces(Dataset[TwiceDegraded]):
     """Faces degraded by the options' degradations and, independently, by `mild_degradations`; empty: once for both.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError where codes are stored and a degradation changes the
-    good face, so that they would not be its own.
+    Item i is a function of (seed, i) alone. Raises ConfigError if codes are stored but a degradation changes the HQ
+    face, so that the codes would not be its own.
     """
 
     def __init__(
@@ -112,5 +112,5 @@ class TwiceDegradedFaces(Dataset[TwiceDegraded]):
 
 
 def is_recoloured(preset: DegradationConfig) -> bool:
-    """Whether the target loses its colour with the picture."""
+    """Whether the HQ picture loses its colour with the LQ one."""
     return isinstance(preset, ClassicalConfig) and preset.grey_target and preset.grey_probability > 0

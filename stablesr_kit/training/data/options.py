@@ -1,4 +1,4 @@
-"""The options of every program that trains on photographs, and the source of photographs that they name."""
+"""Options of programs that train on photographs, and the source of photographs that they name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from stablesr_kit.training.run.config import CheckedOptions
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoOptions(CheckedOptions):
-    """Options of programs that train on photographs: where they are, which ones are used, how crops are cut.
+    """Options of programs that train on photographs: where they are, which are used, how crops are cut.
 
     Exactly one of train_data_dir, dataset_name and shards must be given.
     """
@@ -30,15 +30,15 @@ class PhotoOptions(CheckedOptions):
     shards: str | None = None
     """WebDataset shards: set-*.tar, set-{000..127}.tar, or the JSON index of shards that may lie elsewhere."""
     photo_scales: tuple[float, ...] = (1.0,)
-    """Every photograph of a folder is used once at each of these sizes; smaller ones hide its compression."""
+    """Photographs of folders are used once at each of these scales; smaller scales hide their compression."""
     favourite_photos: tuple[str, ...] = ()
-    """Patterns of file names that are drawn twice as often, in folders."""
+    """Patterns of file names, in folders, that are drawn twice as often."""
     excluded_photos: tuple[str, ...] = ()
-    """Patterns of file names that are left out, in folders."""
+    """Patterns of file names, in folders, that are left out."""
     min_photo_area_px: int = 0
-    """Photographs of fewer pixels are passed over; StableSR: 147456, which is 384 x 384."""
+    """Smaller photographs, in pixels, are skipped; StableSR: 147456, which is 384 x 384."""
     min_photo_bytes: int = 0
-    """Photographs of smaller files are passed over, since they are compressed too much; StableSR: 102400."""
+    """Photographs in smaller files, in bytes, are skipped as too compressed; StableSR: 102400."""
     resolution: int = 512
     """Side of the square crops in px."""
     small_photos: Literal["skip", "pad"] = "skip"
@@ -48,7 +48,7 @@ class PhotoOptions(CheckedOptions):
     random_rotation: bool = False
     """Whether crops are turned by a random multiple of 90 degrees; not for faces."""
     photo_cache_mb: int = 1024
-    """Memory of each loader process for decoded photographs, so that small sets are decoded once."""
+    """Memory per loader process for decoded photographs; small sets are then decoded once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,21 +65,21 @@ class DegradedPhotoOptions(PhotoOptions):
     degradations: Mapping[str, float] = field(default_factory=lambda: {"stablesr-512": 1.0})
     """Names of degradations and how often each is drawn (`stablesr degrade --list`)."""
     use_usm: bool | None = None
-    """Whether targets are sharpened (unsharp masking); None leaves it to the degradation."""
+    """Whether HQ pictures are sharpened (unsharp masking); None leaves it to the degradation."""
     no_degradation_prob: float | None = None
-    """How often a picture is its own low-quality version; None leaves it to the degradation."""
+    """Probability that the LQ picture is the HQ picture itself; None leaves it to the degradation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(DegradedPhotoOptions):
-    """Options of programs that train on pairs, given ones or photographs degraded on the fly."""
+    """Options of programs that train on LQ-HQ pairs, given ones or photographs degraded on the fly."""
 
     lq_data_dir: str | None = None
-    """Folder of the damaged versions under the same relative names; None degrades the photographs instead."""
+    """Folder of the LQ versions, under the same relative names; None degrades the photographs instead."""
     lq_name_ending: str = ""
     """Ending of the names in lq_data_dir, such as x4 where 0001x4.png belongs to 0001.png."""
     conditioning_image_column: str | None = None
-    """Column of the damaged versions; None degrades the photographs instead."""
+    """Column of the LQ versions; None degrades the photographs instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +88,9 @@ class PairOptions(DegradedPhotoOptions):
 
 
 def open_source(options: PhotoOptions) -> PhotoSource:
-    """The photographs that the options name, with their damaged versions where they come in pairs.
+    """The photographs that the options name, with their LQ versions if they come in pairs.
 
-    Raises ConfigError or ImageError, in one line, where there are none.
+    Raises ConfigError or ImageError if there are none.
     """
     given = {
         "train_data_dir": bool(options.train_data_dir),

@@ -1,4 +1,4 @@
-"""Pairs of a good crop of a photograph and its damaged version: as they come, or degraded when they are drawn."""
+"""LQ-HQ pairs of crops of photographs: given ones, or degraded when they are drawn."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ from stablesr_kit.training.data.options import DegradedPhotoOptions, PairOptions
 def open_pairs(
     options: PairOptions, seed: int, share: Share | None = None, versions: int = 1
 ) -> "DegradedCrops | PairedCrops":
-    """Pairs of the photographs that the options name: those they come in, or crops and their degraded versions.
+    """Pairs from the photographs that the options name: given pairs, or crops and their degraded versions.
 
-    share: how the run deals out its samples, which keeps apart what its processes read of shards. versions: degraded
-    versions of each crop. Raises ConfigError or ImageError where no photograph can be used.
+    share: how the run deals out samples, so that its processes read different shards. versions: degraded versions of
+    each crop. Raises ConfigError or ImageError if no photograph can be used.
     """
     crops = PhotoCrops(options, seed, share)
     if not crops.source.is_paired:
@@ -38,11 +38,10 @@ def open_pairs(
 
 
 class DegradedCrops(Dataset[Pair]):
-    """Pairs (lq, hq), each (3, resolution, resolution) in [-1, 1], the low-quality one enlarged to the other's size.
+    """Pairs (lq, hq), each (3, resolution, resolution) in [-1, 1], lq enlarged to the size of hq.
 
-    Each is degraded for itself, by a degradation drawn by the weights of the options; where that leaves something that
-    is not a number, the low-quality picture is the other one. Item i is a function of (seed, i) alone. `versions`
-    successive items share their crop and differ in its degradation.
+    For each a degradation is drawn by the options' weights; if its result is not finite, lq is hq. Item i is a function
+    of (seed, i) alone. `versions` successive items share the crop and differ in the degradation.
     """
 
     def __init__(self, crops: PhotoCrops[DegradedPhotoOptions], versions: int = 1) -> None:
@@ -58,7 +57,7 @@ class DegradedCrops(Dataset[Pair]):
 
 
 class Mixture:
-    """The degradations of the options, each as often as they say."""
+    """The degradations of the options, drawn by their weights."""
 
     def __init__(self, options: DegradedPhotoOptions) -> None:
         overridden: dict[str, Any] = {}
@@ -80,7 +79,7 @@ class Mixture:
 
 
 class PairedCrops(Dataset[Pair]):
-    """Pairs (lq, hq) as they come, each (3, resolution, resolution) in [-1, 1], a smaller lq enlarged bicubically.
+    """Given pairs (lq, hq), each (3, resolution, resolution) in [-1, 1]; a smaller lq is enlarged bicubically.
 
     Item i is a function of (seed, i) alone.
     """
@@ -103,14 +102,14 @@ class PairQueueOptions(PairOptions):
 
     pair_queue_size: int = 0
     """Pairs in the queue, which mixes batches (StableSR: 180). Pictures are then degraded in batches on the device of
-    the run, and a batch shares some random draws. 0: no queue, every picture is degraded for itself in the loader."""
+    the run, and a batch shares some random draws. 0: no queue, pictures are degraded one by one in the loader."""
 
 
 class PairQueue:
-    """Takes batches of pairs in and gives batches of older pairs, drawn at random, out.
+    """Takes batches of pairs and returns batches of older pairs, drawn at random.
 
-    size: how many pairs are kept, a multiple of batch_size; StableSR keeps 180. The pairs stay on the device they
-    come on, in two tensors: 180 pairs of 512 px take 1.1 GB in float32. Raises ConfigError where size does not fit.
+    size: number of pairs kept, a multiple of batch_size; StableSR keeps 180. They stay on their device, in two tensors:
+    180 pairs of 512 px take 1.1 GB in float32. Raises ConfigError if size does not fit.
     """
 
     def __init__(self, batch_size: int, size: int = 180) -> None:
@@ -128,7 +127,7 @@ class PairQueue:
     def exchange(self, lq: Tensor, hq: Tensor, generator: Generator) -> Pair:
         """(lq, hq) to train on, in place of the batches (B, C, H, W) given.
 
-        Until the pool is full, and for a batch of another size (the last one of an epoch), those are the given ones.
+        Until the queue is full, and for a batch of another size (the last of an epoch), the given pairs are returned.
         """
         if lq.shape[0] != self.batch_size:
             return Pair(lq, hq)
@@ -147,11 +146,11 @@ class PairQueue:
         return older
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` needs to go on exactly; the generator is the caller's."""
+        """State for `load_state_dict` to continue exactly; the generator belongs to the caller."""
         return {"lq": self.lq, "hq": self.hq, "filled": torch.tensor(self.filled)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up a saved pool. Raises ConfigError where it was saved with another size or batch size."""
+        """Restore a saved queue. Raises ConfigError if it was saved with another size or batch size."""
         lq, hq, filled = state["lq"], state["hq"], int(state["filled"])
         if filled % self.batch_size or (filled and lq.shape[0] != self.size):
             raise ConfigError(
@@ -165,8 +164,8 @@ class PairQueue:
 class QueuedDegradation:
     """Degrades batches of crops on their device, as StableSR does: a batch shares draws, and a queue mixes them.
 
-    Call it with every batch of crops, in order. What it draws depends on the seed, the process and the number of the
-    batch; the queue of each process is saved in the run's checkpoints and taken up again with them.
+    Call it with every batch of crops, in order. Its draws depend on seed, process and batch number; the queue of each
+    process is saved in the run's checkpoints and restored with them.
     """
 
     def __init__(self, options: PairQueueOptions, seed: int, batch_size: int, accelerator: Accelerator) -> None:

@@ -1,8 +1,8 @@
-"""WebDataset shards: plain tar files whose neighbouring members of one name are one sample.
+"""WebDataset shards: plain tar files, in which neighbouring files of the same name form a sample.
 
-Every shard is indexed by its headers, so any sample can be read by itself and a run resumes at the exact one. Shards
-elsewhere (https://, s3://, whatever fsspec knows) are fetched whole when their turn comes and only a few are kept, so
-a set may be larger than the disk.
+Shards are indexed by their headers, so that any sample can be read alone and a run resumes at the exact sample. Remote
+shards (https://, s3://, all that fsspec supports) are fetched whole when needed and only a few are kept, so that a set
+may be larger than the disk.
 """
 
 import bisect
@@ -30,7 +30,7 @@ from stablesr_kit.training.data.sources import StoredPhoto
 logger = logging.getLogger(__name__)
 
 KEPT_SHARDS = 4
-"""Fetched shards that stay on the disk: more than one, because the workers of a loader run ahead of each other."""
+"""Number of fetched shards kept on disk; more than one, since loader processes do not advance in step."""
 
 
 class Member(NamedTuple):
@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A photograph in a shard and, in paired data, its damaged version."""
+    """A photograph in a shard and, in paired data, its LQ version."""
 
     hq: Member
     lq: Member | None
@@ -53,7 +53,7 @@ class ShardPhotos:
     pattern: a glob pattern, a pattern with one range in braces (set-{000..127}.tar), or a JSON index as WebDataset has
     it, {"shardlist": [{"url": ..., "nsamples": ...}]}, whose urls may be elsewhere or relative to the index. A sample
     is NAME.jpg (or another picture), or the pair NAME.hq.png and NAME.lq.png.
-    Raises ConfigError where there is no shard, ImageError where one is no plain tar or holds no picture.
+    Raises ConfigError if there is no shard, ImageError if one is no plain tar or holds no picture.
     """
 
     def __init__(self, pattern: str) -> None:

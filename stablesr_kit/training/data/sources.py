@@ -16,40 +16,40 @@ logger = logging.getLogger(__name__)
 
 
 class StoredPhoto(NamedTuple):
-    """A photograph before it is decoded: a file, or what one holds."""
+    """A photograph before it is decoded: a file, or its bytes."""
 
     hq: Path | bytes
     """The photograph."""
     lq: Path | bytes | None = None
-    """Its damaged version, in paired data."""
+    """Its LQ version, in paired data."""
     scale: float = 1.0
     """The size to use it at."""
 
 
 class PhotoSource(Protocol):
-    """Numbered photographs. Those of a group are best read together; a folder is one group, a shard another."""
+    """Numbered photographs in groups that are best read together, such as a folder or a shard."""
 
     is_paired: bool
-    """Whether every photograph comes with its damaged version."""
+    """Whether photographs come with LQ versions."""
     group_sizes: list[int]
-    """How many photographs each group holds; their sum is the number of all."""
+    """Number of photographs in each group."""
 
     def name(self, number: int) -> str:
-        """What to call a photograph when it is told of."""
+        """Name of a photograph for messages."""
         ...
 
     def fetch(self, number: int) -> StoredPhoto:
-        """The photograph from where it lies. Raises ImageError."""
+        """The photograph. Raises ImageError."""
         ...
 
 
 class FolderPhotos:
-    """The photographs of folders and all folders below them, each once per scale; nothing is decoded yet.
+    """The photographs in folders and their subfolders, once per scale, not yet decoded.
 
-    favourites: patterns of file names that are drawn twice as often; excluded: of those left out. lq_folder: where
-    their damaged versions are, under the same relative names but for the suffix and `lq_ending`, such as x4 in
-    0001x4.png; what has no partner is left out and named in one line of the log. Raises ImageError where a folder
-    cannot be read or nothing is left.
+    favourites, excluded: patterns of file names that are drawn twice as often, or left out. lq_folder: of the LQ
+    versions, which have the same relative names except for the suffix and `lq_ending`, such as x4 in 0001x4.png.
+    Photographs without a partner are left out and logged. Raises ImageError if a folder cannot be read, or nothing is
+    left.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class DatasetPhotos:
     """The photographs in a column of a Hugging Face dataset, not yet decoded.
 
     place: a folder written by save_to_disk, anything else that `datasets.load_dataset` takes (a folder of pictures or
-    parquet files, a repository). lq_column: the column of the damaged versions; None for photographs alone.
-    Raises ConfigError where the dataset, its split or a column is not there.
+    parquet files, a repository). lq_column: the column of the LQ versions; None for photographs alone.
+    Raises ConfigError if the dataset, its split or a column does not exist.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What surrounds the steps of a training run: options, checkpoints, records, validation, results."""
+"""Everything around the training steps: options, checkpoints, records, validation, results."""

@@ -27,7 +27,7 @@ Config = TypeVar("Config", bound=ProgramConfig)
 def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
     """Run `main` with the options of the command line.
 
-    What a user can cause ends the program with one line on stderr: exit status 2 for its options, 1 for the rest.
+    Errors that a user can cause end the program with one line on stderr: exit status 2 for options, 1 for others.
     """
     try:
         main(load_config(kind, sys.argv[1:], sys.modules[main.__module__].__doc__))
@@ -40,8 +40,8 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 def load_config(kind: type[Config], arguments: Sequence[str], description: str | None = None) -> Config:
     """Options of a program from its command line `--config FILE [--key value ...]`; a flag overrides the file.
 
-    Values are YAML, as in the file; one value stands for a list of one. Environment variables (`$DATA/photos`) and `~`
-    are expanded. description: what `--help` begins with. Raises ConfigError.
+    Values are YAML, as in the file; a list of one may be given as its value. Environment variables (`$DATA/photos`)
+    and `~` are expanded. description: first text of `--help`. Raises ConfigError.
     """
     file, flags = _split(arguments)
     fields = {field.name for field in dataclasses.fields(kind)}
@@ -60,7 +60,7 @@ def load_config(kind: type[Config], arguments: Sequence[str], description: str |
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """What a command line gives, in its file and its flags, as it stands there. Raises ConfigError."""
+    """The options that file and flags give, unconverted. Raises ConfigError."""
     file, flags = _split(arguments)
     content = {} if file is None else _read(file)
     parser = _plain_parser()
@@ -103,9 +103,9 @@ def _parse_known(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple
 
 
 def _parser(kind: type[ProgramConfig], file: str | None, description: str | None, is_help: bool) -> ArgumentParser:
-    """A flag for every field, under the class that has it; the file has the defaults.
+    """A parser with a flag for every field, grouped by class; defaults come from the file.
 
-    is_help: whether the docstrings of the fields are read, from the sources.
+    is_help: read the fields' docstrings, from the source files.
     """
     parser = ArgumentParser(
         usage="%(prog)s --config FILE [--OPTION VALUE ...]",
@@ -136,7 +136,7 @@ def _parser(kind: type[ProgramConfig], file: str | None, description: str | None
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Descriptions as they stand, types and defaults behind every text."""
+    """Keeps line breaks of descriptions; shows type and default after each help text."""
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -145,7 +145,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _accepted(hint: Any) -> Any:
-    """The type of a flag: one value may stand for a list of one."""
+    """The type of a flag: a list of one may be given as its value."""
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is tuple:
             hint |= typing.get_args(kind)[0]
@@ -153,7 +153,7 @@ def _accepted(hint: Any) -> Any:
 
 
 def _expanded(value: Any, hint: Any) -> Any:
-    """A parsed value as the field has it."""
+    """A parsed value in the form of its field."""
     value = expand_variables(value)
     is_listed = any(typing.get_origin(kind) is tuple for kind in _alternatives(hint))
     return (value,) if is_listed and value is not None and not isinstance(value, tuple) else value
@@ -171,7 +171,7 @@ def expand_variables(value: Any) -> Any:
 
 
 def _explained(error: str, kind: type[ProgramConfig]) -> str:
-    """What is wrong with the options, on one line, from what the parser says of it on several."""
+    """The parser's error message, which has several lines, as one line."""
     if wrong := re.match(r'Parser key "(\w+)".*(?:Got|Given) value: ([^\n]*)', error, re.DOTALL):
         key, value = wrong.groups()
         return f"{key}={value} must be {_name(typing.get_type_hints(kind)[key])}"
@@ -182,7 +182,7 @@ def _explained(error: str, kind: type[ProgramConfig]) -> str:
 
 
 def _name(hint: Any) -> str:
-    """A type in the words of the command line."""
+    """A type as the command line names it."""
     names: list[str] = []
     for kind in _alternatives(hint):
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)

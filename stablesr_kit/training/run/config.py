@@ -1,4 +1,4 @@
-"""Options that training programs have in common, as frozen dataclasses; `command_line` fills them."""
+"""Options that training programs share, as frozen dataclasses; `command_line` fills them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """A group of options. A class that checks its own in __post_init__ calls the next one's."""
+    """A group of options. A class that checks its options in __post_init__ also calls super().__post_init__()."""
 
     def __post_init__(self) -> None:
-        """The last of the checks."""
+        """End of the chain of checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramConfig(CheckedOptions):
-    """What every program has in common."""
+    """Options of every program."""
 
     output_dir: str
-    """Folder of everything the program writes; its resolved options are there too, as config.yaml."""
+    """Folder for everything the program writes, including its resolved options, config.yaml."""
     seed: int = 0
     """Seed of the initial weights, of the crops and of the noise."""
 
@@ -48,7 +48,7 @@ class LoaderOptions(CheckedOptions):
     """Options of programs that read their samples in batches."""
 
     dataloader_num_workers: int = 0
-    """Processes that prepare batches beside each process of the program; 0 prepares them in it."""
+    """Loader processes per process of the program; 0 loads in the program itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,11 @@ class PrecisionOptions(CheckedOptions):
     """Precision of the arithmetic."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Precision of the networks' arithmetic under autocast; the weights stay in float32. auto takes bf16 where the
-    device computes in it by itself, and no (float32) elsewhere, where bf16 would be several times slower."""
+    """Precision of the networks' arithmetic under autocast; the weights stay in float32. auto is bf16 if the
+    device supports it, else no (float32), since emulated bf16 is several times slower."""
 
     def precision_on(self, device: "torch.device") -> Literal["no", "fp16", "bf16"]:
-        """The precision that is chosen, on this device."""
+        """The precision on this device."""
         from stablesr_kit.models.execution import has_bf16
 
         if self.mixed_precision == "auto":
@@ -68,7 +68,7 @@ class PrecisionOptions(CheckedOptions):
         return self.mixed_precision
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
-        """A context in which networks compute in that precision."""
+        """Context in which networks compute in that precision."""
         import torch
 
         name = self.precision_on(device)
@@ -77,7 +77,7 @@ class PrecisionOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
-    """What every training run has in common: how long it lasts, how it steps, when it saves."""
+    """Options of every training run: its length, its steps, its checkpoints."""
 
     train_batch_size: int = 8
     """Samples per process and batch."""
@@ -86,7 +86,7 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third slower."""
     max_train_steps: int
-    """Optimizer steps of the whole run; the learning rate's schedule ends there."""
+    """Optimizer steps of the whole run, and length of the learning rate's schedule."""
     learning_rate: float = 1e-4
     """Highest learning rate."""
     scale_lr: bool = False
@@ -98,7 +98,7 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     final_learning_rate: float = 0.0
     """Learning rate that warmup_plateau_cosine ends at."""
     lr_decay_fraction: float = 1.0
-    """Fraction of the run, at its end, over which warmup_plateau_cosine falls; 1: from the warm-up on."""
+    """Last fraction of the run, in which warmup_plateau_cosine falls; 1: from the warm-up on."""
     lr_milestones: tuple[int, ...] = ()
     """Steps at which multistep halves the learning rate."""
     lr_num_cycles: int = 1
@@ -120,13 +120,13 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     ema_decay: float = 0.999
     """Decay of the moving average of the weights (EMA), which is the result; 0: no average, the weights themselves."""
     checkpointing_steps: int = 1000
-    """A checkpoint is written every so many steps, and at the end."""
+    """Steps between checkpoints; one more is written at the end."""
     checkpoints_total_limit: int | None = 2
-    """Older checkpoints beyond this number are deleted; None keeps all."""
+    """Number of checkpoints that are kept, the newest ones; None keeps all."""
     resume_from_checkpoint: str | None = "latest"
-    """Checkpoint folder to resume from; latest: the newest whole one; None: start from the beginning."""
+    """Checkpoint folder to resume from; latest: the newest complete one; None: start from the beginning."""
     logging_steps: int = 50
-    """The mean loss of every so many steps goes to the log."""
+    """Steps over which the logged loss is averaged."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Where losses, learning rate, samples per second and validation pictures are shown; tensorboard's files are in
     output_dir/logs."""

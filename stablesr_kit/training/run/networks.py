@@ -1,4 +1,4 @@
-"""Networks that a run trains: how they are saved as diffusers folders, averaged and loaded, under FSDP too."""
+"""Networks in training: saved as diffusers folders, averaged and loaded, also under FSDP."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ Network = TypeVar("Network", bound=ModelMixin)
 
 
 class Weights(nn.Module):
-    """Some of a network's weights under the names they have there."""
+    """Some of a network's weights, by their names in it."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class Weights(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPart:
-    """A part of a network in training that is saved as a folder of its own."""
+    """A part of a network in training, saved in its own folder."""
 
     name: str
-    """Of the folder."""
+    """Name of the folder."""
     path: str
-    """Of the submodule, "" for the network itself."""
+    """Name of the submodule; "" is the network itself."""
     blueprint: nn.Module
     """The part without its weights, on the meta device."""
 
     @classmethod
     def of(cls, network: nn.Module, name: str, path: str, *, only_trained: bool = False) -> Self:
-        """The part of a network that accelerate has not prepared yet; only_trained: what of it requires gradients."""
+        """From a network not yet prepared by accelerate. only_trained: save only weights that require gradients."""
         part = network.get_submodule(path)
         if only_trained:
             trained = {name: weight for name, weight in part.named_parameters() if weight.requires_grad}
@@ -63,7 +63,7 @@ class SavedPart:
         return cls(name=name, path=path, blueprint=copy.deepcopy(part).to("meta"))
 
     def copy_from(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
-        """A copy of the part as it is now; None off the main process. Every process must call it."""
+        """A copy of the part; None outside the main process. Every process must call it."""
         state = self._state(accelerator, prepared)
         if state is None:
             return None
@@ -72,7 +72,7 @@ class SavedPart:
         return copied
 
     def write(self, accelerator: Accelerator, prepared: nn.Module, folder: Path) -> None:
-        """Write the part as it is now; the main process does. Every process must call it."""
+        """Write the part, from the main process. Every process must call it."""
         state = self._state(accelerator, prepared)
         if state is not None:
             self.blueprint.load_state_dict(state, assign=True)  # shares the weights, for this moment
@@ -80,9 +80,9 @@ class SavedPart:
             self.blueprint.to("meta")
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """Weights of a saved part by their names in the whole network.
+        """Weights of a saved part, by their names in the whole network.
 
-        Raises CheckpointError when they are not those of the blueprint.
+        Raises CheckpointError if names or shapes differ from the blueprint.
         """
         state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         expected = {name: tuple(tensor.shape) for name, tensor in self.blueprint.state_dict().items()}
@@ -97,7 +97,7 @@ class SavedPart:
         return {prefix + name: tensor for name, tensor in state.items()}
 
     def _state(self, accelerator: Accelerator, prepared: nn.Module) -> dict[str, Tensor] | None:
-        """The weights by their names in the part, shared with the network where that is possible."""
+        """The weights, by their names in the part; shared with the network if possible."""
         state = accelerator.get_state_dict(prepared)
         if not accelerator.is_main_process:
             return None
@@ -114,7 +114,7 @@ def load_parts(prepared: nn.Module, parts: list[SavedPart], folder: Path, suffix
 
 
 def save_network(network: nn.Module | DiffusionPipeline, folder: Path) -> None:
-    """Write a network to a folder that appears whole; one without a config as its weights alone, a pipeline in float16.
+    """Write a network to a folder, whole or not at all: without a config only its weights, a pipeline in float16.
 
     Raises OutputError; what was there before is then still there.
     """
@@ -135,7 +135,7 @@ def _write(network: nn.Module, folder: Path) -> None:
 
 
 def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline in float16 to a folder that appears whole, without the paths its networks were trained at.
+    """Write a pipeline in float16 to a folder, whole or not at all, without the paths of its training.
 
     Raises OutputError; what was there before is then still there.
     """
@@ -148,7 +148,7 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_network(kind: type[Network], folder: str, option: str) -> Network:
-    """The network of this class in a folder that an option names. Raises ConfigError where there is none."""
+    """The network of this class in a folder that an option names. Raises ConfigError if there is none."""
     file = Path(folder) / "config.json"
     name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
     if name != kind.__name__:
@@ -161,7 +161,7 @@ def load_network(kind: type[Network], folder: str, option: str) -> Network:
 
 
 def prepare_for_fsdp(network: nn.Module, accelerator: Accelerator) -> None:
-    """Prepare a network for FSDP; frozen modules stay whole in every process, so that loops may call them."""
+    """Prepare a network for FSDP. Frozen modules stay whole in every process, so that loops can call them."""
     network.to(accelerator.device)
     network.to(memory_format=torch.contiguous_format)
     frozen = [part for part in network.modules() if not any(weight.requires_grad for weight in part.parameters())]
@@ -170,9 +170,9 @@ def prepare_for_fsdp(network: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Within the context, forward passes of a prepared network give it no gradients, and DDP waits for none.
+    """Context in which forward passes of a prepared network give it no gradients, and DDP expects none.
 
-    It must be called as it was prepared, or FSDP has not gathered its parameters.
+    Call the prepared network itself: only then FSDP gathers its parameters.
     """
     parameters = list(network.parameters())
     for parameter in parameters:
@@ -186,26 +186,26 @@ def judging(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class TrainedNetwork:
-    """A network that the run steps. Every process must call the methods that copy, save or load."""
+    """A network with its optimizer. Every process must call the methods that copy, save or load."""
 
     parts: list[SavedPart]
     """The parts that checkpoints hold."""
     prepared: nn.Module
-    """The network as the loop must call it, so that its gradients are those of all processes."""
+    """The network for the loop to call, with gradients averaged over all processes."""
     optimizer: Optimizer | ZeroOptimizer
     learning_rate: Callable[[int], float]
     """Learning rate of each step."""
     is_clipped: bool
-    """Whether its gradients count for, and obey, max_grad_norm."""
+    """Whether max_grad_norm applies to its gradients."""
     ema: EMAModel | None
     """Moving average of its trained parameters."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [parameter for parameter in self.prepared.parameters() if parameter.requires_grad]
 
     def averaged(self, name: str, accelerator: Accelerator) -> Any:
-        """A copy of the part saved as `name` with averaged weights; None off the main process."""
+        """A copy of the part saved as `name`, with averaged weights; None outside the main process."""
         part = next(part for part in self.parts if part.name == name)
         with self._averages_in():
             return part.copy_from(accelerator, self.prepared)
@@ -220,7 +220,7 @@ class TrainedNetwork:
             self.optimizer.save(folder, self.parts[0].name)
 
     def load(self, folder: Path, step: int) -> None:
-        """Load what `save` wrote after a step. Raises CheckpointError where it does not fit."""
+        """Load what `save` wrote after a step. Raises CheckpointError if it does not fit."""
         if self.ema is not None:
             load_parts(self.prepared, self.parts, folder, "_ema")
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters()]
@@ -235,7 +235,7 @@ class TrainedNetwork:
 
     @contextmanager
     def _averages_in(self) -> Iterator[None]:
-        """Within the context the network has its averaged weights."""
+        """Context in which the network has its averaged weights."""
         if self.ema is None:
             yield
             return
@@ -252,8 +252,8 @@ class InterpolationOptions(CheckedOptions):
     """Mixing the result with the network that the run started from."""
 
     trained_share: float = 1.0
-    """Share of the trained network in the result; the rest is the network that the run started from (network
-    interpolation, Wang et al. 2018, ESRGAN). Between clean and textured."""
+    """Share of the trained weights in the result; the rest are the weights that the run started from (network
+    interpolation, Wang et al. 2018, ESRGAN). Trades clean against textured results."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule that the options of a run name."""
+"""Optimizer and learning-rate schedule of a run."""
 
 import functools
 import math
@@ -21,9 +21,9 @@ def build_optimizer(
     betas: tuple[float, float] | None = None,
     weight_decay: float | None = None,
 ) -> Optimizer:
-    """AdamW, with states of 8 bits if the options say so; None takes an option's value.
+    """AdamW, with 8-bit states if the options ask for them. betas, weight_decay: None takes the options' values.
 
-    Raises ConfigError when the 8-bit one is not installed.
+    Raises ConfigError if 8-bit AdamW is not installed.
     """
     kind: Callable[..., Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
     if config.use_8bit_adam:
@@ -49,10 +49,10 @@ def _adamw_8bit() -> Callable[..., Optimizer]:
 
 
 def learning_rate_schedule(config: RunConfig, peak: float) -> Callable[[int], float]:
-    """Learning rate of each step, 0 and on; `peak` is its highest.
+    """A function from step, from 0, to learning rate; `peak` is the highest.
 
-    config.lr_scheduler names a schedule of diffusers.get_scheduler, or one of our own, warmup_plateau_cosine and
-    multistep. Raises ConfigError for an unknown name.
+    config.lr_scheduler: warmup_plateau_cosine or multistep, which are ours, or a name of diffusers.get_scheduler.
+    Raises ConfigError for an unknown name.
     """
     if config.lr_scheduler == WARMUP_PLATEAU_COSINE:
         return lambda step: _warmup_plateau_cosine(config, peak, step)
