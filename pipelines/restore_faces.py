@@ -24,7 +24,7 @@ def main(
     ] = "mini",
     w: Annotated[list[float] | None, typer.Option(help="Fidelities, from 0 (quality) to 1.")] = None,
 ) -> None:
-    """Write the aligned faces and their restorations, and how far each is from the face that went in."""
+    """Write the aligned faces and their restorations, and print the identity distance of each."""
     picture = read_picture(photo)
     pixels = np.asarray(picture.rgb)
     is_file = Path(model).is_file()

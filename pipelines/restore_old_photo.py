@@ -1,4 +1,4 @@
-"""Restore an old photograph with StableSR and refine its faces after it: input, without faces, with faces side by side.
+"""Restore an old photograph with StableSR, then its faces: input, result without and with refined faces, side by side.
 
 python pipelines/restore_old_photo.py old.jpg -o sheet.png [--faces codeformer.pth] [--model mini] [--scale 2]
 """
@@ -24,11 +24,11 @@ def main(
     ] = "mini",
     model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a hub repository.")] = "mini",
     scale: Annotated[float, typer.Option(help="How many times larger the results are.")] = 2,
-    w: Annotated[float, typer.Option("--w", help="Of StableSR: 0 realism to 1 fidelity.")] = 0.5,
-    face_w: Annotated[float, typer.Option(help="Of the faces: 0 quality to 1 fidelity.")] = 0.7,
+    w: Annotated[float, typer.Option("--w", help="StableSR: 0 realism to 1 fidelity.")] = 0.5,
+    face_w: Annotated[float, typer.Option(help="Faces: 0 quality to 1 fidelity.")] = 0.7,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
 ) -> None:
-    """Write the sheet and say what became of each face."""
+    """Write the sheet and print what was done with each face."""
     picture = read_picture(photo)
     is_file = Path(faces).is_file()
     codeformer = CodeFormerPipeline.from_original(faces) if is_file else CodeFormerPipeline.from_pretrained(faces)

@@ -1,6 +1,6 @@
-"""Write the codes of a folder's faces, as they are and mirrored: what CodeFormer's transformer is to predict.
+"""Write the codes of a folder's faces, also mirrored: the targets of CodeFormer's transformer.
 
-train_codeformer.py takes the file with --codes, and then does not encode the good faces in every step.
+With train_codeformer.py --codes FILE, the HQ faces need not be encoded in every step.
 
 accelerate launch training/generate_codes.py --config configs/tiny/codes.yaml --input_dir FACES
 """
@@ -33,7 +33,7 @@ class CodesConfig(ProgramConfig):
     """Options of this program."""
 
     input_dir: str
-    """Folder of aligned faces; what lies in folders below counts too."""
+    """Folder of aligned faces, searched recursively."""
     pretrained_vqgan: str
     """Folder of the trained VQGAN."""
     batch_size: int = 8

@@ -1,6 +1,6 @@
 """Train CodeFormer's stages II and III, inpainting and colorization (Zhou et al. 2022, sec. 3.2 and 3.3).
 
-Quantiser and decoder stay those of the VQGAN of stage I, whose codes of the good face are what is to be predicted.
+Quantiser and decoder stay those of the VQGAN of stage I; its codes of the HQ face are the targets.
 
 accelerate launch training/train_codeformer.py --config configs/official/codeformer_stage2.yaml --train_data_dir FACES
 """
@@ -38,7 +38,7 @@ class CodeFormerConfig(
     """Options of this program."""
 
     pretrained_vqgan: str
-    """Folder of the trained VQGAN: its codes of the good face are the targets."""
+    """Folder of the trained VQGAN: its codes of the HQ face are the targets."""
     codes: str | None = None
     """File of generate_codes.py with the codes of the faces in train_data_dir; None computes them in every step."""
     pretrained_codeformer: str | None = None
@@ -52,13 +52,13 @@ class CodeFormerConfig(
     fuse_sizes: tuple[int, ...] = (32, 64, 128, 256)
     """Sizes in px at which features of the input are fused into an untrained CodeFormer's decoder."""
     w: float = 0.0
-    """Weight of the fused features where faces are decoded; 0: only codes are predicted, fusion layers rest."""
+    """Weight of the fused features when faces are decoded; 0: only codes are trained, fusion layers are not."""
     late_w: float | None = None
     """Weight from late_w_start on; None: the same."""
     late_w_start: int = 0
     """First step at late_w."""
     w_spread: float = 0.0
-    """Each face is decoded with a weight drawn between w - w_spread and w, so that all of these are trained for."""
+    """Each face is decoded with a weight drawn between w - w_spread and w, so that all of them are trained."""
     mild_degradations: Mapping[str, float] = field(default_factory=dict)
     """Degradations of the faces that are decoded; those of `degradations` are for predicting codes only. Empty: the
     same face serves both."""
@@ -69,7 +69,7 @@ class CodeFormerConfig(
     decoding_interval: int = 15
     """See alternation_start."""
     feature_weight: float = 1.0
-    """Weight of the distance between the input's latent and the codes of the good face."""
+    """Weight of the distance between the input's latent and the codes of the HQ face."""
     token_weight: float = 0.5
     """Weight of the cross-entropy of the predicted codes."""
 

@@ -29,7 +29,7 @@ class DecoderConfig(AdversarialOptions, InterpolationOptions, PhotoValidationOpt
     pretrained_vae: str
     """Folder of the autoencoder to start from."""
     latent_noise: float = 0.0
-    """Deviation of noise added to the latents: what a diffusion model hands over is never exact."""
+    """Deviation of noise added to the latents, since those of a diffusion model are not exact."""
     adversarial_weight: float = 0.02
     """Weight of the generator's loss against the discriminator."""
     feature_matching_weight: float = 0.5

@@ -1,4 +1,4 @@
-"""Canvases: latents, features and pictures of any size, kept off the device and touched in regions."""
+"""Canvases: latents, features and pictures of any size, kept in memory or on disk and accessed by regions."""
 
 import tempfile
 import weakref
@@ -33,7 +33,7 @@ class Region(NamedTuple):
         return self.right - self.left
 
     def grown(self, halo: int, height: int, width: int) -> "Region":
-        """The region with `halo` more positions on each side, as far as a canvas of height x width reaches."""
+        """The region with `halo` more positions on each side, clipped to a canvas of height x width."""
         return Region(
             max(self.top - halo, 0),
             max(self.left - halo, 0),
@@ -60,7 +60,7 @@ def regions(height: int, width: int, side: int) -> Iterator[Region]:
 
 @runtime_checkable
 class Readable(Protocol):
-    """What can be read like a canvas: a canvas, or something that makes its regions when they are asked for."""
+    """Anything that is read like a canvas: a canvas, or something that computes regions on demand."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,13 +71,13 @@ class Readable(Protocol):
 
 
 def bands(readable: Readable, rows: int = BAND_ROWS) -> Iterator[Region]:
-    """Regions of full width that cover what can be read, from top to bottom."""
+    """Regions of full width that cover a readable, from top to bottom."""
     _, height, width = readable.shape
     return (Region(top, 0, min(top + rows, height), width) for top in range(0, height, rows))
 
 
 def assembled(readable: Readable) -> Tensor:
-    """All values (1, C, H, W), read in bands, so that what reading needs meanwhile stays small."""
+    """All values (1, C, H, W), read in bands, which keeps temporary memory small."""
     whole: Tensor | None = None
     for band in bands(readable):
         values = readable.read(band)
@@ -92,7 +92,7 @@ def assembled(readable: Readable) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor (1, C, H, W) read like a canvas, where it is; nothing is copied."""
+    """A tensor (1, C, H, W) read like a canvas, without copies."""
 
     tensor: Tensor
 
@@ -111,7 +111,7 @@ class View:
 
 @dataclass(frozen=True)
 class Resized:
-    """What can be read as another height x width of its own; a subclass says what a region holds.
+    """Base of readables with another height x width than their image; subclasses implement `read`.
 
     Attributes:
         image: (C, h, w). height, width: of the result, in pixels.
@@ -128,7 +128,7 @@ class Resized:
 
 @dataclass(frozen=True)
 class Part:
-    """A region of what can be read, as something to be read by itself."""
+    """A region of a readable, itself a readable."""
 
     whole: Readable
     region: Region
@@ -147,18 +147,18 @@ class Part:
 class Canvas:
     """Values (C, H, W) in memory or on disk, zero until they are written; a file keeps resident memory bounded.
 
-    Channels lie together, as the convolutions like it and as rows of files want it. The file has no name, so that it is
-    gone with the canvas, or with the process, however that ends, unless a name is given.
+    The layout is channels-last, which suits convolutions and reading rows of a file. Without a name, the file vanishes
+    with the canvas or the process, however it ends.
 
     Args:
         channels, height, width: its shape.
         dtype: what it stores; values are converted when they are written.
-        folder: where the file is; None keeps the values in memory.
-        name: of a file that stays, and whose values, if it is there, are those of the canvas.
-        device: of values in memory; a canvas on "meta" has a shape and no values.
+        folder: of the file; None keeps the values in memory.
+        name: of a file that stays; if it exists, its values are those of the canvas.
+        device: of values in memory; a canvas on "meta" has a shape but no values.
 
     Raises:
-        OutputError: there can be no file in that folder.
+        OutputError: the file cannot be made.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Canvas:
 
     @property
     def region(self) -> Region:
-        """All of it."""
+        """The region of the whole canvas."""
         return Region(0, 0, *self.shape[1:])
 
     @property
@@ -251,7 +251,7 @@ class Canvas:
             raise self._not_writable(error) from error
 
     def close(self) -> None:
-        """Let the values go; a file disappears."""
+        """Release the values; an unnamed file vanishes."""
         self._values = None
         if self._file is not None:
             self._close_file()

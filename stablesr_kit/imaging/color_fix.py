@@ -1,11 +1,11 @@
-"""Colours of a restored picture: those of the picture it was made from, and none where that one is grey.
+"""Colour fix: the restored picture gets the colours of the LQ picture, and none if that one is grey.
 
 The fixes act on whole pictures, never per tile. They take and return images, (B, 3, H, W) or read by regions, float, in
 [-1, 1] or beyond: results are not clamped. They compute in float32 and return the dtype of the image. Wang et al. 2023
 (StableSR), section 3.4, describes the first two; the third is that of InvSR (Yue et al. 2025).
 
-Whether a picture is grey its content decides, not its file: a black-and-white picture may be an RGB JPEG, a palette or
-grey. A tint, however faint, is a colour of the picture and stays."""
+A picture is grey by its content, not by its file: a black-and-white picture may be an RGB JPEG, a palette or grey. A
+tint, however faint, is a colour and stays."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +25,7 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def color_fixed(image: Readable, reference: Readable, method: ColorFix) -> Readable:
-    """The image (3, H, W) with the colours of the reference, fixed where it is read; `none` is the image as it is."""
+    """The image (3, H, W) with the colours of the reference, computed when read; `none` changes nothing."""
     if method == "wavelet":
         return WaveletFixed(image, reference)
     if method == "adain":
@@ -66,7 +66,7 @@ class WaveletFixed:
         self.shape = image.shape
 
     def read(self, region: Region) -> Tensor:
-        """Values (1, 3, h, w) of a region, from its true surroundings: no border of regions shows."""
+        """Values (1, 3, h, w) of a region, computed with its true surroundings, so that regions have no borders."""
         outer = region.grown(REACH, *self.shape[1:])
         image = self.image.read(outer)
         single = image.float()
@@ -77,7 +77,7 @@ class WaveletFixed:
 class AdainFixed:
     """The image with each channel's mean and standard deviation replaced by the reference's (Huang & Belongie 2017).
 
-    Both pictures are read once for it in the beginning.
+    Both pictures are read once at the start.
     """
 
     def __init__(self, image: Readable, reference: Readable) -> None:
@@ -98,7 +98,7 @@ class AdainFixed:
 class YCbCrFixed:
     """The luma of the image with the chroma of the reference, pixel by pixel.
 
-    Red, green and blue change by the same where luma alone changes, whatever the range and the offset of Y, Cb and Cr.
+    Changing only luma adds the same to red, green and blue, for any range and offset of Y, Cb and Cr.
     """
 
     def __init__(self, image: Readable, reference: Readable) -> None:
@@ -136,7 +136,7 @@ def blur(image: Tensor, radius: int) -> Tensor:
 def _channel_statistics(image: Readable) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (1, 3, 1, 1) of each channel; the variance is unbiased and raised by 1e-5.
 
-    Sums of values about 1 in float64 lose nothing that float32 could show.
+    Sums are in float64, which is exact enough for float32 results.
     """
     channels, height, width = image.shape
     sums, squares = torch.zeros(2, 1, channels, 1, 1, dtype=torch.float64)
@@ -163,17 +163,17 @@ def _check_same_shape(image: Tensor, reference: Tensor) -> None:
 
 
 TINT = 1.0
-"""A mean chroma of the picture above it is a tint."""
+"""Mean chroma of a picture above which it is tinted."""
 BLOCK = 16
 PATCH = 4.0
-"""A mean chroma of a block of 16 x 16 pixels above it is a coloured thing; noise, also of JPEG, stays below."""
+"""Mean chroma of a 16 x 16 block above which it is coloured; noise, also of JPEG, stays below."""
 STRAY = 24.0
-"""A chroma that pixels of a grey picture reach in some places only."""
+"""Chroma that only a few pixels of a grey picture exceed."""
 STRAY_SHARE = 1e-3
 
 
 def is_neutral(image: Readable) -> bool:
-    """Whether the image (3, H, W) in [-1, 1] is grey but for noise.
+    """Whether the image (3, H, W) in [-1, 1] is grey, apart from noise.
 
     Its chroma (Cb and Cr of Rec. 601, in 8-bit levels) has a mean of at most 1 over the picture, of at most 4 over
     every block of 16 x 16 pixels, and exceeds 24 in at most one pixel of a thousand.
@@ -199,7 +199,7 @@ def neutral_like(restored: Readable, lq: Readable) -> Readable:
 
 @dataclass(frozen=True)
 class Neutral:
-    """The image (3, H, W) without colours: its luma in all three channels, where it is read."""
+    """The image (3, H, W) without colours: its luma in all three channels, computed when read."""
 
     image: Readable
 

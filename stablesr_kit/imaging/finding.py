@@ -12,7 +12,7 @@ SUFFIXES = frozenset(
     ".png .pnm .ppm .tif .tiff .webp".split()
 )
 START = 64
-"""Bytes of a file that are enough to tell its format."""
+"""Number of first bytes that show a file's format."""
 
 _STARTS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -54,22 +54,22 @@ def format_of(start: bytes) -> str | None:
 
 
 class Found(NamedTuple):
-    """What is in a folder and below it, each sorted."""
+    """The contents of a folder and its subfolders, each list sorted."""
 
     pictures: list[Path]
     passed_over: list[Path]
-    """Files that are no pictures, hidden ones, and folders that are not looked into."""
+    """Files that are no pictures, hidden files, and folders that were skipped."""
 
 
 def find_pictures(folder: Path, besides: Path | None = None) -> Found:
-    """The pictures in a folder and all folders below it; links are followed, each folder once.
+    """The pictures in a folder and its subfolders; links are followed, each folder is visited once.
 
-    A file is one by its ending, in capitals or not, whatever it holds, so that a damaged one is not lost; or, with
-    another ending or none, by its first bytes. Hidden files and folders are passed over. besides: a folder that is not
-    looked into, such as that of the results.
+    A file is a picture by its ending, in any case, even if it is damaged, so that none gets lost; or, with another
+    ending, by its first bytes. Hidden files and folders are skipped. besides: another folder to skip, such as that of
+    the results.
 
     Raises:
-        ImageError: there is no such folder, or it or one below cannot be listed.
+        ImageError: there is no such folder, or it or a subfolder cannot be listed.
     """
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder; check the name")

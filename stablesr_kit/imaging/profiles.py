@@ -1,4 +1,4 @@
-"""Colour profiles: which pixels one belongs to, one for pixels that are described otherwise, and the way to sRGB."""
+"""Colour profiles: matching them to pixels, making them from gamma and chromaticities, and conversion to sRGB."""
 
 import struct
 from io import BytesIO
@@ -24,10 +24,10 @@ def is_profile_of(profile: bytes, colour_space: bytes) -> bool:
 def profile_from(gamma: float | None, chromaticities: tuple[float, ...] | None, is_grey: bool = False) -> bytes | None:
     """An ICC profile (v2, matrix and curve) of pixels with a file gamma and chromaticities, as PNG's gAMA and cHRM.
 
-    None where they are those of sRGB, as far as 1 % of gamma and 0.005 of a chromaticity. What is not given is sRGB's.
+    None if they are those of sRGB, within 1 % of gamma and 0.005 of a chromaticity. Missing values are sRGB's.
 
     Raises:
-        ValueError: no colour space has them.
+        ValueError: they describe no colour space.
     """
     gamma = SRGB_GAMMA if gamma is None else gamma
     chromaticities = SRGB_CHROMATICITIES if chromaticities is None or is_grey else chromaticities
@@ -66,7 +66,7 @@ def lab_to_srgb(image: Image.Image) -> Image.Image:
 
 
 def cmyk_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """sRGB of a Pillow image in mode CMYK by its own ink profile; without one that can be used, as `inks_to_rgb`."""
+    """sRGB of a Pillow image in mode CMYK by its own ink profile; without a usable one, as `inks_to_rgb`."""
     if profile and is_profile_of(profile, b"CMYK"):
         try:
             inks = ImageCms.ImageCmsProfile(BytesIO(profile))

@@ -1,7 +1,7 @@
-"""Results into files: one writer for every format, depth and size; a file appears whole or not at all.
+"""Write results to files: one writer for every format, depth and size; a file appears whole or not at all.
 
-libvips encodes, a band of rows at a time: PNG and TIFF of 8 and 16 bits, of any size (BigTIFF where it is needed), JPEG
-and WebP of 8 bits. What the source has beside its colours is put back: alpha, greyness, metadata.
+libvips encodes, a band of rows at a time: PNG and TIFF of 8 and 16 bits, of any size (BigTIFF if needed), JPEG and WebP
+of 8 bits. Alpha, greyness and metadata of the source are kept.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ from stablesr_kit.storage import replacing_file
 
 
 class OutputFormat(NamedTuple):
-    """What a format of results can hold, and how libvips writes it."""
+    """A format for results: what it can hold, and how libvips writes it."""
 
     name: str
     saver: str
@@ -27,7 +27,7 @@ class OutputFormat(NamedTuple):
     bits: int
     has_alpha: bool
     longest: int
-    """Pixels of a side at most."""
+    """Longest side in pixels."""
 
 
 _PNG = OutputFormat("PNG", "pngsave", {"filter": "all"}, 16, True, 2**31 - 1)
@@ -54,7 +54,7 @@ _LARGEST_CLASSIC_TIFF = 2**32 - 2**26
 
 
 def output_format(path: Path) -> OutputFormat:
-    """The format that the name of a result asks for. Raises OutputError if it is none that is written."""
+    """The format of a result, from its name. Raises OutputError if it cannot be written."""
     chosen = OUTPUT_FORMATS.get(path.suffix.lower())
     if chosen is None:
         given = f"suffix {path.suffix!r} is not supported" if path.suffix else "no suffix"
@@ -63,7 +63,7 @@ def output_format(path: Path) -> OutputFormat:
 
 
 def check_output(path: Path, source: Picture | None = None, size: tuple[int, int] | None = None) -> None:
-    """Raise OutputError if a file of that name cannot hold the result of a source, of a size (height, width)."""
+    """Raise OutputError if a file of that name cannot hold a source's result of a size (height, width)."""
     chosen = output_format(path)
     if source is not None and source.has_alpha and not chosen.has_alpha:
         raise OutputError(
@@ -77,12 +77,12 @@ def check_output(path: Path, source: Picture | None = None, size: tuple[int, int
 
 
 def output_dtype(path: Path, source: Picture) -> type[np.uint8] | type[np.uint16]:
-    """Numbers of a result's file: those of its source, as far as the format holds them. Raises OutputError."""
+    """Dtype of a result's file: that of its source, if the format can hold it. Raises OutputError."""
     return np.uint16 if source.dtype == np.uint16 and output_format(path).bits == 16 else np.uint8
 
 
 def left_out(path: Path, source: Picture) -> list[str]:
-    """What the source has and a result of that name cannot hold, in words. Raises OutputError."""
+    """Names of what the source has but a result of that name cannot hold. Raises OutputError."""
     chosen = output_format(path)
     lost = lost_in(chosen.name, source.metadata)
     return lost + (["16 bits (8 are kept)"] if source.dtype == np.uint16 and chosen.bits == 8 else [])
@@ -95,7 +95,7 @@ def write_picture(
     scratch: Path | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a restored RGB picture, see `write_bands`; of 8 bits, whatever its source."""
+    """Write a restored RGB picture with 8 bits, see `write_bands`."""
     pixels: Pixels = np.asarray(restored.convert("RGB"))
     if output_dtype(path, source) is np.uint16:
         pixels = pixels.astype(np.uint16) * 257
@@ -117,8 +117,8 @@ def write_bands(
     The file appears whole or not at all; an older one of that name is replaced.
 
     bands: RGB from top to bottom, (rows, width, 3) each, of `output_dtype`.
-    scratch: a folder on the disk of `path` for the unfinished file and the uncompressed rows; None is beside `path`.
-    provenance: how the result was made, which is written into the file.
+    scratch: folder on the disk of `path` for the unfinished file and the uncompressed rows; None is beside `path`.
+    provenance: how the result was made, written into the file.
 
     Raises OutputError.
     """
@@ -153,7 +153,7 @@ def write_bands(
 def _finished(
     bands: Iterable[Pixels], height: int, width: int, source: Picture, dtype: np.dtype[Any]
 ) -> Iterator[Pixels]:
-    """The bands in the channels of the file: made grey, and with the enlarged alpha, where the source is so."""
+    """The bands with the channels of the file: grey if the source is grey, with enlarged alpha if it has alpha."""
     alpha = _alpha(source, width, dtype) if source.has_alpha else None
     top = 0
     for band in bands:
@@ -171,7 +171,7 @@ def _finished(
 def _alpha(source: Picture, width: int, dtype: np.dtype[Any]) -> Image.Image:
     """The source's transparency, all its rows enlarged to `width`; mode F holds 16 bits exactly.
 
-    Rows first, then columns, is the order in which Pillow enlarges, which rounds in between.
+    Rows first, then columns: Pillow enlarges in this order and rounds in between.
     """
     if dtype == np.uint8:
         alpha = source.alpha

@@ -1,7 +1,6 @@
-"""Synthetic damage: good pictures in, the pictures a restorer is trained on out.
+"""Synthetic degradations: LQ pictures for training, made from HQ ones.
 
-`degrade` and `make_pair` take pictures of the *image* space, (B, 3, H, W) in [-1, 1]; the parts they are made of
-work in [0, 1], and say so.
+`degrade` and `make_pair` take images, (B, 3, H, W) in [-1, 1]; the functions they use work in [0, 1], and say so.
 """
 
 from stablesr_kit.imaging.degradations.classical import ClassicalConfig

@@ -1,8 +1,8 @@
-"""Degrading once: I_l = {[(I_h (x) k) down_r + n] JPEG_q} up_r, the model of the blind face-restoration papers.
+"""One-pass degradation: I_l = {[(I_h (x) k) down_r + n] JPEG_q} up_r, the model of blind face restoration.
 
 Li et al. 2020 (DFDNet), Wang et al. 2021 (GFP-GAN), Zhou et al. 2022 (CodeFormer); with the colour changes of
 CodeFormer's colourisation, and the brush strokes of its inpainting (free-form masks, Yu et al. 2019). Pictures are
-(B, 3, H, W) in [0, 1] here. Every picture of a batch is drawn for itself.
+(B, 3, H, W) in [0, 1] here. Each picture of a batch has its own draws.
 """
 
 import math
@@ -49,7 +49,7 @@ class ClassicalConfig:
     blur_sigma: Span | None = (0.1, 15.0)
     """Deviation of k along each axis, in pixels; None: no blur."""
     isotropic_probability: float = 0.5
-    """How often k is round; otherwise elongated and turned by any angle."""
+    """Probability that k is round; otherwise it is elongated and rotated by any angle."""
     downsample: Span = (0.8, 32.0)
     """The factor r."""
     down_modes: tuple[ResizeMode, ...] = ("bilinear",)
@@ -63,19 +63,19 @@ class ClassicalConfig:
     up_mode: ResizeMode = "bilinear"
     """Way of enlarging the picture to its first size."""
     stroke_probability: float = 0.0
-    """How often white brush strokes hide parts of the picture."""
+    """Probability that white brush strokes hide parts of the picture."""
     shift_probability: float = 0.0
-    """How often each channel is shifted by up to 20 levels of 255."""
+    """Probability that each channel is shifted by up to 20 levels of 255."""
     grey_probability: float = 0.0
-    """How often the picture loses its colour."""
+    """Probability that the picture becomes grey."""
     grey_target: bool = False
-    """Whether the target loses its colour with the picture."""
+    """Whether the target becomes grey with the picture."""
     jitter_probability: float = 0.0
-    """How often brightness, contrast, saturation and hue are changed."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     clean_probability: float = 0.0
-    """How often a whole batch is not degraded at all."""
+    """Probability that a whole batch is not degraded."""
     sharpen_target: bool = False
-    """Whether the high-quality picture is sharpened first, as target and as what is degraded."""
+    """Whether the HQ picture is sharpened first, both as target and as source."""
 
     def __post_init__(self) -> None:
         check_odd_sizes("kernel_size", (self.kernel_size, self.kernel_size))

@@ -1,6 +1,6 @@
-"""Random choices and noise from an explicit generator, on whatever device it lives, and checks of what is drawn from.
+"""Random choices and noise from an explicit generator, on its device, and checks of their parameters.
 
-Noise is that of a sensor, on pictures (B, 3, H, W) in [0, 1]; each has its own strength. Results are clamped.
+Noise is sensor noise on pictures (B, 3, H, W) in [0, 1], each with its own strength. Results are clamped.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""From a good picture to the pair a restorer learns from, by a degradation that has a name or by one's own settings."""
+"""Training pairs (lq, hq) from an HQ picture, by a named degradation or by one's own settings."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -121,11 +121,11 @@ DESCRIPTIONS: dict[str, str] = {
     "area": "nothing but 4x smaller by the mean of 4x4 pixels, and enlarged again",
     "blurred": "out of focus or shaken, hardly noisy, 4x smaller and enlarged again",
 }
-"""What each is, in one line."""
+"""A line of description for each."""
 
 
 def find_preset(name: str) -> DegradationConfig:
-    """The named degradation. Raises ConfigError that proposes the nearest name."""
+    """The named degradation. Raises ConfigError, which proposes the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
     nearest = get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.4)
@@ -134,25 +134,25 @@ def find_preset(name: str) -> DegradationConfig:
 
 
 class Pair(NamedTuple):
-    """What a restorer is given and what it should return; both (B, 3, H, W) in [-1, 1]."""
+    """Input and target of a restorer; both (B, 3, H, W) in [-1, 1]."""
 
     lq: Tensor
     hq: Tensor
 
 
 def degrade(hq: Tensor, config: DegradationConfig, generator: Generator | Sequence[Generator]) -> Tensor:
-    """Low-quality picture (B, 3, H, W) in [-1, 1] of hq, likewise; enlarged to the size of hq (see `make_pair`)."""
+    """LQ picture of hq, both (B, 3, H, W) in [-1, 1]; enlarged to the size of hq (see `make_pair`)."""
     return make_pair(hq, config, generator).lq
 
 
 @torch.no_grad()
 def make_pair(hq: Tensor, config: DegradationConfig, generator: Generator | Sequence[Generator]) -> Pair:
-    """Degraded picture and target of hq (B, 3, H, W) in [-1, 1]; the target is hq unless the config changes it.
+    """LQ picture and target for hq (B, 3, H, W) in [-1, 1]; the target is hq unless the config changes it.
 
-    generator: on any device; a CPU generator gives the same draws for pictures on any device. With one generator, a
-    batch shares the draws that its pictures must have in common; with one generator per picture, each is degraded
-    for itself and does not depend on the others.
-    Raises ImageError where the picture is too small for the kernels of the config.
+    generator: on any device; a CPU generator gives the same draws for pictures on any device. With one generator, the
+    pictures of a batch share the draws that they must have in common; with one generator per picture, pictures do not
+    depend on each other.
+    Raises ImageError if the picture is too small for the kernels of the config.
     """
     if not isinstance(generator, Generator):
         pairs = [make_pair(picture, config, own) for picture, own in zip(hq.split(1), generator, strict=True)]

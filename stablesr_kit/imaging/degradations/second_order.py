@@ -1,8 +1,8 @@
-"""Degrading twice: the model of Real-ESRGAN (Wang et al. 2021) with the settings of StableSR.
+"""Two-pass degradation: the model of Real-ESRGAN (Wang et al. 2021) with the settings of StableSR.
 
-Blur, resizing, noise and JPEG happen once for the camera and once for the editing and the network; ringing (sinc)
-ends it. Pictures are (B, 3, H, W) in [0, 1] here. Drawn per picture: kernels, noise strength, JPEG quality. Drawn
-once per batch, because the pictures must keep one size: resizing, which noise, whether to blur again, last order.
+Blur, resizing, noise and JPEG are applied twice, for camera and for editing and transmission; then ringing (sinc).
+Pictures are (B, 3, H, W) in [0, 1] here. Drawn per picture: kernels, noise strength, JPEG quality. Drawn once per
+batch, because the pictures must keep one size: resizing, which noise, whether to blur again, last order.
 Unlike in the official code, JPEG is that of a file, not DiffJPEG's (see `jpeg`).
 """
 
@@ -50,7 +50,7 @@ class BlurConfig:
     sigma: Span = (0.2, 1.5)
     """Deviation of the bell shapes along each axis, in pixels."""
     sinc_probability: float = 0.1
-    """How often the kernel is a sinc low-pass in place of a bell."""
+    """Probability of a sinc low-pass kernel instead of a bell."""
     gaussian_iso: float = 0.45
     """Weight of round Gaussians."""
     gaussian_aniso: float = 0.25
@@ -95,13 +95,13 @@ class NoiseConfig:
     """How noise is added: one of two kinds."""
 
     gaussian_probability: float = 0.5
-    """How often the noise is Gaussian; otherwise it is Poisson noise."""
+    """Probability of Gaussian noise; otherwise it is Poisson noise."""
     gaussian_sigma: Span = (1.0, 15.0)
     """Deviation of Gaussian noise, in levels of 255."""
     poisson_scale: Span = (0.05, 2.0)
     """Strength of Poisson noise (see `add_poisson_noise`)."""
     grey_probability: float = 0.4
-    """How often a picture's noise is the same in all channels."""
+    """Probability that the noise is the same in all channels."""
 
     def __post_init__(self) -> None:
         check_probability("gaussian_probability", self.gaussian_probability)
@@ -117,13 +117,13 @@ class PassConfig:
     blur: BlurConfig
     """The kernels of this pass."""
     blur_probability: float = 1.0
-    """How often this pass blurs at all."""
+    """Probability that this pass blurs."""
     up_probability: float
-    """How often the picture is enlarged."""
+    """Probability that the picture is enlarged."""
     down_probability: float
-    """How often the picture is made smaller; in the remaining cases it keeps its size."""
+    """Probability that the picture is reduced; otherwise it keeps its size."""
     resize_range: Span
-    """Smallest factor of making smaller, largest factor of enlarging."""
+    """Smallest factor of reduction, largest factor of enlargement."""
     noise: NoiseConfig
     """The noise of this pass."""
 
@@ -141,7 +141,7 @@ class SecondOrderConfig:
     """Settings of the two-pass model; the defaults are those of StableSR's 512 model."""
 
     scale: int = 4
-    """How many times smaller the low-quality picture is before it is enlarged again."""
+    """Factor by which the LQ picture is smaller, before it is enlarged again."""
     first: PassConfig = field(
         default_factory=lambda: PassConfig(
             blur=BlurConfig(),
@@ -168,15 +168,15 @@ class SecondOrderConfig:
     last_jpeg_quality: Span = (60.0, 100.0)
     """JPEG quality at the end."""
     final_sinc_probability: float = 0.8
-    """How often a picture gets a final sinc filter (ringing)."""
+    """Probability of a final sinc filter (ringing)."""
     final_sinc_size: tuple[int, int] = (7, 21)
     """Smallest and largest final sinc filter, both odd, in pixels."""
     sinc_first_probability: float = 0.5
-    """How often the final resizing and sinc come before the last JPEG; otherwise after it."""
+    """Probability that the final resizing and sinc come before the last JPEG; otherwise after it."""
     clean_probability: float = 0.01
-    """How often a whole batch is not degraded at all."""
+    """Probability that a whole batch is not degraded."""
     sharpen_target: bool = True
-    """Whether the high-quality picture is sharpened first, as target and as what is degraded."""
+    """Whether the HQ picture is sharpened first, both as target and as source."""
 
     def __post_init__(self) -> None:
         if self.scale < 1:
@@ -190,9 +190,9 @@ class SecondOrderConfig:
 
 
 def degrade_second_order(image: Tensor, config: SecondOrderConfig, generator: Generator) -> Tensor:
-    """The small low-quality picture, (B, 3, H // scale, W // scale) in [0, 1], of image (B, 3, H, W) in [0, 1].
+    """The small LQ picture (B, 3, H // scale, W // scale) of image (B, 3, H, W), both in [0, 1].
 
-    Raises ImageError where a side is too short for the largest kernel after the strongest reduction.
+    Raises ImageError if a side is too short for the largest kernel after the strongest reduction.
     """
     batch, _, height, width = image.shape
     small = (height // config.scale, width // config.scale)
