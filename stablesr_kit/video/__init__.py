@@ -1,0 +1,1 @@
+"""Clips: their files, the motion in them, and noise that moves with it."""
