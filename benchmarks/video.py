@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--w", type=float, default=None, help="fidelity; the model's own if not given")
     parser.add_argument("--frames", type=int, default=8, help="of each clip")
     parser.add_argument("--side", type=int, default=256, help="of the frames of the result, in pixels")
+    parser.add_argument(
+        "--margin", type=int, default=None, help="of the canvas, in pixels; the model's own if not given"
+    )
     parser.add_argument("--clips", nargs="*", default=list(SPEEDS), choices=list(SPEEDS), help="which clips")
     parser.add_argument("--rungs", nargs="*", default=list(LADDER), choices=list(LADDER), help="which rungs")
     parser.add_argument("--weights", type=Path, default=None, help="folder of the weights of LPIPS")
@@ -66,6 +69,8 @@ def main() -> None:
 
     pipeline = StableSRPipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
+    if options.margin is not None:
+        pipeline.register_to_config(margin_px=options.margin)
     lpips = None if options.weights is None else LPIPS(Weights((options.weights,)), "alex")
     results = {}
     for name in options.clips:

@@ -38,8 +38,10 @@ from stablesr_kit.video.noise import Grains, MovingNoise
 
 NoiseOfFrames = Literal["fresh", "shared", "moving"]
 
-RESIDUAL = 0.05
+RESIDUAL = 0.1
 """Of LQ values in [0, 1]: where two frames differ by as much along the flow, the flow is believed to 37 %."""
+MOST_GAIN = 1.5
+"""By which mixed detail is amplified at most, to be as strong as a frame's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,15 @@ class Steadiness:
     latents: weight, 0 to 1, of the frame before in the denoised latents, at the steps that settle structure (the first
         `early` of them) and texture (the last `late` of them, without the very last). 0 is off; it always is in models
         of one step, and wherever the last step is the only one.
-    bands: weight, 0 to 1, of the frame before in what is finer than `sigma_px` in the decoded frames. 0 is off.
+    bands: weight, 0 to 1, of the frame before in what is finer than `sigma_px` in the decoded frames, which stays as
+        strong as it was. 0 is off.
     """
 
     noise: NoiseOfFrames = "shared"
     latents: float = 0.0
     early: float = 0.1
     late: float = 0.2
-    bands: float = 0.6
+    bands: float = 0.7
     sigma_px: float = 3.0
 
     def __post_init__(self) -> None:
@@ -311,7 +314,10 @@ class StableSRVideo:
         return CanvasNoise([int(stream(seed, first + i).integers(2**63)) for i in range(count)])
 
     def _with_bands_of(self, last: Tensor, now: Tensor, motion: Motion, before: Tensor | None, lq: Tensor) -> Tensor:
-        """A decoded frame with its fine detail mixed with that of the frame before, where the LQ frames agree."""
+        """A decoded frame with its fine detail mixed with that of the frame before, where the LQ frames agree.
+
+        A mean of two is weaker than either where they differ; what is mixed gets the local energy of the frame's own.
+        """
         if self.steadiness.bands == 0 or before is None:
             return now
         _, height, width = now.shape
@@ -321,9 +327,14 @@ class StableSRVideo:
         )
         residual = (later - warped(earlier, motion.back)).abs().mean(0) / 2
         weight = self.steadiness.bands * motion.valid * torch.exp(-((residual / RESIDUAL) ** 2))
-        detail = warped(last - blurred(last, self.steadiness.sigma_px), motion.back, "bicubic")
         low = blurred(now, self.steadiness.sigma_px)
-        return low + weight * detail + (1 - weight) * (now - low)
+        own, earlier_detail = now - low, last - blurred(last, self.steadiness.sigma_px)
+        mixed = weight * warped(earlier_detail, motion.back, "bicubic") + (1 - weight) * own
+        energies = (
+            blurred(band.square().mean(0, keepdim=True), 2 * self.steadiness.sigma_px) + 1e-6 for band in (own, mixed)
+        )
+        gain = torch.div(*energies).sqrt().clamp(1, MOST_GAIN)
+        return low + torch.where(weight > 0, gain * mixed, own)
 
     @property
     def margin_px(self) -> int:

@@ -112,4 +112,4 @@ def packets_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
 def times_of(path: Path) -> list[Fraction]:
     """Of all frames, in seconds."""
     with av.open(str(path)) as container:
-        return [frame.pts * frame.time_base for frame in container.decode(video=0)]
+        return [Fraction(frame.pts or 0) * (frame.time_base or 1) for frame in container.decode(video=0)]

@@ -157,9 +157,9 @@ def test_latents_are_mixed_as_the_equation_says_and_at_the_chosen_steps_alone(pi
     assert Steadiness(latents=0.5).steps(3) == {0} and Steadiness(latents=0.5).steps(50) == {*range(5), *range(40, 49)}
     plain, mixed = seen["plain", 0], seen["mixed", 0]
     same(plain[0], mixed[0], atol=1e-4)
-    motion = motion_between(*(frame[0] * 2 - 1 for frame in frames), dis_flow())
+    motion = motion_between(frames[0][0] * 2 - 1, frames[1][0] * 2 - 1, dis_flow())
     assert motion is not None
-    on_latents = motion.at(24, 24).on_canvas(*ddim.padded_size(24, 24), 4).at(*plain.shape[-2:])
+    on_latents = motion.at(24, 24).on_canvas(32, 32, margin=4).at(*plain.shape[-2:])
     m = 0.5 * on_latents.valid
     same(mixed[1], m * warped(plain[0], on_latents.back, "nearest") + (1 - m) * plain[1], atol=1e-3)
     assert differs(mixed[1], plain[1])
@@ -177,7 +177,7 @@ def test_a_cut_begins_anew(pipeline: StableSRPipeline) -> None:
 
 
 def test_bands_hold_fine_detail_and_leave_the_rest(pipeline: StableSRPipeline) -> None:
-    video = StableSRVideo(pipeline, Steadiness(bands=0.6))
+    video = StableSRVideo(pipeline)
     still = Motion(torch.zeros(2, 32, 32), torch.zeros(2, 32, 32), torch.ones(32, 32))
     lq = clip(1)[0][0] * 2 - 1
     frames = [0.1 * unit_noise(3, 32, 32, seed=i) for i in range(8)]
@@ -185,8 +185,10 @@ def test_bands_hold_fine_detail_and_leave_the_rest(pipeline: StableSRPipeline) -
     for frame in frames[1:]:
         held.append(video._with_bands_of(held[-1], frame, still, lq, lq))
     plain, steady = (torch.stack(images).diff(dim=0).square().mean() for images in (frames, held))
-    assert steady < 0.2 * plain
-    assert (blurred(held[7], 6) - blurred(frames[7], 6)).abs().max() < 0.03
+    assert steady < 0.4 * plain
+    assert held[7].std() > 0.95 * frames[7].std()
+    low = [blurred(image, 6)[:, 6:-6, 6:-6] for image in (held[7], frames[7])]
+    assert (low[0] - low[1]).abs().max() < 0.03
 
 
 def test_bands_do_not_trust_a_flow_along_which_the_input_changes(pipeline: StableSRPipeline) -> None:
@@ -196,7 +198,9 @@ def test_bands_do_not_trust_a_flow_along_which_the_input_changes(pipeline: Stabl
     lq = clip(1)[0][0] * 2 - 1
     same(video._with_bands_of(last, now, still, lq, lq + 0.6), now, atol=1e-3)
     taken = video._with_bands_of(last, now, still, lq, lq)
-    same(taken, blurred(now, 3) + last - blurred(last, 3), atol=1e-4)
+    assert differs(taken, now)
+    detail, earlier = taken - blurred(now, 3), last - blurred(last, 3)
+    assert torch.corrcoef(torch.stack([detail.flatten(), earlier.flatten()]))[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("rung", ["none", "moving-noise", "all"])
@@ -267,7 +271,7 @@ def test_what_cannot_work_is_one_line(pipeline: StableSRPipeline, tmp_path: Path
     with pytest.raises(ConfigError, match="chunk=0 is given"):
         StableSRVideo(pipeline, chunk=0)
     with pytest.raises(ConfigError, match="noise='some' is given, expected 'fresh', 'shared' or 'moving'"):
-        Steadiness(noise="some")  # type: ignore[arg-type]
+        Steadiness(**{"noise": "some"})
     with pytest.raises(ConfigError, match=r"bands=2 is given, expected a number from 0 to 1"):
         Steadiness(bands=2)
     with pytest.raises(ConfigError, match="EDMEulerScheduler has timesteps of its own"):

@@ -212,7 +212,7 @@ def test_a_damaged_frame_is_named_and_repeated_or_dropped(damaged: Path) -> None
         ("repeat", [0, 1, 2, 2, 4, 5, 6, 7], "repeated"),
         ("drop", [0, 1, 2, 4, 5, 6, 7], "left"),
     ):
-        clip = Clip(damaged, on_damage=choice)  # type: ignore[arg-type]
+        clip = Clip(damaged, on_damage=choice)
         survey = surveyed(clip)
         (note,) = survey.notes
         assert "the frame at 0.120 s cannot be decoded" in note and done in note
