@@ -31,6 +31,10 @@ class AssembleConfig(ProgramConfig):
     """Folder of the fusion layers; None leaves them out."""
     default_steps: int = 4
     """Number of steps of a call that names none."""
+    margin_px: int = 0
+    """The canvas reaches so far beyond the picture."""
+    working_scale: float = 0
+    """Smaller results are made at this scale and reduced; 0 makes every result at its own size."""
 
 
 def main(config: AssembleConfig) -> None:
@@ -45,6 +49,8 @@ def main(config: AssembleConfig) -> None:
         scheduler=build_small_scheduler(),
         cfw=cfw,
         default_steps=config.default_steps,
+        margin_px=config.margin_px,
+        working_scale=config.working_scale,
     )
     save_small_pipeline(pipeline, Path(config.output_dir))
 

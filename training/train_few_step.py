@@ -211,7 +211,8 @@ def main(config: FewStepConfig) -> None:
         scheduler = build_small_scheduler(schedule.config.prediction_type)
         components = pipeline.components | networks | {"scheduler": scheduler}
         steps = config.student_steps[0]
-        return StableSRPipeline(**components, default_steps=steps, min_size_px=pipeline.config.min_size_px)
+        canvas = {name: pipeline.config[name] for name in ("min_size_px", "margin_px", "working_scale")}
+        return StableSRPipeline(**components, default_steps=steps, **canvas)
 
     def restored(networks: dict[str, Any], example: Example) -> Tensor:
         made = student_pipeline(networks)

@@ -19,6 +19,8 @@ from stablesr_kit.errors import CheckpointError
 from stablesr_kit.models.feature_wrapping import scale_factor
 
 STABLE_DIFFUSION_WIDTHS = (320, 640, 1280, 1280)
+MARGIN_PX = 32
+"""Of converted models: four latents, and a quarter more work on the smallest canvas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,11 @@ def base_of_folder(folder: Path, dtype: torch.dtype) -> BaseNetworks:
     )
 
 
-def trained_size_px(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
-    """Side of the pictures that a full-size Stable Diffusion UNet was trained on; 0 (unknown) for other UNets."""
+def canvas_options(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, int]:
+    """Options of a pipeline for the canvas of a full-size Stable Diffusion UNet; none for other UNets."""
     if tuple(unet.config.block_out_channels) != STABLE_DIFFUSION_WIDTHS:
-        return 0
-    side: int = unet.config.sample_size * scale_factor(vae)
-    return side
+        return {}
+    return {"min_size_px": unet.config.sample_size * scale_factor(vae), "margin_px": MARGIN_PX, "working_scale": 1}
 
 
 @torch.no_grad()

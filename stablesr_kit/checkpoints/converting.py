@@ -15,9 +15,9 @@ from stablesr_kit.checkpoints.base import (
     BaseNetworks,
     base_of_checkpoint,
     build_base,
+    canvas_options,
     measure_prediction,
     read_base,
-    trained_size_px,
 )
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over, section
 from stablesr_kit.checkpoints.detecting import (
@@ -167,7 +167,7 @@ def convert(
         "text_encoder": networks.text_encoder,
         "tokenizer": networks.tokenizer,
         "default_steps": 4 if "turbo" in main.path.name else 200,  # what the authors use
-        "min_size_px": trained_size_px(networks.unet, vae),
+        **canvas_options(networks.unet, vae),
     }
 
 

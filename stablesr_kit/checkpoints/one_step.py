@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from stablesr_kit.checkpoints.assembling import AssemblyOptions, Network, Recipe, as_it_is, assemble
-from stablesr_kit.checkpoints.base import BaseNetworks, build_base, measure_prediction, read_base, trained_size_px
+from stablesr_kit.checkpoints.base import BaseNetworks, build_base, canvas_options, measure_prediction, read_base
 from stablesr_kit.checkpoints.canonical import Checkpoint, canonicalize, complain, left_over
 from stablesr_kit.checkpoints.detecting import Family, Hints, detect, indices, shape
 from stablesr_kit.checkpoints.networks import embed_prompt
@@ -186,7 +186,7 @@ def join(
         "text_encoder": base.text_encoder,
         "tokenizer": base.tokenizer,
         **system.config,
-        "min_size_px": trained_size_px(unet, vae),
+        **canvas_options(unet, vae),
         "licence": system.licence,
     }
 

@@ -237,8 +237,7 @@ def restore_photo(
 
     from stablesr_kit.imaging.canvas import View
     from stablesr_kit.imaging.color_fix import neutral_like
-    from stablesr_kit.pipelines.pictures import pixel_bands, to_image
-    from stablesr_kit.pipelines.stablesr import result_size
+    from stablesr_kit.pipelines.pictures import pixel_bands, result_size, to_image
 
     picture = read_job(job)
     result_pixels = picture.width * picture.height * upscale * upscale

@@ -209,7 +209,7 @@ def run(jobs: list[Job], work: Callable[[Job], None], report: Report) -> None:
 
 def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Picture:
     """The job's picture, not decoded yet, whose result can be written. Raises StableSRKitError."""
-    from stablesr_kit.pipelines.stablesr import result_size
+    from stablesr_kit.pipelines.pictures import result_size
 
     picture = open_picture(
         job.source,

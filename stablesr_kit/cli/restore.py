@@ -70,6 +70,9 @@ def restore(
     lambda_sem: Annotated[
         float | None, typer.Option(help="PiSA-SR: how much detail is added.", show_default="1")
     ] = None,
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="Below the model's scale: work at --scale itself; faster, less detail.")
+    ] = False,
     tile: Annotated[str, typer.Option(metavar="auto|none|PX", help="Side of the tiles for a large picture.")] = "auto",
     tile_overlap: Annotated[
         int | None, typer.Option(metavar="PX", help="Overlap of neighbouring tiles.", show_default="a quarter")
@@ -159,6 +162,8 @@ def restore(
             with failing_in_one_line():
                 make_folder(jobs[0].folder)
                 restoring = restoring_of(jobs[0].folder, asked)
+                if not coarse and is_first():
+                    tell_working_scale(find_model(model), scale)
                 if team is not None:
                     team.tell(restoring.dtype)
                 journal = Journal(restoring.folder, restoring.settings)
@@ -227,6 +232,7 @@ def restoring_of(folder: Path, asked: Mapping[str, Any], digest: Callable[[Path]
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": asked["seed"],
+        "coarse": asked["coarse"],
         **options,
         **tiles,
     }
@@ -248,7 +254,7 @@ def restoring_of(folder: Path, asked: Mapping[str, Any], digest: Callable[[Path]
         dtype=dtype,
         seed=asked["seed"],
         options=options,
-        tiling=tiling_of(tiles, allowed),
+        tiling=tiling_of(tiles, allowed, asked["coarse"]),
         face_model=face_model,
         face_w=asked["face_w"],
         is_huge_allowed=asked["huge"],
@@ -268,9 +274,9 @@ def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
     folder: of the model. given: all options, None for one that is not given.
     """
-    from stablesr_kit.pipelines.loading import pipeline_class
+    from stablesr_kit.pipelines.loading import pipeline_config
 
-    is_one_step = pipeline_class(folder) == "OneStepPipeline"
+    is_one_step = pipeline_config(folder).get("_class_name") == "OneStepPipeline"
     taken, foreign = (OF_ONE_STEP, OF_STABLESR) if is_one_step else (OF_STABLESR, OF_ONE_STEP)
     for name in foreign:
         if given[name] is not None:
@@ -332,11 +338,25 @@ def check_numbers(scale: float, w: float | None, steps: int | None, guidance_sca
         usage_error(f"--seed {seed} must be of 64 bits, such as 0 to {2**64 - 1}")
 
 
-def tiling_of(tiles: dict[str, Any], max_memory: int | None) -> "Tiling":
+def tell_working_scale(folder: Path, scale: float) -> None:
+    """A line for what it costs where the model works at a larger scale than is asked for."""
+    from stablesr_kit.pipelines.loading import pipeline_config
+
+    works_at = pipeline_config(folder).get("working_scale", 0)
+    if scale < works_at:
+        times = (works_at / scale) ** 2
+        typer.echo(
+            f"plan: {folder.name} works at scale {works_at:g}: results are made there and reduced to scale {scale:g}, "
+            f"which takes about {times:.3g} times as long as --coarse, which makes them at scale {scale:g}",
+            err=True,
+        )
+
+
+def tiling_of(tiles: dict[str, Any], max_memory: int | None, is_coarse: bool) -> "Tiling":
     """The `tiling` of a pipeline call."""
     from stablesr_kit import Tiling
 
-    return Tiling(**tiles, max_memory=max_memory)
+    return Tiling(**tiles, max_memory=max_memory, working_scale=0 if is_coarse else None)
 
 
 def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:

@@ -1,5 +1,6 @@
 """The loaded model of a process of `stablesr restore`, and how it restores each picture."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from stablesr_kit.cli.face_stage import load_face_model, tell_faces
 from stablesr_kit.cli.jobs import Job, check_result, naming, open_job, tell_changes
 from stablesr_kit.cli.journal import Journal, Settings
 from stablesr_kit.cli.messages import loading, quieten_libraries
-from stablesr_kit.errors import JobError
+from stablesr_kit.errors import ImageError, JobError
 from stablesr_kit.imaging.metadata import Metadata
-from stablesr_kit.imaging.reading import MAX_PIXELS, Picture, Pixels
+from stablesr_kit.imaging.reading import MAX_PIXELS, MAX_STREAMED_PIXELS, Picture, Pixels
 from stablesr_kit.imaging.writing import output_dtype, write_bands
 
 if TYPE_CHECKING:
@@ -168,12 +169,12 @@ def load_pipeline(
     quieten_libraries()
 
     from stablesr_kit import OneStepPipeline, StableSRPipeline
-    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant, pipeline_class
+    from stablesr_kit.pipelines.loading import carries_empty_prompt, only_variant, pipeline_config
 
     with loading(model):
         folder = find_model(model)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": only_variant(folder)}
-        is_one_step = pipeline_class(folder) == "OneStepPipeline"
+        is_one_step = pipeline_config(folder).get("_class_name") == "OneStepPipeline"
         if not has_text and (is_one_step or carries_empty_prompt(folder)):
             options |= {"text_encoder": None, "tokenizer": None}
         kind = OneStepPipeline if is_one_step else StableSRPipeline
@@ -217,7 +218,7 @@ def resumable(
     from stablesr_kit import Job as PipelineJob
     from stablesr_kit import StableSRPipeline
     from stablesr_kit.pipelines.job import SamplingState
-    from stablesr_kit.pipelines.stablesr import result_size
+    from stablesr_kit.pipelines.pictures import result_size
 
     saved = folder / "sampling.pt"
 
@@ -231,9 +232,13 @@ def resumable(
         return tensors
 
     def call(image: "Readable") -> "Readable":
-        result = result_size(*image.shape[1:], options["scale"])
+        lq = image.shape[1], image.shape[2]
+        worked_at = tiling.working_size(lq, result_size(*lq, options["scale"]), pipeline.config.working_scale)
+        if math.prod(worked_at) > MAX_STREAMED_PIXELS:
+            millions = math.prod(worked_at) / 1e6
+            raise ImageError(f"{millions:,.0f} million pixels to work at are more than can be made; give --coarse")
         job = PipelineJob(
-            plan=plan_for(pipeline, *result, tiling, options, folder / "plan.json"),
+            plan=plan_for(pipeline, *worked_at, tiling, options, folder / "plan.json"),
             state=SamplingState.load(saved) if saved.exists() else None,
             record=folder,
             team=team,

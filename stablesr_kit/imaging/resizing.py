@@ -1,14 +1,17 @@
 """Image batches and pictures at another size: resampled, or continued by reflection."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stablesr_kit.imaging.canvas import Readable, Region, Resized, View, assembled
+from stablesr_kit.imaging.canvas import BAND_ROWS, Readable, Region, Resized, View, assembled
 
 SHARPNESS = -0.75  # of the cubic, as torch has it (Keys 1981, eq. 8, where it is a)
+LOBES = 3  # of the Lanczos kernel, on each side
 
 
 def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
@@ -29,24 +32,63 @@ def resized(image: Readable, height: int, width: int) -> Readable:
     return Enlarged(image, height, width)
 
 
-class Enlarged(Resized):
-    """A picture in [-1, 1] enlarged bicubically to height x width, clamped, where it is read.
+def reduced(image: Readable, height: int, width: int) -> Readable:
+    """A finished picture, about [-1, 1], in a smaller size; only what is read is computed."""
+    return image if image.shape[1:] == (height, width) else Reduced(image, height, width)
 
-    Weights depend on absolute positions alone, so that every region has the bits it has in the whole.
+
+class Enlarged(Resized):
+    """A picture in [-1, 1] enlarged bicubically to height x width, clamped, where it is read."""
+
+    def read(self, region: Region) -> Tensor:
+        return _filtered(self, region, _cubic_taps).clamp(-1, 1)
+
+
+class Reduced(Resized):
+    """A picture reduced to height x width by Lanczos' kernel of three lobes, antialiased, as Pillow and libvips do.
+
+    Where it is read, in bands, since a region of it takes a much larger one of the picture.
     """
 
     def read(self, region: Region) -> Tensor:
-        _, height, width = self.image.shape
-        rows, row_weights = _taps(height, self.height, region.top, region.bottom)
-        columns, column_weights = _taps(width, self.width, region.left, region.right)
-        top, left = int(rows.min()), int(columns.min())
-        values = self.image.read(Region(top, left, int(rows.max()) + 1, int(columns.max()) + 1))
-        wide = _weighted(values, columns - left, column_weights, dim=3)
-        return _weighted(wide, rows - top, row_weights[..., None], dim=2).clamp(-1, 1)
+        rows = max(BAND_ROWS * self.height // self.image.shape[1], 1)
+        tops = range(region.top, region.bottom, rows)
+        strips = (Region(top, region.left, min(top + rows, region.bottom), region.right) for top in tops)
+        return torch.cat([_filtered(self, strip, _lanczos_taps) for strip in strips], dim=2)
 
 
-def _taps(given: int, wanted: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Source indices and weights, (4, end - first) each, of the positions `first` to `end` of `wanted`."""
+Taps = Callable[[int, int, int, int], tuple[Tensor, Tensor]]
+
+
+def _filtered(resized: Resized, region: Region, taps: Taps) -> Tensor:
+    """A region of a resized picture.
+
+    Weights depend on absolute positions alone, so that every region has the bits it has in the whole.
+    """
+    _, height, width = resized.image.shape
+    rows, row_weights = taps(height, resized.height, region.top, region.bottom)
+    columns, column_weights = taps(width, resized.width, region.left, region.right)
+    top, left = int(rows.min()), int(columns.min())
+    values = resized.image.read(Region(top, left, int(rows.max()) + 1, int(columns.max()) + 1))
+    wide = _weighted(values, columns - left, column_weights, dim=3)
+    return _weighted(wide, rows - top, row_weights[..., None], dim=2)
+
+
+def _lanczos_taps(given: int, wanted: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """As `_cubic_taps`, as many as the kernel covers; those beyond the picture count nothing."""
+    step = given / wanted
+    stretch = max(step, 1.0)
+    reach = math.ceil(LOBES * stretch)
+    centre = (torch.arange(first, end, dtype=torch.float64) + 0.5) * step
+    indices = centre.floor().long() + torch.arange(-reach, reach + 1)[:, None]
+    distance = (indices + 0.5 - centre) / stretch
+    weights = torch.where(distance.abs() < LOBES, torch.sinc(distance) * torch.sinc(distance / LOBES), 0)
+    weights = torch.where((indices >= 0) & (indices < given), weights, 0)
+    return indices.clamp(0, given - 1), (weights / weights.sum(0)).float()
+
+
+def _cubic_taps(given: int, wanted: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Source indices and weights, (taps, end - first) each, of the positions `first` to `end` of `wanted`."""
     centre = (torch.arange(first, end, dtype=torch.float64) + 0.5) * (given / wanted) - 0.5
     nearest = centre.floor()
     offsets = torch.arange(-1, 3)[:, None]

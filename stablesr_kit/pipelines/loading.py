@@ -52,12 +52,12 @@ def resolve_model(
     return _download(str(name_or_path), variant, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
 
 
-def pipeline_class(folder: Path) -> str:
-    """Class name of the pipeline in a folder; empty if it cannot be read."""
+def pipeline_config(folder: Path) -> dict[str, Any]:
+    """Content of the `model_index.json` of a folder; empty if it cannot be read."""
     try:
-        return str(json.loads((folder / "model_index.json").read_bytes()).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""  # loading it says what is wrong
+        return dict(json.loads((folder / "model_index.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}  # loading it says what is wrong
 
 
 def check_components(folder: Path, given: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from stablesr_kit.checkpoints.one_step import convert_one_step
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.imaging.canvas import Part, Readable, Region, assembled
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.resizing import Padded, resized
+from stablesr_kit.imaging.resizing import Padded, reduced, resized
 from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
@@ -42,9 +42,10 @@ from stablesr_kit.pipelines.pictures import (
     check_size,
     finished,
     is_number,
+    result_size,
     to_pil,
 )
-from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput, StepCallback, result_size
+from stablesr_kit.pipelines.stablesr import StableSRPipelineOutput, StepCallback
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
 from stablesr_kit.tiling.autoencoder import PictureCoder, coding_bars
@@ -87,6 +88,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         default_color_fix: if the call names none.
         tags_format: how tags and prompt make a text; None puts a comma between them.
         min_size_px: smaller results are restored on a canvas padded to this size.
+        margin_px, working_scale: as of `StableSRPipeline`; the margin is a multiple of 8 for models with a noise
+            predictor.
         licence: of code and weights, kept in the folder as LICENCE.txt.
     """
 
@@ -117,6 +120,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         tags_format: str | None = None,
         min_size_px: int = 0,
         licence: str = "",
+        margin_px: int = 0,
+        working_scale: float = 0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -138,6 +143,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             tags_format=tags_format,
             min_size_px=min_size_px,
             licence=licence,
+            margin_px=margin_px,
+            working_scale=working_scale,
         )
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
@@ -266,7 +273,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return torch.cat([embed_prompt(text, self.text_encoder, self.tokenizer) for text in texts or [""]])
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the canvas for a result of height x width, see `canvas_size`."""
+        """Height and width of the canvas for a result of height x width and its margin, see `canvas_size`."""
+        height, width = (side + 2 * self.config.margin_px for side in (height, width))
         return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
 
     def get_timesteps(self, num_inference_steps: int | None = None, timesteps: list[int] | None = None) -> list[int]:
@@ -344,7 +352,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         scale = self.vae_scale_factor // fold
         canvas_height, canvas_width = (side // scale for side in self.padded_size(height, width))
         quarters = (resized(one, math.ceil(height / scale), math.ceil(width / scale)) for one in images)
-        lq = torch.cat([assembled(Padded(one, canvas_height, canvas_width)) for one in quarters])
+        margin = self.config.margin_px // scale
+        lq = torch.cat([assembled(Padded(one, canvas_height, canvas_width, margin)) for one in quarters])
         pixels = F.pixel_unshuffle(lq, fold)  # (B, 3 fold^2, h, w)
         aggregation = Aggregation(
             (pixels.shape[-2], pixels.shape[-1]),
@@ -469,9 +478,12 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         # 3. Bring the picture to the result's size, on a canvas that the networks can halve evenly
         given = given * (batch_size // len(given))
-        size = (height, width) if height and width else result_size(*given[0].shape[1:], scale)
+        lq_px = given[0].shape[1], given[0].shape[2]
+        result_px = (height, width) if height and width else result_size(*lq_px, scale)
+        size = tiling.working_size(lq_px, result_px, self.config.working_scale)
         enlarged = [resized(one, *size) for one in given]
-        canvases = [Padded(one, *self.padded_size(*size)) for one in enlarged]
+        margin = self.config.margin_px
+        canvases = [Padded(one, *self.padded_size(*size), margin) for one in enlarged]
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
         plan = job.plan
@@ -553,10 +565,12 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         else:
             decoded = self._coder.decode(from_latent(latents, self.vae), [{}], 0.0, job.record)
             check_finite(decoded, self.unet.dtype, self.vae.dtype)
+            inside = Region(margin, margin, margin + size[0], margin + size[1])
             restored = [
-                color_fixed(Part(image, Region(0, 0, *size)), reference, color_fix)
+                color_fixed(Part(image, inside), reference, color_fix)
                 for image, reference in zip(decoded, enlarged, strict=True)
             ]
+            restored = [reduced(one, *result_px) for one in restored]
             images = finished(restored, given, post_stages, output_type, self.image_processor, job.is_grey)
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
@@ -572,9 +586,9 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     ) -> Plan:
         """What a call with these arguments will do, the most memory it will hold on the device, and for how long.
 
-        height, width: of the result, in pixels. The others as in the call, which takes the plan as `Job(plan=...)`.
-        What is chosen how, and what is raised: `Planner.plan`. PiSA-SR is planned with one UNet running; a noise
-        predictor's work, less than a step, is not counted.
+        height, width: of the result, in pixels, or what it is made at, see `Tiling.working_size`. The others as in the
+        call, which takes the plan as `Job(plan=...)`. What is chosen how, and what is raised: `Planner.plan`. PiSA-SR
+        is planned with one UNet running; a noise predictor's work, less than a step, is not counted.
         """
         others = [one for one in (self.unet_pix, self.noise_predictor, self.text_encoder) if one is not None]
         canvas = self.padded_size(height, width)
@@ -584,6 +598,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             self._execution_device,
             steps=len(self.get_timesteps(num_inference_steps)),
             pictures=batch_size,
+            margin_px=self.config.margin_px,
         )
 
     def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
@@ -595,13 +610,14 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         canvas = self.padded_size(height, width)
         factor = self.vae_scale_factor
         own = self._with_own_tiles(*canvas, tiling)
-        return own.grid(self.unet, canvas[0] // factor, canvas[1] // factor, factor)
+        return own.grid(self.unet, canvas[0] // factor, canvas[1] // factor, factor, self.config.margin_px // factor)
 
     def _with_own_tiles(self, height: int, width: int, tiling: Tiling) -> Tiling:
         """The tiling with the model's own tiles for a canvas of height x width, instead of "auto"."""
         if tiling.tile_px != "auto":
             return tiling
-        if height * width <= self.config.tile_px**2:
+        margins = 2 * self.config.margin_px  # which are no reason for tiles
+        if (height - margins) * (width - margins) <= self.config.tile_px**2:
             return replace(tiling, tile_px="none")
         overlap_px = self.config.overlap_px if tiling.overlap_px is None else tiling.overlap_px
         return replace(tiling, tile_px=self.config.tile_px, overlap_px=overlap_px)

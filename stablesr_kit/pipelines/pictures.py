@@ -24,6 +24,8 @@ OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
 Images = list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
 PostStage = Callable[[Tensor, Tensor], Tensor]
 
+DEFAULT_SCALE = 4.0
+
 # The value of white in each type of number.
 _WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1, "bool": 1}
 
@@ -44,6 +46,12 @@ def as_readables(picture: Picture | list[Picture] | None) -> list[Readable]:
             f"canvases of shapes {shapes} are given, expected three channels and one size; call once per size"
         )
     return canvases
+
+
+def result_size(height: int, width: int, scale: float | None = None) -> tuple[int, int]:
+    """Height and width of the result for a picture of height x width; scale=None is 4."""
+    factor = DEFAULT_SCALE if scale is None else scale
+    return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
 def is_number(value: object) -> bool:

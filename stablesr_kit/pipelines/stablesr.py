@@ -32,7 +32,7 @@ from stablesr_kit.diffusion.spaced import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
-from stablesr_kit.imaging.resizing import Padded, resized
+from stablesr_kit.imaging.resizing import Padded, reduced, resized
 from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_last
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
 from stablesr_kit.models.steering import make_steerable, steered_prediction
@@ -50,6 +50,7 @@ from stablesr_kit.pipelines.pictures import (
     check_size,
     finished,
     is_number,
+    result_size,
 )
 from stablesr_kit.spaces import from_latent, to_latent
 from stablesr_kit.tiling import latents as latent_tiles
@@ -72,7 +73,6 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-DEFAULT_SCALE = 4.0
 Start = Literal["lq", "noise"] | int
 StepCallback: TypeAlias = (
     Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
@@ -84,8 +84,9 @@ class Sampled:
     """What sampling ends with, and all that decoding takes: `StableSRPipeline.redecode` makes pictures of it.
 
     latents: (B, C, h, w). features: the LQ pictures', for CFW; empty without it. lq: the LQ pictures as they were
-    given, (3, H, W), and enlarged: the same at the result's size, one each per latent. coder: what encoded them.
-    record: a folder for what is decoded in tiles, or None. is_grey: as `Job` has it.
+    given, (3, H, W), and enlarged: the same at the size that is worked at, one each per latent. coder: what encoded
+    them. height, width: of the results, in pixels. record: a folder for what is decoded in tiles, or None. is_grey: as
+    `Job` has it.
     """
 
     latents: Tensor
@@ -93,6 +94,8 @@ class Sampled:
     lq: list[Readable]
     enlarged: list[Readable]
     coder: PictureCoder
+    height: int
+    width: int
     record: Path | None = None
     is_grey: bool | None = None
 
@@ -130,6 +133,8 @@ class StableSRPipeline(
             pictures fails on tiny ones.
         margin_px: the canvas goes on by reflection this far beyond the picture on all sides, and is cut back at the
             end: the networks see zeros beyond their canvas, which makes borders shine. 0 is what the references have.
+        working_scale: results less than so many times as large as the picture are made at this scale and reduced,
+            since the networks are too coarse for finer detail; 0 makes every result at its own size.
 
     Raises:
         ConfigError: adapter or cfw were made for other networks, or the networks are of another family.
@@ -162,6 +167,7 @@ class StableSRPipeline(
         default_steps: int = 50,
         min_size_px: int = 0,
         margin_px: int = 0,
+        working_scale: float = 0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -175,7 +181,8 @@ class StableSRPipeline(
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px, margin_px=margin_px)
+        self.register_to_config(default_steps=default_steps, min_size_px=min_size_px)
+        self.register_to_config(margin_px=margin_px, working_scale=working_scale)
         self._check_networks()
         if scheduler is not None:
             self._schedule = ModelSchedule.of_config(scheduler.config)
@@ -705,8 +712,10 @@ class StableSRPipeline(
         if len(given) != prompts and 1 not in (len(given), prompts):
             raise ValueError(f"{prompts} prompts are given for {len(given)} pictures; give one, or one per picture")
         given = given * (max(prompts, len(given)) // len(given))
-        enlarged, canvases = zip(*(self.prepare_image(one, scale, height, width) for one in given), strict=True)
-        size_px = enlarged[0].shape[1], enlarged[0].shape[2]
+        lq_px = given[0].shape[1], given[0].shape[2]
+        result_px = (height, width) if height and width else result_size(*lq_px, scale)
+        size_px = tiling.working_size(lq_px, result_px, self.config.working_scale)
+        enlarged, canvases = zip(*(self.prepare_image(one, None, *size_px) for one in given), strict=True)
         batch_size = len(given) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
@@ -843,6 +852,8 @@ class StableSRPipeline(
             lq=[one for one in given for _ in range(num_images_per_prompt)],
             enlarged=[one for one in enlarged for _ in range(num_images_per_prompt)],
             coder=coder,
+            height=result_px[0],
+            width=result_px[1],
             record=job.record,
             is_grey=job.is_grey,
         )
@@ -874,8 +885,9 @@ class StableSRPipeline(
         if w > 0 and not any(sampled.features):
             raise ValueError(f"w={w} needs the features that a call with w > 0 keeps; call again with w > 0")
         decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record)
+        size_px = sampled.height, sampled.width
         images = self.finish(
-            decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type, sampled.is_grey
+            decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type, sampled.is_grey, size_px
         )
         self.maybe_free_model_hooks()
         return StableSRPipelineOutput(images=images) if return_dict else (images,)
@@ -907,17 +919,21 @@ class StableSRPipeline(
         post_stages: Sequence[PostStage] = (),
         output_type: OutputType = "pil",
         is_grey: bool | None = None,
+        size_px: tuple[int, int] | None = None,
     ) -> Images:
         """Decoded canvases cut back to the picture, with the input's colours, after the post-stages, of an output type.
 
         What is made of a grey picture is grey, see `imaging.color_fix`; is_grey: as `Job` has it.
 
-        enlarged: the LQ pictures at the result's size. lq: as they were given. The post-stages take images whole.
+        enlarged: the LQ pictures at the size that was worked at. lq: as they were given. size_px: height and width of
+        the results, None for that of enlarged. The post-stages take images whole.
         """
         restored = [
             color_fixed(Part(image, self._inside(*reference.shape[1:])), reference, color_fix)
             for image, reference in zip(decoded, enlarged, strict=True)
         ]
+        if size_px is not None:
+            restored = [reduced(one, *size_px) for one in restored]
         return finished(restored, lq, post_stages, output_type, self.image_processor, is_grey)
 
     def plan(
@@ -933,8 +949,9 @@ class StableSRPipeline(
     ) -> Plan:
         """What a call with these arguments will do, the most memory it will hold on the device, and for how long.
 
-        height, width: of the result, in pixels. batch_size: pictures times results per picture. The others as in the
-        call, which takes the plan as `Job(plan=...)`. What is chosen how, and what is raised: `Planner.plan`.
+        height, width: of the result, in pixels, or what it is made at, see `Tiling.working_size`. batch_size: pictures
+        times results per picture. The others as in the call, which takes the plan as `Job(plan=...)`. What is chosen
+        how, and what is raised: `Planner.plan`.
         """
         others = [network for network in (self.text_encoder, self.image_encoder) if network is not None]
         cfw = self.cfw if w != 0 else None
@@ -1036,12 +1053,6 @@ class StableSRPipeline(
     def interrupt(self) -> bool:
         """Whether the running call skips its remaining steps; a callback sets it through `_interrupt`."""
         return self._interrupt
-
-
-def result_size(height: int, width: int, scale: float | None = None) -> tuple[int, int]:
-    """Height and width of the result for a picture of height x width; scale=None is 4."""
-    factor = DEFAULT_SCALE if scale is None else scale
-    return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
 def _for_batch(embeds: Tensor, batch_size: int, num_images_per_prompt: int) -> Tensor:

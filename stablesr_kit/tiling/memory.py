@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -59,7 +59,7 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How large pictures are split: tiles, memory, and room on disk.
+    """How large a picture is worked at, and how a large one is split: tiles, memory, and room on disk.
 
     Attributes:
         tile_px: side of the tiles in which a large picture is sampled, in pixels of the result. "auto" is the size the
@@ -75,6 +75,8 @@ class Tiling:
         max_memory: limit for the device, in bytes or as "6GB"; None is what is free. If it is too little for the tiles
             of "auto", smaller ones are used; this changes the picture, and a warning says so.
         folder: for large feature maps during the call; None is the system's temporary folder.
+        working_scale: a result of a smaller scale is made at this one and reduced; 0 works at the scale of the result,
+            None at that of the model.
 
     Raises:
         ConfigError: a value is invalid. Whether it suits the networks is checked in the call.
@@ -89,8 +91,13 @@ class Tiling:
     vae_attention: AttentionMode = "global"
     max_memory: int | str | None = None
     folder: Path | None = None
+    working_scale: float | None = None
 
     def __post_init__(self) -> None:
+        if not (
+            self.working_scale is None or (isinstance(self.working_scale, Real) and 0 <= self.working_scale < math.inf)
+        ):
+            raise ConfigError(f"working_scale={self.working_scale!r} is given, expected 0 (off) or a scale such as 4")
         for name, value, choices in (
             ("vae_mode", self.vae_mode, get_args(TilingMode)),
             ("vae_attention", self.vae_attention, get_args(AttentionMode)),
@@ -115,6 +122,12 @@ class Tiling:
             raise ConfigError(
                 f"max_memory={size!r} is given, expected bytes or a size such as '6GB' or '6GiB'"
             ) from error
+
+    def working_size(self, lq: tuple[int, int], result: tuple[int, int], of_model: float) -> tuple[int, int]:
+        """Height and width that a result is made at. All are (height, width); of_model: the model's working scale."""
+        scale = of_model if self.working_scale is None else self.working_scale
+        height, width = (max(made, round(scale * given)) for given, made in zip(lq, result, strict=True))
+        return height, width
 
     def grid(
         self, unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int, margin: int = 0

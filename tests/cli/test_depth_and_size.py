@@ -10,6 +10,7 @@ from stablesr_kit.cli import jobs, restorer
 from stablesr_kit.imaging.reading import read_picture
 from tests.helpers.cli_runs import error_lines, pixels_of, stablesr
 from tests.helpers.picture_files import SRGB, as_pillow, noise, write_png
+from tests.helpers.tiny import tiny_pipeline
 
 PIXELS = noise(10, 13, 4)
 
@@ -98,3 +99,29 @@ def test_what_no_file_can_hold_is_told_before_a_model_is_loaded(
         assert result.exit_code == 1
         assert [line for line in error_lines(result) if message in line], result.stderr
         assert not (tmp_path / name).exists()
+
+
+def test_a_scale_below_the_models_costs_what_is_said_and_coarse_makes_it_as_it_is(tmp_path: Path) -> None:
+    photo, folder = tmp_path / "photo.png", tmp_path / "model"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(photo)
+    tiny_pipeline(with_text=False, working_scale=4).save_pretrained(folder)
+
+    def restored(name: str, *options: object) -> tuple[list[str], np.ndarray]:
+        result = stablesr("restore", photo, "-o", tmp_path / name, "--model", folder, *options)
+        assert result.exit_code == 0
+        return error_lines(result), pixels_of(tmp_path / name)
+
+    lines, fine = restored("fine.png", "--scale", 2)
+    assert lines == [
+        "plan: model works at scale 4: results are made there and reduced to scale 2, which takes about 4 times as "
+        "long as --coarse, which makes them at scale 2"
+    ]
+    lines, coarse = restored("coarse.png", "--scale", 2, "--coarse")
+    assert lines == [] and coarse.shape == fine.shape == (24, 18, 3)
+    lines, large = restored("large.png")
+    assert lines == []
+    by_pillow = np.asarray(Image.fromarray(large).resize((18, 24), Image.Resampling.LANCZOS))
+    distances = [np.abs(by_pillow.astype(int) - one).mean() for one in (fine, coarse)]
+    assert distances[0] < 1 and distances[1] > 5  # Pillow's was rounded and clipped before
+    again = stablesr("restore", photo, "-o", tmp_path / "coarse.png", "--model", folder, "--scale", 2, "--resume")
+    assert again.exit_code == 2 and "coarse" in again.stderr

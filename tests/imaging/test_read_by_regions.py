@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stablesr_kit import Tiling
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled
-from stablesr_kit.imaging.resizing import Enlarged, Padded, resize_bicubic, resized
+from stablesr_kit.imaging.resizing import Enlarged, Padded, reduced, resize_bicubic, resized
 from stablesr_kit.pipelines.pictures import pixel_bands, to_pil
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline
 
@@ -18,7 +19,11 @@ IMAGE = tiny_picture(23, 31) * 2 - 1
 
 def same_in_every_region(readable: Readable, whole: torch.Tensor) -> None:
     _, height, width = readable.shape
-    for region in (Region(0, 0, 1, 1), Region(0, 3, height, 9), Region(height // 2, 0, height, width)):
+    for region in (
+        Region(0, 0, 1, 1),
+        Region(0, min(3, width - 1), height, min(9, width)),
+        Region(height // 2, 0, height, width),
+    ):
         assert torch.equal(readable.read(region), region.crop(whole))
 
 
@@ -38,6 +43,17 @@ def test_four_times_is_that_of_torch_to_the_last_bits() -> None:
 def test_a_picture_that_shrinks_on_either_side_is_antialiased() -> None:
     for size in ((11, 15), (46, 15), (11, 62)):
         assert torch.equal(assembled(resized(View(IMAGE), *size)), resize_bicubic(IMAGE, *size))
+
+
+@pytest.mark.parametrize("size", [(23, 31), (11, 15), (6, 8), (23, 7), (1, 1), (200, 3)])
+@pytest.mark.parametrize("given", [(23, 31), (600, 31)])
+def test_a_reduced_picture_is_that_of_pillow(given: tuple[int, int], size: tuple[int, int]) -> None:
+    image = tiny_picture(*given) * 2 - 1
+    smaller = reduced(View(image), *size)
+    whole = assembled(smaller)
+    planes = [Image.fromarray(plane.numpy()).resize(size[::-1], Image.Resampling.LANCZOS) for plane in image[0]]
+    np.testing.assert_allclose(whole[0].numpy(), np.stack([np.asarray(plane) for plane in planes]), atol=2e-6)
+    same_in_every_region(smaller, whole)
 
 
 @pytest.mark.parametrize("size", [(23, 31), (24, 32), (50, 31), (23, 100)])
