@@ -115,6 +115,7 @@ def check_system(folder: Path) -> Iterator[Quantity]:
     config = folder / "noise_predictor_config.json"
     hints = noise_predictor_hints(config) if config.exists() else None
     pipeline = OneStepPipeline.from_original(weights[0], base=folder / "base", hints=hints)
+    pipeline.register_to_config(margin_px=0)  # the references have none
     pipeline.set_progress_bar_config(disable=True)
     run = RUNS[inspect_checkpoint(weights[0]).kind]
     """Fills a dictionary with what the reference may hold, in the order in which it comes to be."""
