@@ -66,7 +66,7 @@ def test_a_call_may_work_coarser_or_finer_than_the_model() -> None:
     assert torch.equal(fine, run(plain, PICTURE, scale=1, tiling=Tiling(working_scale=4)))
     for wrong in (-1, "4", float("inf")):
         with pytest.raises(ConfigError, match=r"working_scale=.* is given, expected 0 \(off\) or a scale"):
-            Tiling(working_scale=wrong)  # type: ignore[arg-type]
+            Tiling(working_scale=wrong)
 
 
 def test_latents_are_of_the_working_canvas_and_decoded_again_at_the_size_asked_for() -> None:
