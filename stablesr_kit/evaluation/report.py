@@ -99,7 +99,7 @@ def build(evaluation: Evaluation, inquiry: Inquiry) -> dict[str, Any]:
         "studies": studies,
         "pictures": [_picture(evaluation, record) for record in records],
         "problems": problems,
-        "notes": notes + list(_without_values(records)),
+        "notes": notes + list(_without_values(records)) + list(_too_few(evaluation, inquiry)),
         "absent": dict(sorted(evaluation.metrics.absent.items())),
         "methods": [
             {"name": one.name, "what": one.what, "identity": one.identity, "settings": dict(one.settings)}
@@ -224,6 +224,15 @@ def _without_values(records: Iterable[Record]) -> Iterator[str]:
     for (set_name, label, name), pictures in missing.items():
         shown = ", ".join(pictures[:5]) + (f" and {len(pictures) - 5} more" if len(pictures) > 5 else "")
         yield f"{METRICS[name].title} has no finite value for {len(pictures)} of {label} on {set_name}: {shown}"
+
+
+def _too_few(evaluation: Evaluation, inquiry: Inquiry) -> Iterator[str]:
+    """A line per set that is too small for metrics of whole sets."""
+    names = ", ".join(METRICS[name].title for name in evaluation.metrics.set_measures)
+    for one in inquiry.sets:
+        count = sum(pair.hq is not None for pair in one.pairs)
+        if names and count < 2:
+            yield f"{names} of {one.name} needs at least two pictures with a truth, and {count} is here"
 
 
 def _points(study: Study, inquiry: Inquiry) -> list[Point]:

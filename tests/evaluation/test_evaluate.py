@@ -395,6 +395,17 @@ def test_one_picture_has_no_interval_and_intervals_hold_the_mean() -> None:
     assert mean.high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.05)
 
 
+def test_one_picture_has_no_metric_of_whole_sets_and_a_note_says_so(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for limit, expected in ((1, 0), (2, 1)):
+        arguments = ["--method", "known=nonblind", "--metric", "warping-error", "--limit", limit, "-o", out]
+        assert stablesr("evaluate", pairs, "--protocol", "classic-sr", *arguments).exit_code == 0
+        report = report_of(out)
+        assert ("warping-error" in row_of(report, "bicubic")) == bool(expected)
+        note = "E_warp x 1000 of Tiny needs at least two pictures with a truth, and 1 is here"
+        assert (note in report["notes"]) == (not expected)
+
+
 def test_layouts_of_the_published_test_sets_are_found(tmp_path: Path) -> None:
     folders = ("DIV2K_V2_val/gt", "DIV2K_V2_val/lq", "RealSRVal_crop128/test_HR", "RealSRVal_crop128/test_LR")
     for folder in (*folders, "DPED-iphone/lq", "Other_HR", "Other_LRx4"):
