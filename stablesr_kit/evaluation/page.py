@@ -14,7 +14,7 @@ from PIL import Image
 from stablesr_kit.evaluation import plots
 from stablesr_kit.evaluation.methods import TRUTH
 from stablesr_kit.evaluation.metrics import METRICS
-from stablesr_kit.evaluation.report import Inquiry
+from stablesr_kit.evaluation.report import Inquiry, crop_of
 from stablesr_kit.evaluation.runner import AS_GIVEN, Evaluation, Task
 from stablesr_kit.imaging.reading import read_picture
 
@@ -51,7 +51,7 @@ def _introduction(report: Mapping[str, Any]) -> str:
     facts = [
         f"{_text(settings['source'])}.",
         f"Scale {settings['scale']}; PSNR and SSIM of {channel}, {settings['border_px']} px of border left out; "
-        f"{_text(settings['crop'])}; seed {settings['seed']}.",
+        f"{_text(crop_of(settings))}; seed {settings['seed']}.",
         f"Small numbers are intervals: {_text(settings['interval'])}.",
     ]
     notes = [("note", one) for one in report["notes"]]
@@ -261,7 +261,9 @@ def _study_pictures(
                     if view is not None:
                         views.append(view)
         if views:
-            yield {"name": pair.name, "views": views}
+            truths = [one for one in inquiry.methods if one.name == TRUTH and pair.hq is not None]
+            seen = (_view(evaluation, Task(set_name, pair, one, {}, AS_GIVEN), TRUTH) for one in truths)
+            yield {"name": pair.name, "views": [*views, *(view for view in seen if view is not None)]}
 
 
 def _view(evaluation: Evaluation, task: Task, title: str) -> dict[str, Any] | None:

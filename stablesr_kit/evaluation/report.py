@@ -326,7 +326,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         f"# {report['protocol']}",
         "",
         f"{settings['source']}. PSNR and SSIM of {'luma' if settings['channel'] == 'y' else 'RGB'} without a border of "
-        f"{settings['border_px']} px; {settings['crop']}. Intervals: {settings['interval']}.",
+        f"{settings['border_px']} px; {crop_of(settings)}. Intervals: {settings['interval']}.",
         "",
     ]
     lines += [line for note in report["notes"] for line in (f"- {note}",)]
@@ -355,6 +355,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines += [f"- {one['name']}: {one['what']} `{one['identity']}`" for one in report["methods"]]
     lines += ["- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
     return "\n".join(lines) + "\n"
+
+
+def crop_of(settings: Mapping[str, Any]) -> str:
+    """Which part of the pictures was restored and measured."""
+    crop_px = settings["crop_px"]
+    return str(settings["crop"]) if crop_px is None else f"the middle {crop_px} px of each picture, by --crop"
 
 
 def as_text(report: Mapping[str, Any]) -> str:

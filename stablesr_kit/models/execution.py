@@ -1,4 +1,4 @@
-"""How stock networks run safely and fast: precision, norms and convolutions on the CPU, and weights that lie on disk."""
+"""How stock networks run safely and fast: precision, norms, convolutions on the CPU, weights that lie on disk."""
 
 import shutil
 import tempfile
@@ -156,7 +156,7 @@ class WinogradConv2d(nn.Conv2d):
         return found.contiguous(memory_format=torch.channels_last)
 
 
-_WINOGRAD = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+_WINOGRAD = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], device="cpu")
 """G of Lavin and Gray 2016, for weights."""
 
 

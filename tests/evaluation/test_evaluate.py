@@ -283,7 +283,20 @@ def test_the_w_study_has_a_row_per_value_and_strips_of_pictures(pairs: Path, mod
     assert len({row["metrics"]["psnr"]["mean"] for row in report["studies"]["w"]["rows"]}) > 1
     assert [row["at"]["steps"] for row in report["studies"]["steps"]["rows"]] == [1, 2, 4, 8, 16]
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "tiny w=0.25" in page
+    shown = json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    (group,) = (one for one in shown["groups"] if one["title"] == "Fidelity w, Tiny")
+    titles = [view["title"] for view in group["pictures"][0]["views"]]
+    assert titles == [*(f"tiny w={w}" for w in (0.0, 0.25, 0.5, 0.75, 1.0)), "truth"]
+
+
+def test_a_crop_is_told_where_the_protocol_has_whole_pictures(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--method", "known=nonblind", "--crop", 32, "-o", out]
+    assert stablesr("evaluate", pairs, "--protocol", "classic-sr", *arguments).exit_code == 0
+    with Image.open(out / "pictures" / "Tiny" / "bicubic" / "00.png") as image:
+        assert image.size == (32, 32)
+    for name in ("report.md", "index.html"):
+        assert "the middle 32 px of each picture, by --crop" in (out / name).read_text(encoding="utf-8")
 
 
 def test_the_seeds_study_maps_what_is_invented(pairs: Path, model: Path, tmp_path: Path) -> None:
