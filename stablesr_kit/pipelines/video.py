@@ -26,7 +26,7 @@ from stablesr_kit.imaging.canvas import Readable, View, assembled
 from stablesr_kit.imaging.resizing import resized
 from stablesr_kit.pipelines.job import Job
 from stablesr_kit.pipelines.one_step import OneStepPipeline
-from stablesr_kit.pipelines.pictures import Picture, PostStage, as_readables
+from stablesr_kit.pipelines.pictures import Picture, PostStage, as_readables, result_size
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.seeds import stream
 from stablesr_kit.storage import replacing_file
@@ -225,14 +225,14 @@ class StableSRVideo:
             motions = [self._motion(*pair, number) for number, pair in enumerate(zip(before, lq, strict=True), first)]
 
             # 2. The noise of the frames
-            height, width = self._result_size(given[0], options)
-            canvas = self.pipeline.padded_size(height, width)
+            size = self._working_size(given[0], tiling or Tiling(), options)
+            canvas = self.pipeline.padded_size(*size)
             factor = self.pipeline.vae_scale_factor
-            grains = self._grains(state, motions, (height, width), canvas, factor)
+            grains = self._grains(state, motions, size, canvas, factor)
             noise = self._noise(seed, first, len(given), grains)
 
             # 3. All steps of all frames, each step of a frame after the same step of the frame before
-            mixing = LatentMixing(self, motions, (height, width), canvas, {} if state is None else state.latents)
+            mixing = LatentMixing(self, motions, size, canvas, {} if state is None else state.latents)
             restored: list[Readable] = self.pipeline(
                 given,
                 tiling=tiling,
@@ -251,7 +251,7 @@ class StableSRVideo:
                 now = assembled(image)[0].float().cpu()
                 error = None
                 if motion is not None and last is not None:
-                    motion = motion.at(height, width)
+                    motion = motion.at(*image.shape[1:])
                     now = self._with_bands_of(last, now, motion, *pair)
                     error = warping_error(now, last, motion)
                 finished.append(RestoredFrame(now, motion is None and number > 0, error))
@@ -277,12 +277,11 @@ class StableSRVideo:
             )
         return motion_between(before, now, self.flow)
 
-    def _result_size(self, frame: Readable, options: dict[str, Any]) -> tuple[int, int]:
-        from stablesr_kit.pipelines.stablesr import result_size
-
-        if options.get("height") and options.get("width"):
-            return options["height"], options["width"]
-        return result_size(*frame.shape[1:], options.get("scale"))
+    def _working_size(self, frame: Readable, tiling: Tiling, options: dict[str, Any]) -> tuple[int, int]:
+        lq = frame.shape[1], frame.shape[2]
+        height, width = options.get("height"), options.get("width")
+        result = (height, width) if height and width else result_size(*lq, options.get("scale"))
+        return tiling.working_size(lq, result, self.pipeline.config.working_scale)
 
     def _grains(
         self,

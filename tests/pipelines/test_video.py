@@ -21,6 +21,8 @@ from stablesr_kit import Job, SpacedDDPMScheduler, StableSRPipeline, Tiling
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise
 from stablesr_kit.diffusion.spaced import SpacedDDIMScheduler
 from stablesr_kit.errors import ConfigError, ImageError, JobError
+from stablesr_kit.imaging.canvas import View, assembled
+from stablesr_kit.imaging.resizing import reduced
 from stablesr_kit.pipelines.video import LADDER, ClipState, NoiseLevel, StableSRVideo, Steadiness, blurred
 from stablesr_kit.spaces import image_to_unit
 from stablesr_kit.video.motion import Motion, dis_flow, motion_between, warped
@@ -211,6 +213,14 @@ def test_one_step_models_restore_clips(rung: str) -> None:
     got = restored(video, frames)
     assert got.shape == (2, 3, 24, 24)
     same(got, restored(StableSRVideo(model, LADDER[rung], chunk=1), frames), atol=1e-3)
+
+
+def test_clips_are_made_at_the_models_working_scale() -> None:
+    video = StableSRVideo(tiny_pipeline(with_text=False, margin_px=4, default_steps=3, working_scale=4), LADDER["all"])
+    large, small = (restored(video, clip(2), seed=1, scale=scale) for scale in (4, 2))
+    assert small.shape == (2, 3, 2 * SIDE, 2 * SIDE)
+    expected = assembled(reduced(View(large[:1]), 2 * SIDE, 2 * SIDE))
+    assert (expected - small[:1]).abs().mean() < 0.01  # clipped before and after
 
 
 def test_tiled_frames_are_restored_alike_in_chunks_of_any_size(pipeline: StableSRPipeline) -> None:
