@@ -220,24 +220,38 @@ def in_float32(*networks: nn.Module) -> Iterator[None]:
                     nn.Module.to(network, before)  # that of diffusers warns of every cast
 
 
-def offload_groups_to_disk(networks: Mapping[str, nn.Module], folder: str | Path, *args: Any, **options: Any) -> None:
+def offload_groups_to_disk(
+    components: Mapping[str, Any],
+    folder: str | Path,
+    onload_device: torch.device,
+    *args: Any,
+    exclude_modules: str | Sequence[str] | None = None,
+    **options: Any,
+) -> None:
     """Group offloading of diffusers for several networks that share a folder.
 
-    diffusers names a file by the layers in it, and takes one that is there for its own: layers of equal names in two
-    networks, or of another run, would be mixed up without a word. Here every network gets a folder of its own in the
-    given one, removed with the network. Weights become contiguous, since no others can be written.
+    diffusers names a file by its layers, and reuses an existing file of that name: layers of equal names in two
+    networks, or of another run, would be mixed up silently. Here every network gets its own folder in the given one,
+    removed with the network. Weights become contiguous, since others cannot be written.
 
-    args, options: of `ModelMixin.enable_group_offload`.
+    components: by name; those that are no networks are left out. exclude_modules: names of networks that go to the
+    device whole. args, options: of `ModelMixin.enable_group_offload`.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, network in networks.items():
+    excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+    for name, network in components.items():
+        if not isinstance(network, nn.Module):
+            continue
+        if name in excluded:
+            network.to(onload_device)
+            continue
         own = tempfile.mkdtemp(prefix=f"{name}-", dir=folder)
         weakref.finalize(network, shutil.rmtree, own, ignore_errors=True)
         network.to(memory_format=torch.contiguous_format)
         if isinstance(network, ModelMixin):
-            network.enable_group_offload(*args, offload_to_disk_path=own, **options)
+            network.enable_group_offload(onload_device, *args, offload_to_disk_path=own, **options)
         else:  # of transformers
-            apply_group_offloading(network, *args, offload_to_disk_path=own, **options)
+            apply_group_offloading(network, onload_device, *args, offload_to_disk_path=own, **options)
 
 
 def has_bf16(device: torch.device) -> bool:

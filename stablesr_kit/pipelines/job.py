@@ -1,5 +1,6 @@
 """A call as part of larger work: the state it resumes from, processes that share it, and frames of one clip."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from stablesr_kit.diffusion.canvas_noise import CanvasNoise
 from stablesr_kit.errors import JobError, reason_of
 from stablesr_kit.storage import replacing_file
 from stablesr_kit.tiling.latents import TileGrid
-from stablesr_kit.tiling.memory import Plan
+from stablesr_kit.tiling.memory import Plan, Tiling
 from stablesr_kit.tiling.scratch import saved_bytes
 from stablesr_kit.tiling.team import Team
+
+logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnPrediction = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -116,6 +119,23 @@ class Job:
     on_prediction: OnPrediction | None = None
     is_grey: bool | None = None
     progress: Callable[[str, int, str], Any] | None = None
+
+
+def choose_tiles(
+    pipeline: Any, height: int, width: int, tiling: Tiling, job: Job, **call: Any
+) -> tuple[TileGrid | None, int | None]:
+    """Grid of the latents and tiles of the autoencoder for a call, by its job's plan or one that is made now.
+
+    height, width: that the pipeline works at, in pixels. call: the other arguments of `pipeline.plan`.
+    """
+    plan = job.plan
+    if plan is None and pipeline.needs_plan(height, width, tiling):
+        plan = pipeline.plan(height, width, tiling=tiling, **call)
+        if plan.is_reduced:
+            logger.warning("%s", plan)
+    if plan is None:
+        return pipeline.grid_of(height, width, tiling), tiling.vae_tile_px
+    return plan.grid, plan.vae_tile_px
 
 
 def _as_list(generator: Generators) -> list[torch.Generator]:

@@ -31,7 +31,14 @@ from stablesr_kit.models.default_prompt import DefaultPrompt
 from stablesr_kit.models.execution import to_channels_last
 from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
-from stablesr_kit.pipelines.job import Generators, Job
+from stablesr_kit.pipelines.arguments import (
+    check_callback_tensors,
+    check_output,
+    check_picture,
+    check_size,
+    is_number,
+)
+from stablesr_kit.pipelines.job import Generators, Job, choose_tiles
 from stablesr_kit.pipelines.loading import compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     OutputType,
@@ -39,10 +46,7 @@ from stablesr_kit.pipelines.pictures import (
     PostStage,
     as_readables,
     check_finite,
-    check_output,
-    check_size,
     finished,
-    is_number,
     result_size,
     to_pil,
 )
@@ -206,8 +210,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         Raises:
             ValueError: a value is out of range or two arguments exclude each other.
         """
-        if image is None:
-            raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
+        check_picture(image)
         check_size(scale, height, width)
         check_output(color_fix, output_type, post_stages)
         if prompt_embeds is not None and (prompt is not None or tags is not None):
@@ -225,12 +228,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                 )
             if lambda_pix != lambda_sem and self.unet_pix is None:
                 raise ValueError("lambda_pix other than lambda_sem needs the component unet_pix; load it")
-        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={unknown} are unknown, "
-                f"expected some of {self._callback_tensor_inputs}"
-            )
+        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def texts(
         self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, lq: list[Readable]
@@ -487,11 +485,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         canvases = [Padded(one, *self.padded_size(*size), margin) for one in enlarged]
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
-        plan = job.plan
-        if plan is None and self.needs_plan(*size, tiling):
-            plan = self.plan(*size, num_inference_steps=len(kept_timesteps), batch_size=batch_size, tiling=tiling)
-        grid, vae_tile_px = (
-            (self._grid(*size, tiling), tiling.vae_tile_px) if plan is None else (plan.grid, plan.vae_tile_px)
+        grid, vae_tile_px = choose_tiles(
+            self, *size, tiling, job, num_inference_steps=len(kept_timesteps), batch_size=batch_size
         )
         if job.state is not None and job.state.grid is not None:
             grid, vae_tile_px = TileGrid(**job.state.grid), job.state.vae_tile_px
@@ -499,14 +494,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         if grid is not None and noise is None:
             noise = CanvasNoise.from_generator(generator, batch_size)
         generator = generator if noise is None else None
-        self._coder = PictureCoder(
-            self.vae,
-            tile_px=vae_tile_px,
-            mode=tiling.vae_mode,
-            attention=tiling.vae_attention,
-            folder=tiling.folder,
-            progress=job.progress or coding_bars(getattr(self, "_progress_bar_config", {})),
-        )
+        progress = job.progress or coding_bars(getattr(self, "_progress_bar_config", {}))
+        self._coder = tiling.coder(self.vae, None, vae_tile_px, progress)
 
         # 5. Encode the picture, and noise it where the model was made for that
         moments, _ = self._coder.encode(canvases, (), job.record)
@@ -604,9 +593,9 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
         """Whether `plan`, which takes a second or two, has anything to decide for a result of height x width pixels."""
-        return tiling.leaves_choice(self._grid(height, width, tiling), self._execution_device)
+        return tiling.leaves_choice(self.grid_of(height, width, tiling), self._execution_device)
 
-    def _grid(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
+    def grid_of(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
         """How a result of height x width pixels is restored if memory does not matter."""
         canvas = self.padded_size(height, width)
         factor = self.vae_scale_factor

@@ -1,10 +1,8 @@
 """Pictures in any common form as images, and images as pictures again."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import numpy as np
 import PIL.Image
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, assembled, bands
-from stablesr_kit.imaging.color_fix import ColorFix, Neutral, neutral_like
+from stablesr_kit.imaging.color_fix import Neutral, neutral_like
 from stablesr_kit.imaging.reading import Picture as FilePicture
 from stablesr_kit.imaging.reading import as_picture
 from stablesr_kit.spaces import image_to_unit, unit_to_image
@@ -52,36 +50,6 @@ def result_size(height: int, width: int, scale: float | None = None) -> tuple[in
     """Height and width of the result for a picture of height x width; scale=None is 4."""
     factor = DEFAULT_SCALE if scale is None else scale
     return max(round(height * factor), 1), max(round(width * factor), 1)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite real number, of Python or of numpy."""
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def check_size(scale: float | None, height: int | None, width: int | None) -> None:
-    """Refuse an invalid size of the result. Raises ValueError."""
-    if scale is not None and (height is not None or width is not None):
-        raise ValueError("scale and height/width exclude each other; give one of them")
-    if (height is None) != (width is None):
-        raise ValueError(f"height={height}, width={width}: give both, or scale")
-    if scale is not None and not (is_number(scale) and scale > 0):
-        raise ValueError(f"scale={scale!r} is given, expected a positive number")
-    if height is not None and width is not None:
-        if not (isinstance(height, Integral) and isinstance(width, Integral) and min(height, width) >= 1):
-            raise ValueError(f"height={height!r}, width={width!r} is given, expected at least one pixel each")
-
-
-def check_output(color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
-    """Refuse unknown names, and post-stages where no picture is made. Raises ValueError."""
-    for name, value, choices in (
-        ("color_fix", color_fix, get_args(ColorFix)),
-        ("output_type", output_type, get_args(OutputType)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is given, expected one of {choices}")
-    if post_stages and output_type == "latent":
-        raise ValueError("post_stages work on pictures, output_type='latent' gives none; give another")
 
 
 def check_finite(decoded: Sequence[Readable], computed_in: torch.dtype, decoded_in: torch.dtype) -> None:

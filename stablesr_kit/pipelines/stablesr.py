@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
@@ -37,7 +37,19 @@ from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_la
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
-from stablesr_kit.pipelines.job import Generators, Job
+from stablesr_kit.pipelines.arguments import (
+    check_callback_tensors,
+    check_count,
+    check_exclusive,
+    check_image_prompt,
+    check_output,
+    check_picture,
+    check_size,
+    check_start,
+    check_text,
+    is_number,
+)
+from stablesr_kit.pipelines.job import Generators, Job, choose_tiles
 from stablesr_kit.pipelines.loading import check_components, compile_options, resolve_model
 from stablesr_kit.pipelines.pictures import (
     Images,
@@ -46,10 +58,7 @@ from stablesr_kit.pipelines.pictures import (
     PostStage,
     as_readables,
     check_finite,
-    check_output,
-    check_size,
     finished,
-    is_number,
     result_size,
 )
 from stablesr_kit.spaces import from_latent, to_latent
@@ -196,7 +205,7 @@ class StableSRPipeline(
         Keyword arguments as `DiffusionPipeline.from_pretrained` (dtype, variant, components to replace, ...).
 
         Raises:
-            ModelNotFoundError: there is no such model here or on the hub, or it lacks what makes it StableSR.
+            ModelNotFoundError: there is no such model here or on the hub, or it has no adapter.
         """
         folder = resolve_model(pretrained_model_name_or_path, **kwargs)
         check_components(folder, given=kwargs)
@@ -229,19 +238,16 @@ class StableSRPipeline(
         """As in any pipeline; on disk every component gets a folder of its own in the one given."""
         if offload_to_disk_path is None:
             super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **kwargs)
-            return
-        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
-        offloaded = {name: network for name, network in networks.items() if name not in excluded}
-        offload_groups_to_disk(offloaded, offload_to_disk_path, onload_device, *args, **kwargs)
-        for name in networks.keys() & excluded:
-            networks[name].to(onload_device)
+        else:
+            offload_groups_to_disk(
+                self.components, offload_to_disk_path, onload_device, *args, exclude_modules=exclude_modules, **kwargs
+            )
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """As in any Stable Diffusion pipeline; what it has no use for is not passed over in silence.
+        """As in any Stable Diffusion pipeline; a LoRA that changes nothing is refused.
 
         Raises:
-            ConfigError: no layer of this model takes anything of the file.
+            ConfigError: no layer of this model matches a key of the file.
         """
         before = self.get_list_adapters()
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
@@ -256,7 +262,7 @@ class StableSRPipeline(
     def load_lora_into_text_encoder(
         cls, state_dict: dict[str, Any], network_alphas: Any, text_encoder: Any, **kwargs: Any
     ) -> None:
-        """As in any Stable Diffusion pipeline; without a text encoder a warning, if there is something for it."""
+        """As in any Stable Diffusion pipeline; warns if there are layers for a text encoder but there is none."""
         if text_encoder is not None:
             super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
         elif any(key.startswith("text_encoder") for key in state_dict):
@@ -294,55 +300,20 @@ class StableSRPipeline(
             raise ValueError("adapter=None is given, expected a StableSRAdapter; load one, see from_pretrained")
         self._check_networks()
         check_scheduler(self.scheduler, self._schedule)
-        if image is None:
-            raise ValueError("image=None is given, expected a picture: PIL image, array, tensor, or a list of them")
-        if isinstance(image, str) and prompt is not None and not isinstance(prompt, str | list):
-            raise ValueError("image is a text and prompt a picture; the picture comes first: pipeline(image, prompt)")
+        check_picture(image, prompt)
         self._check_decoding(w, color_fix, output_type, post_stages)
         check_size(scale, height, width)
-        for one, value, other, other_value in (
-            ("prompt", prompt, "prompt_embeds", prompt_embeds),
-            ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
-            ("strength", strength, "start", None if start == "lq" else start),
-            ("ip_adapter_image", ip_adapter_image, "ip_adapter_image_embeds", ip_adapter_image_embeds),
-        ):
-            if value is not None and other_value is not None:
-                raise ValueError(f"{one} and {other} exclude each other; give one of them")
-        for name, count in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if count is not None and not (isinstance(count, Integral) and count >= 1):
-                raise ValueError(f"{name}={count!r} is given, expected at least 1, a whole number")
+        check_exclusive("prompt", prompt, "prompt_embeds", prompt_embeds)
+        check_exclusive("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_images_per_prompt", num_images_per_prompt)
         if not is_number(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale!r} is given, expected a number; 1 is no guidance")
-        if not (start in ("lq", "noise") or (isinstance(start, Integral) and start >= 0)):
-            raise ValueError(f"start={start!r} is given, expected 'lq', 'noise' or a timestep")
-        if strength is not None and not (is_number(strength) and 0 <= strength <= 1):
-            raise ValueError(f"strength={strength!r} is given, expected 0 (no step is run) to 1 (all are)")
-        for text in (prompt, negative_prompt):
-            if text is not None and not isinstance(text, str | list):
-                shown = repr(text) if isinstance(text, Real) else f"of type {type(text).__name__}"
-                raise ValueError(f"a prompt {shown} is given, expected text or a list of texts")
-        has_ip_adapter = getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
-        has_image_prompt = ip_adapter_image is not None or ip_adapter_image_embeds is not None
-        if has_ip_adapter != has_image_prompt:
-            raise ValueError(
-                "an IP adapter is loaded; give ip_adapter_image or ip_adapter_image_embeds, or call unload_ip_adapter()"
-                if has_ip_adapter
-                else "ip_adapter_image needs an IP adapter; load one with load_ip_adapter()"
-            )
-        if ip_adapter_image is not None and (self.image_encoder is None or self.feature_extractor is None):
-            raise ValueError(
-                "ip_adapter_image needs the components image_encoder and feature_extractor, which this pipeline lacks; "
-                "load them, or give ip_adapter_image_embeds"
-            )
-        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={unknown} are unknown, "
-                f"expected some of {self._callback_tensor_inputs}"
-            )
+        check_start(start, strength)
+        check_text(prompt)
+        check_text(negative_prompt)
+        check_image_prompt(self, ip_adapter_image, ip_adapter_image_embeds)
+        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def _check_decoding(self, w: float, color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
         if not (is_number(w) and w >= 0):
@@ -747,21 +718,16 @@ class StableSRPipeline(
             )
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
-        plan = job.plan
-        if plan is None and self.needs_plan(*size_px, tiling):
-            plan = self.plan(
-                *size_px,
-                w=w,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                batch_size=batch_size,
-                tiling=tiling,
-            )
-            if plan.is_reduced:
-                logger.warning("%s", plan)
-        grid, vae_tile_px = self._grid(*size_px, tiling), tiling.vae_tile_px
-        if plan is not None:
-            grid, vae_tile_px = plan.grid, plan.vae_tile_px
+        grid, vae_tile_px = choose_tiles(
+            self,
+            *size_px,
+            tiling,
+            job,
+            w=w,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+        )
         if job.state is not None and job.state.grid is not None:
             vae_tile_px = job.state.vae_tile_px
         noise = job.noise
@@ -770,7 +736,8 @@ class StableSRPipeline(
         if grid is not None and noise is None:
             noise = CanvasNoise.from_generator(generator, batch_size)
         generator = generator if noise is None else None
-        self._coder = coder = self._prepare_coder(vae_tile_px, tiling, job)
+        progress = job.progress or coding_bars(getattr(self, "_progress_bar_config", {}))
+        self._coder = coder = tiling.coder(self.vae, self.cfw, vae_tile_px, progress)
 
         # 5. Encode the picture
         with drawing_from(noise, stage=0):
@@ -967,24 +934,13 @@ class StableSRPipeline(
 
     def needs_plan(self, height: int, width: int, tiling: Tiling) -> bool:
         """Whether `plan`, which takes a second or two, has anything to decide for a result of height x width pixels."""
-        return tiling.leaves_choice(self._grid(height, width, tiling), self._execution_device)
+        return tiling.leaves_choice(self.grid_of(height, width, tiling), self._execution_device)
 
-    def _grid(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
+    def grid_of(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
         """How a result of height x width pixels is sampled if memory does not matter."""
         height, width = self.padded_size(height, width)
         factor = self.vae_scale_factor
         return tiling.grid(self.unet, height // factor, width // factor, factor, self.config.margin_px // factor)
-
-    def _prepare_coder(self, vae_tile_px: int | None, tiling: Tiling, job: Job) -> PictureCoder:
-        return PictureCoder(
-            self.vae,
-            self.cfw,
-            tile_px=vae_tile_px,
-            mode=tiling.vae_mode,
-            attention=tiling.vae_attention,
-            folder=tiling.folder,
-            progress=job.progress or coding_bars(getattr(self, "_progress_bar_config", {})),
-        )
 
     def predict(
         self, unet: UNet2DConditionModel, adapter: StableSRAdapter, *, latents: Tensor, timestep: Tensor, **kwargs: Any
@@ -1006,10 +962,10 @@ class StableSRPipeline(
 
     @torch.no_grad()
     def assist(self, team: Team) -> None:
-        """Predict tiles for the first process of a team, which calls its pipeline with it, until it lets this one go.
+        """Predict tiles for the first process of a team, which calls its pipeline with it, until it ends the call.
 
         Raises:
-            Exception: what happened here, once the first process has given up.
+            Exception: this process's own error, raised after the first process has stopped.
         """
         predict = partial(self.predict, self.unet, self.adapter)
         latent_tiles.assist(team, predict, self._execution_device, self.unet.dtype)
@@ -1041,12 +997,12 @@ class StableSRPipeline(
 
     @property
     def grid(self) -> TileGrid:
-        """How the running call covers the canvas of latents; lack of memory may have halved it since it began."""
+        """How the running call covers the canvas of latents; it may have been halved for lack of memory."""
         return self._aggregation.grid
 
     @property
     def vae_tile_px(self) -> int | None:
-        """Side of the autoencoder's tiles in the running call, likewise; None if it takes the picture whole."""
+        """Side of the autoencoder's tiles in the running call; None if it takes pictures whole."""
         return self._coder.tile_px
 
     @property

@@ -40,6 +40,7 @@ from stablesr_kit.tiling.autoencoder import (
     VAE_TILES_PX,
     WINDOW,
     AttentionMode,
+    PictureCoder,
     TilingMode,
     smallest_tile_px,
 )
@@ -141,6 +142,24 @@ class Tiling:
         """
         batch_size = self.batch_size or 1
         return choose_grid(unet, height, width, pixels_per_latent, self.tile_px, self.overlap_px, batch_size, margin)
+
+    def coder(
+        self,
+        vae: AutoencoderKL,
+        cfw: ControllableFeatureWrapping | None,
+        tile_px: int | None,
+        progress: Callable[[str, int, str], Any] | None,
+    ) -> PictureCoder:
+        """The autoencoder and CFW of a call, in this mode and with this folder. Arguments as `PictureCoder`."""
+        return PictureCoder(
+            vae,
+            cfw,
+            tile_px=tile_px,
+            mode=self.vae_mode,
+            attention=self.vae_attention,
+            folder=self.folder,
+            progress=progress,
+        )
 
     def leaves_choice(self, grid: TileGrid | None, device: torch.device) -> bool:
         """Whether a plan is needed: memory decides something. Without a limit, small pictures are taken whole."""
