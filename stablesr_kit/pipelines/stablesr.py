@@ -90,12 +90,11 @@ StepCallback: TypeAlias = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What sampling ends with, and all that decoding takes: `StableSRPipeline.redecode` makes pictures of it.
+    """All that decoding needs after sampling, see `StableSRPipeline.redecode`.
 
-    latents: (B, C, h, w). features: the LQ pictures', for CFW; empty without it. lq: the LQ pictures as they were
-    given, (3, H, W), and enlarged: the same at the size that is worked at, one each per latent. coder: what encoded
-    them. height, width: of the results, in pixels. record: a folder for what is decoded in tiles, or None. is_grey: as
-    `Job` has it.
+    latents: (B, C, h, w). features: of the encoder, for CFW; empty without it. lq: the LQ pictures as given, (3, H, W);
+    enlarged: the same at the working size; one each per latent. coder: the autoencoder of the call. height, width: of
+    the results, in pixels. record: folder for decoding in tiles, or None. is_grey: as in `Job`.
     """
 
     latents: Tensor
@@ -111,9 +110,9 @@ class Sampled:
 
 @dataclass
 class StableSRPipelineOutput(BaseOutput):
-    """images: restored pictures; a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]; with
-    output_type="canvas" a list of pictures (3, H, W), about [-1, 1], to be read by regions; with "latent" the final
-    latents (B, C, h, w) of the padded pictures, and `sampled`, of which `redecode` makes pictures."""
+    """images: a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]; with output_type="canvas"
+    a list of pictures (3, H, W), about [-1, 1], to be read by regions; with "latent" the final latents (B, C, h, w) of
+    the padded pictures. sampled: with "latent" only, for `redecode`."""
 
     images: Images
     sampled: Sampled | None = None
@@ -137,16 +136,15 @@ class StableSRPipeline(
         text_encoder, tokenizer: needed for prompts only; without them the adapter's stored embedding of the empty
             prompt is used.
         image_encoder, feature_extractor: needed for `ip_adapter_image` only.
-        default_steps: number of steps if the call names none.
-        min_size_px: smaller results are restored on a canvas padded to this size, since a UNet trained on large
-            pictures fails on tiny ones.
-        margin_px: the canvas goes on by reflection this far beyond the picture on all sides, and is cut back at the
-            end: the networks see zeros beyond their canvas, which makes borders shine. 0 is what the references have.
-        working_scale: results less than so many times as large as the picture are made at this scale and reduced,
-            since the networks are too coarse for finer detail; 0 makes every result at its own size.
+        default_steps: number of steps of a call that gives none.
+        min_size_px: smaller canvases are padded to this size: a UNet trained on large pictures fails on tiny ones.
+        margin_px: reflected margin on all sides of the canvas, cut off at the end, since networks see zeros beyond
+            their canvas and make bright borders; 0 as in the published scripts.
+        working_scale: smaller enlargements are made at this scale and then reduced, since the networks are too coarse
+            for finer detail; 0 never does.
 
     Raises:
-        ConfigError: adapter or cfw were made for other networks, or the networks are of another family.
+        ConfigError: adapter or cfw belong to other networks, or the networks are of another family.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"  # adapter and cfw have hooks of their own
@@ -347,10 +345,10 @@ class StableSRPipeline(
     ) -> tuple[Tensor, Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds), each (len(prompt) * num_images_per_prompt, tokens, channels).
 
-        No prompt means the empty one: its embedding comes from the text encoder, so that LoRA layers and new tokens
-        count, or, if there is none, from the adapter. The second is None without guidance.
+        No prompt is the empty one, embedded by the text encoder (so that its LoRA layers count) or, without one, stored
+        in the adapter. negative_prompt_embeds is None without guidance.
 
-        clip_skip: layers of the text encoder to skip; give the call what comes out as `prompt_embeds`.
+        clip_skip: layers of the text encoder to skip; the call takes the result as `prompt_embeds`.
 
         Raises:
             ValueError: there is a prompt but no text encoder and tokenizer.
@@ -407,9 +405,9 @@ class StableSRPipeline(
     def encode_image(
         self, image: Any, device: torch.device, num_images_per_prompt: int, output_hidden_states: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings of pictures that an IP adapter is shown, and those of no picture; each (images, ..., channels).
+        """Embeddings of pictures for an IP adapter, and of no picture; each (images, ..., channels).
 
-        output_hidden_states: of the tokens before the last layer, which some IP adapters take.
+        output_hidden_states: take those before the last layer, as some IP adapters do.
         """
         if not isinstance(image, Tensor):
             image = self.feature_extractor(image, return_tensors="pt").pixel_values
@@ -435,7 +433,7 @@ class StableSRPipeline(
         batch_size: int,
         do_classifier_free_guidance: bool,
     ) -> list[Tensor]:
-        """Per IP adapter its embeddings (batch_size, images, ...); with guidance those of no picture first, (2B, ...).
+        """Embeddings (batch_size, images, ...) per IP adapter; with guidance (2B, ...), those of no picture first.
 
         Raises:
             ValueError: there are more or fewer pictures than IP adapters.
@@ -463,7 +461,7 @@ class StableSRPipeline(
     def prepare_image(
         self, image: Readable, scale: float | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[Readable, Readable]:
-        """The picture (3, h, w) at the result's size, and the same continued by reflection to its `padded_size`.
+        """The picture (3, h, w) at the result's size, and the same padded by reflection to its `padded_size`.
 
         The result is scale (default 4) times as large, or height x width pixels; enlarging is bicubic.
         """
@@ -478,7 +476,7 @@ class StableSRPipeline(
         return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
 
     def _inside(self, height: int, width: int) -> Region:
-        """Where on its canvas a result of height x width pixels lies."""
+        """The region of a result of height x width pixels on its canvas."""
         margin = self.config.margin_px
         return Region(margin, margin, margin + height, margin + width)
 
@@ -493,9 +491,9 @@ class StableSRPipeline(
     ) -> tuple[Tensor, list[Features]]:
         """LQ latents (B * num_images_per_prompt, C, h, w), samples of the posterior, and the features CFW needs.
 
-        images: B of them, (3, H, W) in [-1, 1], H and W as `padded_size` has them. The features, level -> (b, C, h, w),
-        are the encoder's, of all pictures at once or picture by picture; none without cfw or on request.
-        coder: None takes the pictures whole. record: as `PictureCoder.encode`.
+        images: B of them, (3, H, W) in [-1, 1], of a `padded_size`. Features are dicts level -> (b, C, h, w), one for
+        all pictures or one each; empty without cfw, or with with_features=False. coder: None takes pictures whole.
+        record: as in `PictureCoder.encode`.
         """
         coder = coder or PictureCoder(self.vae, self.cfw)
         levels = tuple(self.cfw.config.levels) if with_features and self.cfw is not None else ()
@@ -513,7 +511,7 @@ class StableSRPipeline(
         strength: float | None = None,
         timesteps: list[int] | None = None,
     ) -> Tensor:
-        """Descending timesteps of the scheduler, from `start` on if that is a timestep, or the last `strength` of them.
+        """Descending timesteps of the scheduler, from `start` on if it is a timestep, or the last share `strength`.
 
         Raises:
             ValueError: no timestep is left, or the scheduler can only run from its first one.
@@ -600,33 +598,32 @@ class StableSRPipeline(
 
         Args:
             image: the LQ picture or pictures (all of one size), of any height and width: PIL images, arrays (H, W, 3)
-                or tensors (3, H, W), uint8 or float in [0, 1]; or canvases (3, H, W) in [-1, 1], for pictures that are
-                too large to be held in memory.
-            prompt: what the picture shows; None, the default and what the adapter is trained with, is no text.
+                or tensors (3, H, W), uint8 or float in [0, 1]; or canvases (3, H, W) in [-1, 1] for pictures larger
+                than memory.
+            prompt: what the picture shows; None, as in the adapter's training, is no text.
             w: 0 realism to 1 fidelity (CFW), default 0.5; above 1 extrapolates. Without cfw it is 0.
             scale: size of the result relative to the input, default 4.
             height, width: size of the result, instead of `scale`.
             num_inference_steps: denoising steps; None is the pipeline's `default_steps`.
-            timesteps: a schedule of one's own, for schedulers that take one.
+            timesteps: custom ones, for schedulers that take them.
             guidance_scale: classifier-free guidance, on above 1.
             negative_prompt: what the picture should not look like; used with guidance.
             num_images_per_prompt: results per picture.
-            start: "lq" starts from the noised LQ latent, "noise" from pure noise, a number from the LQ latent noised
-                to the first timestep not above it.
-            strength: 0 to 1, instead of `start`: the share of the steps that are run, from the LQ latent noised to the
-                first of them.
+            start: "lq": the noised LQ latent; "noise": pure noise; a number: the LQ latent noised to the first timestep
+                not above it.
+            strength: 0 to 1, instead of `start`: the share of steps that are run, from the LQ latent noised to match.
             color_fix: "wavelet", "adain" or "none": where the result's colours come from.
             generator: source of all randomness, or one per result.
-            latents: unit noise (B, C, h, w) to start with instead of a drawn one.
+            latents: unit noise (B, C, h, w) to start with, instead of drawn noise.
             prompt_embeds, negative_prompt_embeds: text embeddings instead of prompts, one or one per picture.
             ip_adapter_image: a picture per loaded IP adapter, for style or content.
-            ip_adapter_image_embeds: their embeddings instead, (1, images, channels) per IP adapter; with guidance those
-                of no picture first, (2, images, channels).
-            output_type: "pil", "np", "pt", "canvas", or "latent" for what `redecode` makes pictures of.
+            ip_adapter_image_embeds: their embeddings instead, (1, images, channels) per IP adapter, or with guidance
+                (2, images, channels), those of no picture first.
+            output_type: "pil", "np", "pt", "canvas", or "latent" for `redecode`.
             return_dict: False returns a tuple.
-            cross_attention_kwargs: passed to the attention processors; "scale" weighs LoRA layers.
-            tiling: tiles, memory and room on disk for large pictures; None leaves all to the pipeline.
-            job: what a stopped call goes on from, and other processes that take part.
+            cross_attention_kwargs: for the attention processors; "scale" weighs LoRA layers.
+            tiling: tiles, memory and disk for large pictures; None chooses automatically.
+            job: for calls that are resumed or shared by processes.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`:
                 the restored images (B, 3, H, W) and the LQ ones at their own size (B, 3, h, w), both in [-1, 1].
                 `FaceRefinement` is one.
@@ -839,12 +836,12 @@ class StableSRPipeline(
         output_type: OutputType = "pil",
         return_dict: bool = True,
     ) -> StableSRPipelineOutput | tuple[Any, ...]:
-        """Pictures of what a call with output_type="latent" has sampled: the last part of a call, as often as wanted.
+        """Pictures of a call with output_type="latent", decoded and finished any number of times without sampling.
 
-        The arguments are those of a call. Nothing is sampled again: w, the colour fix and the post-stages act here.
+        Arguments as in a call.
 
         Raises:
-            ValueError: an argument cannot work, or w is above 0 and the call, with w=0, has kept no features for CFW.
+            ValueError: an argument cannot work, or w is above 0 but the call had w=0 and kept no features for CFW.
         """
         if w is None:
             w = 0.5 if self.cfw is not None and any(sampled.features) else 0.0
