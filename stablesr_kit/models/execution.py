@@ -15,6 +15,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from stablesr_kit.errors import ConfigError
 
@@ -65,27 +66,38 @@ class LargeGroupNorm(nn.GroupNorm):
             or not input.is_contiguous(memory_format=torch.channels_last)
         ):
             return super().forward(input)
-        batch, channels, height, width = input.shape
-        count = height * width
-        positions = input.permute(0, 2, 3, 1).view(batch, count, channels)
-        first = positions[:, :1].clone()
-        sums = torch.zeros(2, batch, channels, dtype=torch.float64)
-        for chunk in positions.split(max(1, CHUNK // channels), dim=1):
-            deviations = chunk - first
-            sums[0] += deviations.sum(1)
-            sums[1] += deviations.square_().sum(1)
-        mean, square = sums / count
-        variance = square - mean**2
-        mean = (mean + first[:, 0]).view(batch, self.num_groups, -1)
-        group_mean = mean.mean(2, keepdim=True)
-        group_variance = (variance.view_as(mean) + (mean - group_mean) ** 2).mean(2, keepdim=True)
-        scale = (group_variance + self.eps).rsqrt().expand_as(mean)
-        shift = -group_mean * scale
-        if self.affine:
-            weight = self.weight.double().view(1, self.num_groups, -1)
-            scale, shift = scale * weight, shift * weight + self.bias.double().view_as(weight)
-        scale, shift = (value.float().reshape(batch, channels, 1, 1) for value in (scale, shift))
-        return torch.addcmul(shift, input, scale)
+        return large_group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def large_group_norm(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`F.group_norm` of channels-last values (B, C, h, w), see `LargeGroupNorm`.
+
+    A `TorchFunctionMode` sees it as it sees torch's own functions: tiles are normalised by given statistics.
+    """
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(large_group_norm, (input,), input, num_groups, weight, bias, eps)
+        return result
+    batch, channels, height, width = input.shape
+    count = height * width
+    positions = input.permute(0, 2, 3, 1).view(batch, count, channels)
+    first = positions[:, :1].clone()
+    sums = torch.zeros(2, batch, channels, dtype=torch.float64)
+    for chunk in positions.split(max(1, CHUNK // channels), dim=1):
+        deviations = chunk - first
+        sums[0] += deviations.sum(1)
+        sums[1] += deviations.square_().sum(1)
+    mean, square = sums / count
+    variance = square - mean**2
+    mean = (mean + first[:, 0]).view(batch, num_groups, -1)
+    group_mean = mean.mean(2, keepdim=True)
+    group_variance = (variance.view_as(mean) + (mean - group_mean) ** 2).mean(2, keepdim=True)
+    scale = (group_variance + eps).rsqrt().expand_as(mean)
+    shift = -group_mean * scale
+    if weight is not None and bias is not None:
+        factor = weight.double().view(1, num_groups, -1)
+        scale, shift = scale * factor, shift * factor + bias.double().view_as(factor)
+    scale, shift = (value.float().reshape(batch, channels, 1, 1) for value in (scale, shift))
+    return torch.addcmul(shift, input, scale)
 
 
 WINOGRAD_VALUES = 2**21

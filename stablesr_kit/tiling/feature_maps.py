@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
+from stablesr_kit.models.execution import large_group_norm
 from stablesr_kit.tiling.scratch import Moments, Scratch
 
 TileFunction = Callable[[Tensor], Tensor]
@@ -130,7 +131,7 @@ class _GivenStatistics(TorchFunctionMode):
         self.mean, self.variance = mean, variance
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = self._normalized if function is F.group_norm else function
+        function = self._normalized if function in (F.group_norm, large_group_norm) else function
         return function(*args, **(kwargs or {}))
 
     def _normalized(self, tile: Tensor, _num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

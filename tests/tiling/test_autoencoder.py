@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import Canvas, Region
+from stablesr_kit.models import execution
 from stablesr_kit.models.feature_wrapping import decode_with_features, encode_with_features
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
 from stablesr_kit.tiling.scratch import Moments
@@ -89,6 +90,24 @@ def test_any_fused_levels_size_and_tile_give_the_untiled_cfw(seed: int, tmp_path
         expected = decode_with_features(vae, cfw, posterior.mean, features, w)
         assert (expected - plain).abs().max() > 1e-3 or w == 0
         assert largest_difference(tiled.decode(posterior.mean, tiled_features, w), expected) <= EXACT
+
+
+@torch.no_grad()
+def test_channels_last_networks_with_norms_for_large_pictures_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `from_pretrained` loads them, on the CPU, with tiles large enough for those norms."""
+    monkeypatch.setattr(execution, "LARGE", 16)
+    vae = tiny_vae()
+    cfw = tiny_cfw(vae)
+    execution.to_channels_last(vae)
+    execution.to_channels_last(cfw)
+    image = 0.5 + unit_noise(1, 3, 40, 56) / 4
+    tiled = TiledAutoencoder(vae, cfw, tile_px=24)
+    posterior, features = encode_with_features(vae, image, (1, 2))
+    moments, tiled_features = tiled.encode_with_features(image, (1, 2))
+    torch.testing.assert_close(moments.to_tensor(), posterior.parameters, atol=1e-4, rtol=0)
+    z = posterior.mode()
+    expected = decode_with_features(vae, cfw, z, features, 0.5)
+    torch.testing.assert_close(tiled.decode(z, tiled_features, 0.5).to_tensor(), expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
