@@ -10,7 +10,7 @@ from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
-from stablesr_kit.cli.messages import quieten_imports
+from stablesr_kit.cli.messages import Notes, quieten_imports
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.version import __version__
 
@@ -45,8 +45,6 @@ def options(
 def main() -> None:
     """The entry point of `stablesr`."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken pictures get our one line, not the decoder's log
-    notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter("note: %(message)s"))
-    logging.getLogger("stablesr_kit").addHandler(notes)
+    logging.getLogger("stablesr_kit").addHandler(Notes())
     quieten_imports()
     app()

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 from tqdm import tqdm
 
-from stablesr_kit.cli.messages import one_line, usage_error
+from stablesr_kit.cli.messages import noting, one_line, usage_error
 from stablesr_kit.cli.processes import gathered, is_first
 from stablesr_kit.errors import ImageError, OutputError, StableSRKitError, is_out_of_memory
 from stablesr_kit.imaging.finding import SUFFIXES, find_pictures
@@ -254,7 +254,8 @@ def naming(job: Job, less: str) -> Iterator[None]:
     less: what to change where memory does not suffice, such as "restore with a smaller --scale".
     """
     try:
-        yield
+        with noting(job.source):
+            yield
     except StableSRKitError as error:
         if any(str(path) in str(error) for path in (job.source, *job.results)):
             raise

@@ -5,11 +5,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import typer
+from tqdm import tqdm
 
 from stablesr_kit.errors import CheckpointError, ModelNotFoundError, StableSRKitError
+
+_worked_on: ContextVar[Path | None] = ContextVar("worked_on", default=None)
 
 
 def one_line(message: object) -> str:
@@ -57,6 +62,26 @@ def loading(model: str) -> Iterator[None]:
     # Files are missing, cut short or foreign, options of other types, tensors left out.
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{model}: the model cannot be loaded ({error}); get a whole copy of it") from error
+
+
+class Notes(logging.Handler):
+    """Prints warnings of the toolkit as notes, beginning with the file in `noting`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line above the progress bars."""
+        source = _worked_on.get()
+        parts = [] if source is None else [one_line(source)]
+        tqdm.write(": ".join(["note", *parts, one_line(record.getMessage())]), file=sys.stderr)
+
+
+@contextmanager
+def noting(source: Path) -> Iterator[None]:
+    """Let warnings name this file."""
+    token = _worked_on.set(source)
+    try:
+        yield
+    finally:
+        _worked_on.reset(token)
 
 
 @contextmanager

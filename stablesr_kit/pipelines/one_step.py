@@ -126,7 +126,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         min_size_px: int = 0,
         licence: str = "",
         margin_px: int = 0,
-        working_scale: float = 0,
+        working_scale: int | float = 0,
     ) -> None:
         super().__init__()
         self.register_modules(

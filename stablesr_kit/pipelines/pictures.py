@@ -1,5 +1,7 @@
 """Pictures in any common form as images, and images as pictures again."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -15,7 +17,10 @@ from stablesr_kit.imaging.canvas import Canvas, Readable, Region, View, assemble
 from stablesr_kit.imaging.color_fix import Neutral, neutral_like
 from stablesr_kit.imaging.reading import Picture as FilePicture
 from stablesr_kit.imaging.reading import as_picture
+from stablesr_kit.imaging.resizing import reduced
 from stablesr_kit.spaces import image_to_unit, unit_to_image
+
+logger = logging.getLogger(__name__)
 
 Picture = PIL.Image.Image | np.ndarray | Tensor | Readable
 OutputType = Literal["pil", "np", "pt", "canvas", "latent"]
@@ -23,6 +28,11 @@ Images = list[PIL.Image.Image] | list[Readable] | np.ndarray | Tensor
 PostStage = Callable[[Tensor, Tensor], Tensor]
 
 DEFAULT_SCALE = 4.0
+
+LARGE_PIXELS = 100_000
+"""Smaller pictures are restored because they are small, and are not warned of."""
+FAR_PSNR = 30.0
+"""In dB; docs/pictures.md has the measurements."""
 
 # The value of white in each type of number.
 _WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1, "bool": 1}
@@ -78,6 +88,8 @@ def finished(
     lq: the LQ images as given, one per restored one. Post-stages get whole images. processor: of a pipeline.
     is_grey: of all pictures, where that is known otherwise.
     """
+    for pair in zip(restored, lq, strict=True):
+        warn_if_far(*pair)
     if post_stages:
         images, lq_images = (torch.cat([assembled(one) for one in pictures]) for pictures in (restored, lq))
         for stage in post_stages:
@@ -92,6 +104,30 @@ def finished(
     if output_type == "pil":
         return [to_pil(one) for one in restored]
     return processor.postprocess(torch.cat([assembled(one) for one in restored]), output_type=output_type)
+
+
+def lq_psnr(restored: Readable, lq: Readable) -> float:
+    """PSNR in dB of the image (3, H, W) against the LQ image (3, h, w), the larger one reduced to the smaller size."""
+    height, width = (min(sides) for sides in zip(restored.shape[1:], lq.shape[1:], strict=True))
+    smaller = reduced(restored, height, width), reduced(lq, height, width)
+    squares = 0.0
+    for band in bands(smaller[0]):
+        one, other = (image_to_unit(image.read(band).float().cpu()).clamp(0, 1) for image in smaller)
+        squares += (one - other).square().sum(dtype=torch.float64).item()
+    return 10 * math.log10(3 * height * width / max(squares, 1e-9))
+
+
+def warn_if_far(restored: Readable, lq: Readable) -> None:
+    """Log a warning if a picture that is not small has changed so much that a sharp one has become worse."""
+    if lq.shape[1] * lq.shape[2] < LARGE_PIXELS:
+        return
+    if (found := lq_psnr(restored, lq)) < FAR_PSNR:
+        logger.warning(
+            "the result at the picture's size differs much from the picture (PSNR %.1f dB, less than %g): if that was "
+            "sharp, the result is worse",
+            found,
+            FAR_PSNR,
+        )
 
 
 def to_canvas(source: FilePicture, folder: Path | None = None) -> Canvas:

@@ -174,7 +174,7 @@ class StableSRPipeline(
         default_steps: int = 50,
         min_size_px: int = 0,
         margin_px: int = 0,
-        working_scale: float = 0,
+        working_scale: int | float = 0,
     ) -> None:
         super().__init__()
         self.register_modules(

@@ -1,5 +1,6 @@
 """Pictures that are deep or large, through `stablesr restore`: by rows the same pixels, 16 bits in and out."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from stablesr_kit.cli import jobs, restorer
+from stablesr_kit.cli.messages import Notes
 from stablesr_kit.imaging.reading import read_picture
 from tests.helpers.cli_runs import error_lines, pixels_of, stablesr
 from tests.helpers.picture_files import SRGB, as_pillow, noise, write_png
@@ -125,3 +127,15 @@ def test_a_scale_below_the_models_costs_what_is_said_and_coarse_makes_it_as_it_i
     assert distances[0] < 1 and distances[1] > 5  # Pillow's was rounded and clipped before
     again = stablesr("restore", photo, "-o", tmp_path / "coarse.png", "--model", folder, "--scale", 2, "--resume")
     assert again.exit_code == 2 and "coarse" in again.stderr
+
+
+def test_a_warning_names_the_picture(model: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "sharp.png", noise(330, 310, 3))
+    handler, logger = Notes(), logging.getLogger("stablesr_kit")
+    logger.addHandler(handler)  # as the program does
+    try:
+        result = stablesr("restore", tmp_path / "sharp.png", "-o", tmp_path / "out.png", "--model", model, "--scale", 1)
+    finally:
+        logger.removeHandler(handler)
+    (line,) = (line for line in error_lines(result) if not line.startswith("plan: "))
+    assert line.startswith(f"note: {tmp_path / 'sharp.png'}: the result at the picture's size differs much")

@@ -1,5 +1,7 @@
 """A model works at its own scale: what is smaller is made there and reduced, with Pillow's filter as a peer."""
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from stablesr_kit import StableSRPipeline, Tiling
 from stablesr_kit.checkpoints.base import canvas_options
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.imaging.canvas import View, assembled
+from stablesr_kit.pipelines.pictures import lq_psnr, warn_if_far
 from tests.helpers.pipeline_runs import run
 from tests.helpers.tiny import seeded, tiny_picture, tiny_pipeline, tiny_unet, tiny_vae
 from tests.pipelines.test_one_step import invsr, one_step, pisa
@@ -133,3 +136,27 @@ def test_converted_models_of_full_size_work_at_scale_1_on_their_own_canvas_with_
     assert canvas_options(unet, vae) == {}
     unet.register_to_config(block_out_channels=[320, 640, 1280, 1280], sample_size=64)
     assert canvas_options(unet, vae) == {"min_size_px": 512, "margin_px": 32, "working_scale": 1}
+
+
+@pytest.mark.parametrize("size", [(18, 13), (7, 40)])
+def test_how_far_a_result_is_from_its_picture_is_measured_at_the_smaller_of_their_sizes(size: tuple[int, int]) -> None:
+    lq, restored = tiny_picture(*size), tiny_picture(20, 30, seed=1)
+    height, width = min(size[0], 20), min(size[1], 30)
+    one, other = (reduced_by_pillow(image * 2 - 1, height, width).clamp(-1, 1) / 2 for image in (restored, lq))
+    expected = -10 * math.log10(((one - other) ** 2).mean().item())
+    assert lq_psnr(View(restored * 2 - 1), View(lq * 2 - 1)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_picture_that_is_not_small_and_changes_much_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = tiny_pipeline(with_text=False, default_steps=1)
+    for height, width, warnings in ((300, 300, 0), (330, 310, 1)):
+        caplog.clear()
+        run(pipeline, tiny_picture(height, width), scale=1)
+        assert len(caplog.messages) == warnings
+    assert re.fullmatch(
+        r"the result at the picture's size differs .* \(PSNR \d+\.\d dB, less than 30\): .*", *caplog.messages
+    )
+    caplog.clear()
+    picture = tiny_picture(330, 310) * 2 - 1
+    warn_if_far(View((picture + 0.03).clamp(-1, 1)), View(picture))
+    assert caplog.messages == []
