@@ -310,7 +310,7 @@ def plan_for(
 ) -> "Plan | None":
     """The plan for a result of height x width pixels, printed if there are tiles; None if none is needed.
 
-    options: of the call. saved: file of the plan. An existing plan, of a stopped run, is used whatever memory is free
+    options: of the call, and for several pictures at once their number as batch_size. saved: file of the plan. An existing plan, of a stopped run, is used whatever memory is free
     now, so that the picture stays the same; otherwise a new one is written there.
 
     Raises:
@@ -326,7 +326,8 @@ def plan_for(
                 "give the same, or start this picture again without --resume"
             )
     elif pipeline.needs_plan(height, width, tiling):
-        planned = {name: options[name] for name in ("w", "num_inference_steps", "guidance_scale") if name in options}
+        names = ("w", "num_inference_steps", "guidance_scale", "batch_size")
+        planned = {name: options[name] for name in names if name in options}
         plan = pipeline.plan(height, width, tiling=tiling, **planned)
         plan.save(saved)
     else:

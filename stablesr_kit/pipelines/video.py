@@ -30,7 +30,7 @@ from stablesr_kit.pipelines.pictures import Picture, PostStage, as_readables, re
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.seeds import stream
 from stablesr_kit.storage import replacing_file
-from stablesr_kit.tiling.memory import Tiling
+from stablesr_kit.tiling.memory import Plan, Tiling
 from stablesr_kit.tiling.scratch import saved_bytes
 from stablesr_kit.tiling.team import Team
 from stablesr_kit.video.motion import FlowEstimator, Motion, dis_flow, motion_between, warped, warping_error
@@ -193,6 +193,7 @@ class StableSRVideo:
         is_grey: bool | None = None,
         post_stages: Sequence[PostStage] = (),
         tiling: Tiling | None = None,
+        plan: Plan | None = None,
         team: Team | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
@@ -204,7 +205,7 @@ class StableSRVideo:
             state: of the chunk before, in this call or an earlier one with the same arguments; None begins.
             is_grey: whether the clip is; None leaves it to each frame, which may flicker.
             post_stages: as a pipeline's; `TrackedFaces` is one that knows of frames.
-            tiling, team: as in a pipeline's call.
+            tiling, plan, team: as in a pipeline's call and its `Job`; a plan is for as many pictures as a chunk has.
             options: of the pipeline's call: scale, w, num_inference_steps, prompt, color_fix and so on.
 
         Raises:
@@ -236,7 +237,7 @@ class StableSRVideo:
             restored: list[Readable] = self.pipeline(
                 given,
                 tiling=tiling,
-                job=Job(noise=noise, on_prediction=mixing, is_grey=is_grey, team=team),
+                job=Job(plan=plan, noise=noise, on_prediction=mixing, is_grey=is_grey, team=team),
                 post_stages=_per_scene(post_stages, remembering, motions),
                 output_type="canvas",
                 **options,

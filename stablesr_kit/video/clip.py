@@ -329,6 +329,8 @@ class FrameFolder:
         if not self.files:
             raise ImageError(f"{path}: of its {len(files)} frames none is in what was asked for; ask for others")
         first = read_picture(self.files[0])
+        if first.has_alpha:
+            self.notes.append("has transparency, which is left out")
         self.height, self.width = first.height, first.width
         self.bits = 16 if first.pixels.dtype == np.uint16 else 8
         self.time_base, self.sample_aspect, self.subsampling = 1 / rate, Fraction(1), "420"
@@ -343,8 +345,7 @@ class FrameFolder:
                     f"{file}: is of {picture.width}x{picture.height} pixels and the first of "
                     f"{self.width}x{self.height}; the frames of a clip are of one size"
                 )
-            pixels = picture.pixels[..., :3]
-            yield Frame(pixels=np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels, pts=number, duration=1)
+            yield Frame(pixels=picture.pixels[..., :3], pts=number, duration=1)
 
 
 def surveyed(source: Source) -> Survey:
