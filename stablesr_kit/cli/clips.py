@@ -8,9 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +24,7 @@ from stablesr_kit.cli.journal import Journal, refuse_other_settings
 from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.restorer import LESS_MEMORY, Restorer, Restoring, plan_for
 from stablesr_kit.errors import ImageError, JobError, OutputError
+from stablesr_kit.imaging.finding import SUFFIXES as PICTURE_SUFFIXES
 from stablesr_kit.imaging.metadata import Metadata, read_provenance
 from stablesr_kit.imaging.reading import Picture, Pixels
 from stablesr_kit.imaging.writing import write_bands
@@ -42,7 +43,6 @@ from stablesr_kit.video.writing import (
 
 if TYPE_CHECKING:
     from stablesr_kit.pipelines.video import Chunk, ClipState
-    from stablesr_kit.tiling.team import Team
 
 TIMES = "timestamps.txt"
 """Beside PNG files: when each frame is shown, as mkvmerge and others read it."""
@@ -50,17 +50,21 @@ _OF_CLIPS = ("steady", "flow", "chunk", "codec", "crf", "pix_fmt", "on_damage", 
 
 
 def is_clip(inputs: Sequence[Path], output: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether `restore` is given a clip, or pictures as one; ends the command if it is given both, or several clips."""
+    """Whether `restore` is given a clip, or a folder of frames: with --fps, or where a clip is to be made of them.
+
+    Ends the command if there are several clips, or other inputs beside one, or options that are for pictures.
+    """
     clips = [path for path in inputs if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    is_sequence = len(inputs) == 1 and inputs[0].is_dir() and output.suffix.lower() in FORMATS
+    is_sequence = len(inputs) == 1 and inputs[0].is_dir()
+    is_sequence &= output.suffix.lower() in FORMATS or asked["fps"] is not None
     if clips and len(inputs) > 1:
         usage_error(f"{clips[0]} is a clip; give one clip alone, and pictures in another call")
-    for option in ("compare",):
-        if (clips or is_sequence) and asked[option]:
+    if not clips and not is_sequence:
+        return False
+    for option, plain in (("compare", False), ("engine", "here")):
+        if asked[option] != plain:
             usage_error(f"--{option} is for pictures, and {inputs[0]} is a clip; leave it out")
-    if (clips or is_sequence) and asked["engine"] != "here":
-        usage_error(f"--engine {asked['engine']} shares pictures, and {inputs[0]} is a clip; leave it out")
-    return bool(clips) or is_sequence
+    return True
 
 
 def clip_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +107,17 @@ def seconds(name: str, text: str) -> Fraction:
 class Target(Protocol):
     """Where the frames of a clip go, chunk by chunk."""
 
-    height: int
-    width: int
-    dtype: type[np.unsignedinteger[Any]]
+    @property
+    def height(self) -> int:
+        """Of its frames, in pixels."""
+
+    @property
+    def width(self) -> int:
+        """Likewise."""
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """Of its frames; white is its largest number."""
 
     def write(self, number: int, first: int, frames: Sequence[Pixels]) -> list[Path]:
         """Write a chunk, of which `first` is the first frame, into the job's folder. Raises OutputError."""
@@ -260,10 +272,13 @@ class Progress:
         return self.folder / f"{number:06}.state"
 
 
-def restore_clip(source: Path, output: Path, asked: Mapping[str, Any], restoring: Restoring, team: "Team | None") -> None:
+def restore_clip(
+    source: Path, output: Path, asked: Mapping[str, Any], restoring: Restoring, load: Callable[[Restoring], Restorer]
+) -> None:
     """Restore a clip, or a folder of frames, into a file or a folder of PNG files.
 
-    restoring: with the clip's own settings. Raises StableSRKitError, beginning with a file.
+    restoring: with the clip's own settings. load: the model, once that is needed. Raises StableSRKitError, beginning
+    with a file.
     """
     started = time.monotonic()
     span = span_of(asked)
@@ -282,15 +297,25 @@ def restore_clip(source: Path, output: Path, asked: Mapping[str, Any], restoring
     survey = surveyed(clip)
     size = result_size_of(clip, asked["scale"], output, asked["pix_fmt"])
     job = Job(source=source, target=output, companion=None, folder=restoring.folder)
+    encoding = encoding_for(job, clip, survey, size, asked)
+    for note in survey.notes:
+        tqdm.write(f"note: {one_line(source)}: {note}", file=sys.stderr)
     with journal.in_progress(source, output, restoring.resume) as folder:
-        target = target_for(job, clip, survey, span, size, asked, folder, restoring, journal)
-        for note in survey.notes:
-            tqdm.write(f"note: {one_line(source)}: {note}", file=sys.stderr)
+        made_by: dict[str, Any] | None = None
+        if restoring.has_provenance:
+            said = {"software": "stablesr-kit", "model": Path(restoring.model).name}
+            made_by = said | journal.provenance(source)
+        target: Target
+        if encoding is None:
+            dtype = np.uint16 if clip.bits > 8 else np.uint8
+            target = FolderTarget(output, *size, dtype, clip, survey, folder, made_by)
+        else:
+            target = ClipTarget(output, clip, survey, span, encoding, folder, made_by and json.dumps(made_by))
         progress = Progress(folder)
         state = progress.load()
         with naming(job, less=f"{LESS_MEMORY}, or a smaller --chunk"):
             if progress.frames < len(survey.times):
-                restore_frames(job, clip, survey, target, progress, state, asked, restoring, team)
+                restore_frames(job, clip, survey, target, progress, state, asked, load(restoring))
             with bar(job, len(survey.times), "writing") as shown:
                 made = target.finish(progress.chunks, lambda: shown.update() and None)
         journal.finish(source, [output]) if output.is_file() else None
@@ -306,16 +331,13 @@ def restore_frames(
     progress: Progress,
     state: "ClipState | None",
     asked: Mapping[str, Any],
-    restoring: Restoring,
-    team: "Team | None",
+    restorer: Restorer,
 ) -> None:
     """The frames that are not restored yet, chunk by chunk."""
-    from stablesr_kit.cli.restore import check_components
+    restoring = restorer.restoring
     from stablesr_kit.pipelines.video import LADDER, StableSRVideo
     from stablesr_kit.video.motion import dis_flow, raft_flow
 
-    restorer = Restorer(restoring, team, is_below_another_bar=True)
-    check_components(restorer.pipeline, restoring.options)
     restorer.pipeline.set_progress_bar_config(disable=True)
     flow = dis_flow() if asked["flow"] == "dis" else raft_flow(Path(asked["flow"]), restoring.device)
     video = StableSRVideo(restorer.pipeline, LADDER[asked["steady"]], flow, asked["chunk"])
@@ -331,14 +353,14 @@ def restore_frames(
         post_stages=restorer.stages,
         tiling=restoring.tiling,
         plan=plan,
-        team=team,
+        team=restorer.team,
         height=target.height,
         width=target.width,
         **options,
     )
-    begun, total = time.monotonic(), len(survey.times)
-    with bar(job, total, "restoring", progress.frames) as shown, closing(chunks):
-        for number, chunk in enumerate(chunks, len(progress.records)):
+    begun, total, before = time.monotonic(), len(survey.times), len(progress.records)
+    with bar(job, total, "restoring", progress.frames) as shown:
+        for number, chunk in enumerate(chunks, before):
             first = chunk.state.frames - len(chunk.frames)
             files = target.write(number, first, [levels(frame.image, target.dtype) for frame in chunk.frames])
             taken = time.monotonic() - begun
@@ -346,31 +368,23 @@ def restore_frames(
             begun += taken
             shown.update(len(chunk.frames))
             left = total - progress.frames
-            if shown.disable and left and chunk.state.frames == shown.initial + len(chunk.frames):
+            if shown.disable and left and number == before:
                 rate = taken / len(chunk.frames)
                 estimate = tqdm.format_interval(rate * left)
-                tqdm.write(f"note: {one_line(job.source)}: {left} frames left, {rate:.1f} s each: {estimate}", sys.stderr)
+                tqdm.write(
+                    f"note: {one_line(job.source)}: {left} frames left, {rate:.1f} s each: {estimate}", sys.stderr
+                )
 
 
-def target_for(
-    job: Job,
-    clip: Source,
-    survey: Survey,
-    span: Span,
-    size: tuple[int, int],
-    asked: Mapping[str, Any],
-    folder: Path,
-    restoring: Restoring,
-    journal: Journal,
-) -> Target:
-    """Where the frames go. Raises OutputError for what the file cannot hold, before anything is computed."""
-    provenance = None
-    if restoring.has_provenance:
-        said = {"software": "stablesr-kit", "model": Path(restoring.model).name}
-        provenance = said | journal.provenance(job.source)
-    if job.target.suffix.lower() not in FORMATS:
-        deep = np.uint16 if clip.bits > 8 else np.uint8
-        return FolderTarget(job.target, *size, deep, clip, survey, folder, provenance)
+def encoding_for(
+    job: Job, clip: Source, survey: Survey, size: tuple[int, int], asked: Mapping[str, Any]
+) -> Encoding | None:
+    """How the file is written, None for PNG files; the survey is told of what changes. Raises OutputError, ConfigError.
+
+    What the file cannot hold is refused here, before anything is computed.
+    """
+    if job.target.suffix.lower() not in SUFFIXES:
+        return None
     encoding = choose_encoding(job.target, clip, *size, asked["codec"], asked["crf"], asked["pix_fmt"])
     lost = left_out(clip, encoding)
     if lost and not asked["leave_out"]:
@@ -382,11 +396,9 @@ def target_for(
         survey.notes.append(f"{job.target.suffix} cannot hold and leaves out: {', '.join(lost)}")
     if is_rounding(encoding, survey.times):
         survey.notes.append(f"{job.target.suffix} counts milliseconds, to which times of frames are rounded")
-    exact = clip.height * asked["scale"], clip.width * asked["scale"]
-    if tuple(size) != tuple(max(round(side), 1) for side in exact):
+    if size != (max(round(clip.height * asked["scale"]), 1), max(round(clip.width * asked["scale"]), 1)):
         survey.notes.append(f"its result is of {size[1]}x{size[0]} pixels: sides are even in {encoding.pix_fmt}")
-    comment = None if provenance is None else json.dumps(provenance)
-    return ClipTarget(job.target, clip, survey, span, encoding, folder, comment)
+    return encoding
 
 
 def result_size_of(clip: Source, scale: float, output: Path, pix_fmt: str | None) -> tuple[int, int]:
@@ -488,20 +500,37 @@ def tell(
 
 
 def check_target(output: Path, resume: bool) -> None:
-    """Refuse a folder that holds something, which the frames would replace; ends the command."""
+    """Refuse a folder that holds something, which the frames would replace, and a picture; ends the command."""
+    if output.suffix.lower() in PICTURE_SUFFIXES:
+        usage_error(f"-o {output} names a picture; give a name with {', '.join(FORMATS)}, or a folder for PNG files")
     if output.suffix.lower() in SUFFIXES or not output.exists():
         return
     if not output.is_dir():
-        usage_error(f"-o {output} is a file and no clip; give a name with {', '.join(FORMATS)}, or a folder for PNG files")
+        usage_error(
+            f"-o {output} is a file and no clip; give a name with {', '.join(FORMATS)}, or a folder for PNG files"
+        )
     if not resume and any(output.iterdir()):
         usage_error(f"-o {output} is not empty; give a new folder for the PNG files, or a name such as OUT.mp4")
 
 
-def start_clip(inputs: Sequence[Path], output: Path, asked: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what shows before anything is read."""
-    if not inputs[0].exists():
-        raise ImageError(f"{inputs[0]}: no such file or folder; check the name")
-    if inputs[0].resolve() == output.resolve():
+def run_clip(
+    source: Path,
+    output: Path,
+    asked: Mapping[str, Any],
+    restoring_of: Callable[[Path, Mapping[str, Any]], Restoring],
+    load: Callable[[Restoring], Restorer],
+) -> None:
+    """The command for a clip. Raises StableSRKitError.
+
+    restoring_of, load: as for pictures; the model of what the options say.
+    """
+    settings = clip_settings(asked)
+    if not source.exists():
+        raise ImageError(f"{source}: no such file or folder; check the name")
+    if source.resolve() == output.resolve():
         usage_error(f"{output} is the input and would be overwritten; choose another -o")
     check_target(output, asked["resume"])
-    make_folder(folder)
+    make_folder(output.parent)
+    restoring = restoring_of(output.parent, asked)
+    restoring = replace(restoring, settings={**restoring.settings, **settings})
+    restore_clip(source, output, asked, restoring, load)

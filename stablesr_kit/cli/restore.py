@@ -1,4 +1,4 @@
-"""`stablesr restore`: pictures and folders in, restored pictures out."""
+"""`stablesr restore`: pictures and folders in, restored pictures out; or one clip."""
 
 import math
 import sys
@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from stablesr_kit import __version__
+from stablesr_kit.cli.clips import is_clip, run_clip
 from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, find_face_model
 from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, plan, run
 from stablesr_kit.cli.journal import Journal
@@ -25,15 +26,20 @@ if TYPE_CHECKING:
     from stablesr_kit import OneStepPipeline, StableSRPipeline, Tiling
     from stablesr_kit.tiling.team import Team
 
+CLIPS = "Clips"
+"""Heading of the options that are for clips alone."""
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def restore(
     context: typer.Context,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, and folders of pictures.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, folders of pictures, or one clip.")],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="OUT", help="A file for one picture, else a folder (of PNG files)."),
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="A file for one picture or clip, else a folder (of PNG files)."
+        ),
     ],
     model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a Hugging Face repository.")] = "mini",
     scale: Annotated[float, typer.Option(help="How many times larger the result is.")] = 4,
@@ -131,8 +137,61 @@ def restore(
             help="Write into each result how it was made; --resume needs this to recognise results.",
         ),
     ] = True,
+    steady: Annotated[
+        Literal["none", "noise", "moving-noise", "latents", "bands", "all"],
+        typer.Option(help="What holds a frame to the one before; none restores frame by frame.", rich_help_panel=CLIPS),
+    ] = "bands",
+    flow: Annotated[
+        str,
+        typer.Option(
+            metavar="dis|FILE", help="Optical flow: OpenCV's DIS, or RAFT by its weights.", rich_help_panel=CLIPS
+        ),
+    ] = "dis",
+    chunk: Annotated[
+        int, typer.Option(help="Frames restored at once; more need more memory.", rich_help_panel=CLIPS)
+    ] = 4,
+    from_time: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="Begin at 12.5, or 1:02:03.", rich_help_panel=CLIPS)
+    ] = None,
+    to_time: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="End before it.", rich_help_panel=CLIPS)
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N frames.", rich_help_panel=CLIPS)
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="FFmpeg's encoder, such as libx265, libsvtav1 or ffv1.",
+            show_default="libx264; libx265 for more than 8 bits; libvpx-vp9 in WebM",
+            rich_help_panel=CLIPS,
+        ),
+    ] = None,
+    crf: Annotated[
+        int | None,
+        typer.Option(help="Quality of the encoder; lower is better.", show_default="16 to 20", rich_help_panel=CLIPS),
+    ] = None,
+    pix_fmt: Annotated[
+        str | None,
+        typer.Option(help="Pixel format, such as yuv420p10le.", show_default="like the input", rich_help_panel=CLIPS),
+    ] = None,
+    deinterlace: Annotated[
+        bool, typer.Option("--deinterlace", help="Make whole frames of interlaced ones.", rich_help_panel=CLIPS)
+    ] = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Take a folder of pictures as a clip of this rate.", rich_help_panel=CLIPS)
+    ] = None,
+    on_damage: Annotated[
+        Literal["repeat", "drop", "stop"],
+        typer.Option(help="What stands for a frame that cannot be decoded.", rich_help_panel=CLIPS),
+    ] = "repeat",
+    leave_out: Annotated[
+        bool,
+        typer.Option("--leave-out", help="Go on without streams that the result cannot hold.", rich_help_panel=CLIPS),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.", rich_help_panel=CLIPS)] = False,
 ) -> None:
-    """Restore and enlarge pictures.
+    """Restore and enlarge pictures, or a clip.
 
     Options depend on the model: --w, --start and guidance are for StableSR, not for one-step models (PiSA-SR, OSEDiff,
     HYPIR, InvSR); --lambda-pix and --lambda-sem are for PiSA-SR.
@@ -146,6 +205,9 @@ def restore(
     check_options(asked)
     if workers is not None and (workers < 1 or engine != "ray"):
         usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
+    if is_clip(inputs, output, asked):
+        restore_one_clip(inputs[0], output, asked)
+        return
     report = Report("restored")
     journal = None
     jobs = plan(inputs, output, "_compare" if compare else None, report)
@@ -189,6 +251,32 @@ def restore(
     finish(report)
     if journal is not None and is_first():
         journal.close()
+
+
+def restore_one_clip(source: Path, output: Path, asked: Mapping[str, Any]) -> None:
+    """The command for a clip; the tiles of its frames are shared by all processes."""
+    team = team_of_all()
+    if team is not None and not team.is_lead:
+        with failing_in_one_line():
+            assist(team, asked["model"], choose_device(asked["device"]), asked["compiled"])
+        return
+
+    def load(restoring: Restoring) -> Restorer:
+        if team is not None:
+            team.tell(restoring.dtype)
+        restorer = Restorer(restoring, team)
+        check_components(restorer.pipeline, restoring.options)
+        return restorer
+
+    try:
+        with failing_in_one_line():
+            run_clip(source, output, asked, restoring_of, load)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing is half-written, --resume continues", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        if team is not None:
+            team.tell(None)
 
 
 def check_options(asked: Mapping[str, Any]) -> None:

@@ -310,8 +310,9 @@ def plan_for(
 ) -> "Plan | None":
     """The plan for a result of height x width pixels, printed if there are tiles; None if none is needed.
 
-    options: of the call, and for several pictures at once their number as batch_size. saved: file of the plan. An existing plan, of a stopped run, is used whatever memory is free
-    now, so that the picture stays the same; otherwise a new one is written there.
+    options: of the call, and for several pictures at once their number as batch_size. saved: file of the plan. An
+    existing plan, of a stopped run, is used whatever memory is free now, so that the picture stays the same; otherwise
+    a new one is written there.
 
     Raises:
         JobError: the stopped run had another memory limit.

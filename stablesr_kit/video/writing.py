@@ -151,7 +151,7 @@ def choose_encoding(
     return encoding
 
 
-def even_sides(height: int, width: int) -> tuple[int, int]:
+def even_sides(height: float, width: float) -> tuple[int, int]:
     """The nearest size that codecs with subsampled chroma take."""
     return max(round(height / 2), 1) * 2, max(round(width / 2), 1) * 2
 
