@@ -310,7 +310,8 @@ def restore_clip(
             dtype = np.uint16 if clip.bits > 8 else np.uint8
             target = FolderTarget(output, *size, dtype, clip, survey, folder, made_by)
         else:
-            target = ClipTarget(output, clip, survey, span, encoding, folder, made_by and json.dumps(made_by))
+            comment = None if made_by is None else json.dumps(made_by)
+            target = ClipTarget(output, clip, survey, span, encoding, folder, comment)
         progress = Progress(folder)
         state = progress.load()
         with naming(job, less=f"{LESS_MEMORY}, or a smaller --chunk"):

@@ -1,7 +1,6 @@
 """`stablesr restore` of clips: what comes out, what is said, and what a kill leaves."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from stablesr_kit.video.clip import Clip  # noqa: E402
 from tests.helpers.cli_runs import error_lines, stablesr  # noqa: E402
 from tests.helpers.clips import UNEVEN, moving, packets_of, times_of, write_clip  # noqa: E402
 from tests.helpers.file_limits import files_end_at  # noqa: E402
+from tests.helpers.forks import FORKS  # noqa: E402
 
 SIZE = (10, 14)
 
@@ -158,13 +158,11 @@ def test_another_process_is_locked_out_and_a_full_disk_loses_nothing(clip: Path,
 
 def test_a_kill_anywhere_and_resume_give_the_same_bytes(clip: Path, model: Path, tmp_path: Path) -> None:
     job = tmp_path / ".stablesr" / "killed.mkv.job"
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
     options = ["--model", model, "--scale", 2, "--chunk", 2, "--steady", "all", "--resume", "-o"]
 
     def exit_status(output: Path, last: Path | None = None) -> int | None:
         arguments = [str(one) for one in ("restore", clip, *options, output)]
-        process = processes.Process(target=_run, args=(arguments, last))
+        process = FORKS.Process(target=_run, args=(arguments, last))
         process.start()
         process.join()
         return process.exitcode
