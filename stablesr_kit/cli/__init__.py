@@ -12,6 +12,7 @@ from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
 from stablesr_kit.cli.messages import Notes, quieten_imports
 from stablesr_kit.cli.restore import restore
+from stablesr_kit.cli.web import web
 from stablesr_kit.version import __version__
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (restore, faces, convert, inspect, degrade, evaluate, doctor):
+for command in (restore, faces, convert, inspect, degrade, evaluate, web, doctor):
     app.command()(command)
 
 

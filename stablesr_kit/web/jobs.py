@@ -1,0 +1,243 @@
+"""What is handed in to a server: jobs, which are folders, and the files in them, taken in with distrust.
+
+ID/job.json     what was asked for, and how it ended
+ID/in/0000      the pictures, under names of our own
+ID/out/0000.png the results, with the journal of `stablesr restore`
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+from PIL import Image
+
+from stablesr_kit.cli.messages import one_line
+from stablesr_kit.errors import ImageError, JobError, StableSRKitError
+from stablesr_kit.imaging.formats import READ_FORMATS, START, format_of
+from stablesr_kit.imaging.reading import MAX_PIXELS, open_picture
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+Command = Literal["restore", "faces"]
+ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
+
+COPIED_BYTES = 2**20
+
+
+class Refused(StableSRKitError):
+    """What is asked for is not accepted. status: of HTTP."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class QueueFull(Refused):
+    """There is no room now. retry_after_s: when there may be."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message, 429)
+        self.retry_after_s = retry_after_s
+
+
+class Upload(NamedTuple):
+    """A file as it came in: the name somebody gave it, for eyes alone, and its content."""
+
+    name: str
+    content: IO[bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes.
+
+    queue: jobs that wait at most, of which one user has at most three quarters.
+    upload_bytes: of one file, packed or unpacked, and four times as much of one job.
+    pictures: of one job.
+    pixels: of one picture, and result_pixels: of its result.
+    keep_s, keep_bytes: after which age ended jobs go, and when all take more, the oldest of them first.
+    """
+
+    queue: int = 32
+    upload_bytes: int = 200 * 2**20
+    pictures: int = 500
+    pixels: int = MAX_PIXELS
+    result_pixels: int = 4 * MAX_PIXELS
+    keep_s: float = 24 * 3600.0
+    keep_bytes: int = 10 * 10**9
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One or more pictures that somebody handed in together.
+
+    names: of the pictures, as they came. errors: a line for each picture that failed, by its place. asked: the options
+    of the command. number: later ones are larger.
+    """
+
+    id: str
+    number: int
+    user: str
+    command: Command
+    options: Mapping[str, Any]
+    names: list[str]
+    folder: Path
+    accepted: float
+    state: State = "queued"
+    ended: float | None = None
+    errors: dict[int, str] = field(default_factory=dict)
+    done: int = 0
+    progress: float = 0.0
+    doing: str = ""
+    eta_s: float | None = None
+    preview: Image.Image | None = None
+    version: int = 0
+    is_cancelled: bool = False
+    is_kept: bool = False
+
+    def source(self, index: int) -> Path:
+        """Where a picture is."""
+        return self.folder / "in" / f"{index:04d}"
+
+    def target(self, index: int) -> Path:
+        """Where its result goes."""
+        return self.folder / "out" / f"{index:04d}.png"
+
+    @property
+    def results(self) -> list[int]:
+        """The places of the pictures whose results are there."""
+        return [index for index in range(len(self.names)) if self.target(index).is_file()]
+
+    def saved(self) -> dict[str, Any]:
+        """What `job.json` holds."""
+        values = {name: getattr(self, name) for name in ("id", "number", "user", "command", "names", "accepted")}
+        return values | {
+            "options": dict(self.options),
+            "state": self.state if self.state in ENDED else "queued",
+            "ended": self.ended,
+            "errors": {str(index): line for index, line in self.errors.items()},
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> "Job":
+        """The job of a folder. Raises JobError."""
+        try:
+            saved = json.loads((folder / "job.json").read_bytes())
+            errors = {int(index): line for index, line in saved.pop("errors").items()}
+            job = cls(**saved, folder=folder, errors=errors)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise JobError(f"{folder}: the job cannot be read ({one_line(error)}); remove the folder") from error
+        job.done = len(job.names) if job.state in ENDED else 0
+        job.progress = 1.0 if job.state == "done" else 0.0
+        return job
+
+
+def take_in(folder: Path, uploads: Sequence[Upload], scale: float, limits: Limits) -> tuple[list[str], dict[int, str]]:
+    """Copies pictures into a folder: their names, and a line for each that cannot be one. Raises Refused."""
+    names: list[str] = []
+    errors: dict[int, str] = {}
+    room = 4 * limits.upload_bytes
+    for upload in _unpacked(uploads, limits):
+        if len(names) == limits.pictures:
+            raise Refused(f"more than {limits.pictures} pictures are given; send several jobs", 413)
+        path = folder / f"{len(names):04d}"
+        names.append(_shown(upload.name))
+        try:
+            room -= copy(upload, path, limits)
+            if room < 0:
+                raise Refused(f"more than {4 * limits.upload_bytes >> 20} MB are given; send less", 413)
+            check_picture(path, names[-1], scale, limits)
+        except Refused as error:
+            room -= limits.upload_bytes if path.stat().st_size > limits.upload_bytes else 0  # a bomb costs as well
+            if room < 0 or (len(uploads) == 1 and not _is_zip(uploads[0].content)):
+                raise
+            path.unlink(missing_ok=True)
+            errors[len(names) - 1] = str(error)
+    if not names:
+        raise Refused("no picture is given; send a file")
+    if len(errors) == len(names):
+        raise Refused(one_line(f"{names[0]}: {errors[0]}"))
+    return names, errors
+
+
+def copy(upload: Upload, path: Path, limits: Limits) -> int:
+    """Bytes copied. Raises Refused if they are too many."""
+    copied = 0
+    try:
+        with path.open("xb") as file:
+            while block := upload.content.read(COPIED_BYTES):
+                copied += len(block)
+                file.write(block)
+                if copied > limits.upload_bytes:
+                    raise Refused(f"the file has more than {limits.upload_bytes >> 20} MB; scale it first", 413)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError) as error:
+        raise Refused(f"the archive is damaged or encrypted ({one_line(error)})") from error
+    return copied
+
+
+def check_picture(path: Path, name: str, scale: float, limits: Limits) -> None:
+    """Refuse what is no picture, or too large, before it is decoded."""
+    with path.open("rb") as file:
+        start = file.read(START)
+    if format_of(start) is None:
+        given = "an empty file" if not start else "the file is no picture of a known format"
+        raise Refused(f"{given}; expected {', '.join(READ_FORMATS)}", 415)
+    try:
+        picture = open_picture(path, max_pixels=limits.pixels)
+    except ImageError as error:
+        raise Refused(one_line(error).replace(str(path), name)) from error
+    check_result(picture.height * picture.width * scale * scale, limits)
+
+
+def check_result(pixels: float, limits: Limits) -> None:
+    """Refuse results that are too large."""
+    if pixels > limits.result_pixels:
+        most = limits.result_pixels / 1e6
+        raise Refused(
+            f"the result would have {pixels / 1e6:,.0f} million pixels, {most:,.0f} at most; give a smaller scale"
+        )
+
+
+def _is_zip(content: IO[bytes]) -> bool:
+    start = content.read(4)
+    content.seek(0)
+    return start == b"PK\x03\x04"
+
+
+def _unpacked(uploads: Iterable[Upload], limits: Limits) -> Iterator[Upload]:
+    """The files, and the pictures of archives in their place. Raises Refused."""
+    for upload in uploads:
+        if not _is_zip(upload.content):
+            yield upload
+            continue
+        try:
+            with zipfile.ZipFile(upload.content) as archive:
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+                if len(entries) > limits.pictures:
+                    raise Refused(f"the archive holds {len(entries)} files, {limits.pictures} at most; send less", 413)
+                for entry in entries:
+                    with archive.open(entry) as content:
+                        yield Upload(entry.filename, content)
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, EOFError) as error:
+            raise Refused(f"the archive is damaged or encrypted ({one_line(error)})") from error
+
+
+def _shown(name: str) -> str:
+    """A name as people may see it: the last part, without what no file is called."""
+    plain = one_line(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    return plain[-100:] or "picture"
+
+
+def names_in_zip(names: list[str]) -> list[str]:
+    """A name for each result, each once."""
+    chosen: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        stem = Path(name).stem.strip(". ") or "picture"
+        candidates = (f"{stem}.png", *(f"{stem}_{number}.png" for number in range(2, len(names) + 2)))
+        chosen.append(next(one for one in candidates if one.casefold() not in taken))
+        taken.add(chosen[-1].casefold())
+    return chosen
