@@ -426,11 +426,13 @@ def _docs(schema: Mapping[str, Any]) -> str:
                     f"<li><b>{html.escape(field)}</b> {html.escape(str(about.get('description', '')))}</li>"
                     for field, about in fields.items()
                 ]
-    style = "<style>body{font:16px/1.5 system-ui;max-width:50em;margin:2em auto;padding:0 1em;color-scheme:light dark}</style>"
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>{style}"
-    return f"{head}<title>API</title><h1>API</h1><p>{html.escape(schema['info']['description'])} <a href=/openapi.json>openapi.json</a></p>{''.join(rows)}"
+    about = f"{html.escape(schema['info']['description'])} <a href=/openapi.json>openapi.json</a>"
+    return _DOCS.format(about=about, rows="".join(rows))
 
 
+_DOCS = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>API</title><style>body{{font:16px/1.5 system-ui;max-width:50em;margin:2em auto;padding:0 1em;
+color-scheme:light dark}}</style><h1>API</h1><p>{about}</p>{rows}</html>"""
 _STARTING = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>stablesr</title><style>body{font:18px/1.5 system-ui;display:grid;place-content:center;height:100vh;margin:0;
 text-align:center;color-scheme:light dark}progress{width:16em}</style>

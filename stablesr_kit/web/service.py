@@ -271,7 +271,7 @@ class Service:
 
     def job(self, job_id: str) -> Job:
         """The job of that name. Raises Refused."""
-        job = self._jobs.get(job_id)
+        job = self.known(job_id)
         if job is None:
             raise Refused("there is no such job; it may have been removed", 404)
         return job
@@ -336,6 +336,15 @@ class Service:
                 queue.remove(job)
         if is_waiting:
             self._end(job, "cancelled")
+
+    def known(self, job_id: str) -> Job | None:
+        """The job of that name, if there is one."""
+        return self._jobs.get(job_id)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the worker has more to do than answer at once."""
+        return any(job.state not in ENDED for job in self._jobs.copy().values())
 
     def waiting(self) -> list[Job]:
         """The jobs that wait, in the order in which their turn comes."""

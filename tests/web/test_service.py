@@ -1,0 +1,312 @@
+"""The service and its HTTP API: what is accepted is done, once, fairly, and to the bytes of the command line."""
+
+import io
+import json
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from stablesr_kit.errors import JobError
+from stablesr_kit.imaging.metadata import read_provenance
+from stablesr_kit.web.api import COOKIE, build_app
+from stablesr_kit.web.jobs import ENDED, Job, Limits, QueueFull, Refused, Upload
+from stablesr_kit.web.service import Service, metrics
+from tests.helpers.cli_runs import stablesr
+
+OPTIONS = {"scale": 2, "steps": 3}
+
+
+def png(height: int = 12, width: int = 16, seed: int = 0) -> bytes:
+    content = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def upload(content: bytes | None = None, name: str = "photo.png") -> Upload:
+    return Upload(name, io.BytesIO(png() if content is None else content))
+
+
+def wait(service: Service, *jobs: Job) -> None:
+    end = time.monotonic() + 120
+    while not all(job.state in ENDED for job in jobs):
+        assert time.monotonic() < end, [service.told(job) for job in jobs]
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def make(tmp_path: Path, model: Path) -> Iterator[Callable[..., Service]]:
+    """make(**): a service with the tiny model in one folder, not at work yet."""
+    made: list[Service] = []
+
+    def service(**options: Any) -> Service:
+        made.append(Service(tmp_path / "served", models={"tiny": str(model)}, device="cpu", **options))
+        return made[-1]
+
+    yield service
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Service]]:
+    """A client of a server at work, and its service."""
+    limits = Limits(upload_bytes=2**20, pixels=100_000, result_pixels=1_000_000, pictures=20)
+    service = Service(tmp_path_factory.mktemp("server"), models={"tiny": str(model)}, device="cpu", limits=limits)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(build_app(service), log_level="error", ws="none")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
+        yield client, service
+    running.should_exit = True
+    thread.join(20)
+
+
+def test_a_result_has_the_bytes_of_the_command_line(server: tuple[Any, Service], model: Path, tmp_path: Path) -> None:
+    client, _ = server
+    answer = client.post("/api/jobs", files={"file": ("a.png", png())}, data={"options": json.dumps(OPTIONS)})
+    assert answer.status_code == 202
+    job_id = answer.json()["id"]
+    told = []
+    with client.stream("GET", f"/api/jobs/{job_id}/events") as events:
+        told = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+    assert told[-1]["state"] == "done"
+    assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
+    assert {"encoding", "sampling", "decoding"} >= {one["doing"] for one in told} - {""}
+    result = client.get(f"/api/jobs/{job_id}/result")
+    (tmp_path / "a.png").write_bytes(png())
+    arguments = ("--scale", 2, "--steps", 3, "--model", model, "--device", "cpu")
+    assert stablesr("restore", tmp_path / "a.png", "-o", tmp_path / "b.png", *arguments).exit_code == 0
+    assert result.content == (tmp_path / "b.png").read_bytes()
+    assert job_id in [one["id"] for one in client.get("/api/jobs").json()]
+    assert client.delete(f"/api/jobs/{job_id}").status_code == 200
+    assert client.get(f"/api/jobs/{job_id}").status_code == 404
+
+
+def test_several_pictures_and_archives_come_back_as_one_zip_with_a_line_for_each_failure(
+    server: tuple[Any, Service],
+) -> None:
+    client, service = server
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("../../../evil.png", png(seed=1))
+        packed.writestr("sub/photo.png", png(seed=2))
+        packed.writestr("notes.txt", "no picture")
+        packed.writestr("broken.png", png()[:40])
+    files = [("file", ("photo.png", png())), ("file", ("more.zip", archive.getvalue()))]
+    job = service.job(client.post("/api/jobs", files=files, data={"options": json.dumps(OPTIONS)}).json()["id"])
+    wait(service, job)
+    told = client.get(f"/api/jobs/{job.id}").json()
+    assert (told["state"], told["pictures"]) == ("done", 5)
+    assert [one["name"] for one in told["errors"]] == ["notes.txt", "broken.png"]
+    with zipfile.ZipFile(io.BytesIO(client.get(f"/api/jobs/{job.id}/result").content)) as results:
+        assert sorted(results.namelist()) == ["errors.txt", "evil.png", "photo.png", "photo_2.png"]
+        assert b"notes.txt: the file is no picture" in results.read("errors.txt")
+    assert not list(service.folder.parent.rglob("evil.png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "status", "line"),
+    [
+        (b"", {}, 415, "an empty file; expected AVIF, BMP"),
+        (b"hello", {}, 415, "the file is no picture of a known format"),
+        (png()[:20], {}, 422, "photo.png: truncated or damaged"),
+        (png(400, 300), {}, 422, "photo.png: 300x400 is 0 million pixels, more than the limit of 0.1"),
+        (png(300, 300), {"scale": 4}, 422, "the result would have 1 million pixels, 1 at most; give a smaller scale"),
+        (bytes(2**20 + 1), {}, 413, "the file has more than 1 MB; scale it first"),
+        (None, {"scale": 0}, 422, "--scale 0.0 must be a positive number"),
+        (None, {"sclae": 2}, 422, "option 'sclae' is not known; did you mean scale?"),
+        (None, {"w": "much"}, 422, "Invalid value for '--w'"),
+        (None, {"w": [1]}, 422, "option w: a list is given"),
+        (None, {"model": "/etc"}, 422, "model '/etc' is not here; give tiny"),
+        (None, {"output": "/tmp/x.png"}, 422, "option 'output' is not known"),
+        (None, {"tile": "--help"}, 422, "--tile '--help' is not known"),
+        (None, [1], 422, "options: a list is given, expected an object"),
+    ],
+    ids=range(14),
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    server: tuple[Any, Service], content: bytes | None, options: Any, status: int, line: str
+) -> None:
+    client, service = server
+    before = len(service.jobs())
+    files = {"file": ("photo.png", png() if content is None else content)}
+    answer = client.post("/api/jobs", files=files, data={"options": json.dumps(options)})
+    assert answer.status_code == status, answer.text
+    assert answer.json()["detail"].startswith(line)
+    assert "\n" not in answer.json()["detail"]
+    assert str(service.folder) not in answer.text
+    assert len(service.jobs()) == before
+    assert not [path for path in (service.folder / "jobs").iterdir() if path.name.startswith(".")]
+
+
+def test_the_door_is_shut_to_other_hosts_sites_and_paths(server: tuple[Any, Service]) -> None:
+    client, _ = server
+    files = {"file": ("photo.png", png())}
+    host = client.base_url.netloc.decode()
+    cases = [
+        (400, "GET", "/api/jobs", {"host": "evil.example"}, None),
+        (400, "GET", "/api/jobs", {"host": "127.0.0.1.evil.example"}, None),
+        (403, "POST", "/api/jobs", {"origin": "http://evil.example"}, files),
+        (403, "POST", "/api/jobs", {"origin": "null"}, files),
+        (403, "POST", "/api/jobs", {"sec-fetch-site": "cross-site"}, files),
+        (404, "GET", "/gradio_api/proxy=http://evil.example", {}, None),
+        (404, "GET", "/nothing", {}, None),
+        (400, "GET", "/gradio_api/file=%2e%2e/%2e%2e/etc/passwd", {}, None),
+        (404, "GET", "/api/jobs/x/result", {}, None),
+        (404, "PUT", "/api/jobs", {}, None),
+    ]
+    for status, method, path, headers, sent in cases:
+        answer = client.request(method, path, headers=headers, files=sent)
+        assert (answer.status_code, list(answer.json())) == (status, ["detail"]), path
+    same = client.get("/api/jobs", headers={"origin": f"http://{host}"})
+    assert same.status_code == 200
+    assert "default-src 'self'" in same.headers["content-security-policy"]
+    assert client.get("/docs").text.count("/api/jobs") >= 6
+    assert client.get("/health").json()["status"] == "ok"
+    assert "/api/jobs/{job_id}/events" in client.get("/openapi.json").json()["paths"]
+    assert "stablesr_queue_length 0" in client.get("/metrics").text
+
+
+def test_a_token_is_asked_for_everywhere_but_health(make: Callable[..., Service]) -> None:
+    client = TestClient(build_app(make(), host="0.0.0.0", token="secret"), follow_redirects=False)
+    for path in ("/api/jobs", "/metrics", "/docs", "/openapi.json", "/"):
+        assert client.get(path).status_code == 401, path
+        assert client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401, path
+    assert client.get("/health").status_code == 200
+    assert client.get("/api/jobs", headers={"authorization": "Bearer secret"}).json() == []
+    opened = client.get("/?token=secret")
+    assert (opened.status_code, opened.headers["location"]) == (303, "/")
+    assert "HttpOnly" in opened.headers["set-cookie"]
+    assert client.get("/api/jobs", headers={"cookie": f"{COOKIE}=secret"}).json() == []
+    client.cookies.clear()
+    assert client.get("/?token=wrong").status_code == 401
+
+
+def test_users_take_turns_and_a_full_queue_says_when_to_come_back(make: Callable[..., Service]) -> None:
+    service = make(limits=Limits(queue=4))
+    jobs = [service.submit([upload()], OPTIONS, user=user) for user in ("ann", "ann", "ann")]
+    with pytest.raises(QueueFull, match="3 of yours wait, no more are taken now") as full:
+        service.submit([upload()], OPTIONS, user="ann")
+    assert (full.value.status, full.value.retry_after_s) == (429, 1)
+    jobs.append(service.submit([upload()], OPTIONS, user="bob"))
+    with pytest.raises(QueueFull, match="4 jobs wait"):
+        service.submit([upload()], OPTIONS, user="eve")
+    assert service.waiting() == [jobs[0], jobs[3], jobs[1], jobs[2]]
+    service.cancel(jobs[1])
+    assert (jobs[1].state, jobs[1].source(0).exists()) == ("cancelled", False)
+    service.start()
+    wait(service, *jobs)
+    ends = [job.ended or 0 for job in (jobs[0], jobs[3], jobs[2])]
+    assert ends == sorted(ends)
+    assert 'stablesr_jobs_ended_total{state="done"} 3' in metrics(service)
+
+
+def test_what_was_accepted_is_done_once_by_the_next_server(make: Callable[..., Service]) -> None:
+    first = make()
+    jobs = [first.submit([upload(png(seed=seed)) for seed in range(2)], OPTIONS) for _ in range(2)]
+    whole = first.submit([upload()], {**OPTIONS, "steps": 40})
+    with pytest.raises(JobError, match="another server has this folder"):
+        make()
+    first.start()
+    while whole.progress < 0.3:
+        time.sleep(0.01)
+    first.close()
+    assert [job.state for job in jobs] == ["done", "done"]
+    written = [(job.folder / "job.json").read_bytes() for job in jobs]
+    assert list((whole.folder / "out").glob(".stablesr/*.job/sampling.pt")), "stopped in the middle"
+    (first.folder / "jobs" / ".half.part").mkdir()
+    second = make()
+    assert [job.state for job in second.jobs()] == ["done", "done", "queued"]
+    again = second.submit([upload()], {**OPTIONS, "steps": 40})
+    second.start()
+    wait(second, *second.jobs())
+    assert second.result(second.job(whole.id)).read_bytes() == second.result(again).read_bytes()
+    assert [(job.folder / "job.json").read_bytes() for job in jobs] == written
+    assert [job.number for job in second.jobs()] == [1, 2, 3, 4]
+    assert not list(second.folder.rglob(".*"))
+
+
+def test_cancelling_stops_a_picture_in_work(make: Callable[..., Service]) -> None:
+    service = make()
+    service.start()
+    job = service.submit([upload()], {"scale": 2, "steps": 1000})
+    while job.progress < 0.1:
+        time.sleep(0.01)
+    began = time.monotonic()
+    service.cancel(job)
+    wait(service, job)
+    assert time.monotonic() - began < 2
+    assert job.state == "cancelled"
+    while (job.folder / "out").exists():  # removed right after
+        assert time.monotonic() - began < 10
+    with pytest.raises(Refused, match="the job is cancelled; there is no result"):
+        service.result(job)
+    assert job.preview is None
+
+
+def test_decoding_again_gives_the_pixels_of_a_whole_restoration_and_samples_nothing(
+    make: Callable[..., Service],
+) -> None:
+    service = make()
+    service.start()
+    kept = service.submit([upload()], {**OPTIONS, "w": 0}, is_kept=True)
+    whole = service.submit([upload()], {**OPTIONS, "w": 0.7, "color-fix": "adain"})
+    wait(service, kept, whole)
+    calls: list[Any] = []
+    service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[index]
+    again = service.redecode(kept, 0.7, "adain", 0.7)
+    assert not calls
+    pixels = [np.asarray(Image.open(path)) for path in (again, service.result(whole), service.result(kept))]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+    made = read_provenance(again)
+    assert made is not None
+    assert (made["w"], made["color_fix"], made["seed"]) == (0.7, "adain", 0)
+    with pytest.raises(Refused, match="is not kept any more; restore it again"):
+        service.redecode(whole, 0.1, "wavelet", 0.7)
+    assert service.plan(OPTIONS, 12, 16).startswith("32 x 24 pixels; plan: latents as a whole")
+
+
+def test_old_jobs_go_by_age_and_by_size(make: Callable[..., Service]) -> None:
+    service = make(limits=Limits(keep_s=3600, keep_bytes=10**9))
+    service.start()
+    jobs = [service.submit([upload()], OPTIONS) for _ in range(3)]
+    wait(service, *jobs)
+    jobs[0].ended = time.time() - 4000
+    service._cleaned = 0
+    service._clean()
+    assert [job.id for job in service.jobs()] == [job.id for job in jobs[1:]]
+    object.__setattr__(service.limits, "keep_bytes", 1)
+    service._cleaned = 0
+    service._clean()
+    assert service.jobs() == []
+    assert list((service.folder / "jobs").iterdir()) == []
+
+
+def test_a_service_restores_faces_as_well(make: Callable[..., Service]) -> None:
+    service = make()
+    service.start()
+    options = {"mode": "whole", "upscale": 1, "background": "none", "faces": [{"box": [2, 2, 30, 30]}]}
+    job = service.submit([upload(png(40, 40))], options, command="faces")
+    hopeless = service.submit([upload(png(40, 40))], {**options, "faces": [{"box": [90, 90, 99, 99]}]}, command="faces")
+    wait(service, job, hopeless)
+    assert Image.open(service.result(job)).size == (40, 40)
+    assert "lies outside the picture" in service.told(hopeless)["error"]
+    with pytest.raises(Refused, match="--mode inpaint needs --model"):
+        service.submit([upload()], {"mode": "inpaint"}, command="faces")
+    with pytest.raises(Refused, match="command 'convert' is not known"):
+        service.submit([upload()], {}, command="convert")  # type: ignore[arg-type]
