@@ -17,7 +17,7 @@ from PIL import Image
 
 from stablesr_kit.cli.messages import one_line
 from stablesr_kit.errors import ImageError, JobError, StableSRKitError
-from stablesr_kit.imaging.formats import READ_FORMATS, START, format_of
+from stablesr_kit.imaging.finding import READ_FORMATS, START, format_of
 from stablesr_kit.imaging.reading import MAX_PIXELS, open_picture
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]

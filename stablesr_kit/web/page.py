@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stablesr_kit.cli.messages import one_line
 from stablesr_kit.errors import StableSRKitError
-from stablesr_kit.imaging.formats import SUFFIXES
+from stablesr_kit.imaging.finding import SUFFIXES
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.imaging.reading import open_picture
 from stablesr_kit.version import __version__
@@ -160,7 +160,7 @@ class _Blocks:
         last = gr.BrowserState("", storage_key="stablesr_restore", secret=BROWSER_SECRET)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                picture = gr.File(label="Picture (drop it here)", file_types=PICTURES, height=120)
+                picture = gr.File(label="Picture (drop it here)", file_types=PICTURES, height=120, elem_id="picture")
                 example = gr.Button("Use the example", size="sm")
                 model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
                 with gr.Row():
@@ -331,7 +331,11 @@ class _Blocks:
         last = gr.BrowserState("", storage_key="stablesr_batch", secret=BROWSER_SECRET)
         gr.Markdown("Pictures, or zips of pictures, with the settings of the Restore tab. The results come as one zip.")
         pictures = gr.File(
-            label="Pictures (drop them here)", file_count="multiple", file_types=[*PICTURES, ".zip"], height=200
+            label="Pictures (drop them here)",
+            file_count="multiple",
+            file_types=[*PICTURES, ".zip"],
+            height=200,
+            elem_id="pictures",
         )
         with gr.Row():
             go = gr.Button("Restore all", variant="primary", elem_id="batch_go", min_width=120)
@@ -381,7 +385,9 @@ class _Blocks:
         job = gr.State("")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                picture = gr.File(label="Photo or face (drop it here)", file_types=PICTURES, height=120)
+                picture = gr.File(
+                    label="Photo or face (drop it here)", file_types=PICTURES, height=120, elem_id="faces_picture"
+                )
                 mode = gr.Radio(
                     [
                         ("Whole photo", "whole"),

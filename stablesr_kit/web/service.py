@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from stablesr_kit import CodeFormerPipeline, OneStepPipeline, StableSRPipeline
     from stablesr_kit.cli.restorer import Restoring
-    from stablesr_kit.pipelines.backgrounds import Background
+    from stablesr_kit.pipelines.face_parts import Background
     from stablesr_kit.pipelines.stablesr import Sampled
 
 logger = logging.getLogger(__name__)
@@ -499,7 +499,7 @@ class Service:
 
         def enlarging(name: str, _device: "torch.device") -> "Background":
             from stablesr_kit.imaging.resizing import resize_bicubic
-            from stablesr_kit.pipelines.backgrounds import StableSRBackground
+            from stablesr_kit.pipelines.face_parts import StableSRBackground
 
             if name == "none":
                 return resize_bicubic
@@ -532,7 +532,8 @@ class Service:
             raise Refused(one_line(error)) from error
         path = job.folder / "out" / f"again-{secrets.token_hex(4)}.png"
         picture = open_picture(job.source(0), max_pixels=self.limits.pixels)
-        said = {"software": "stablesr-kit", "model": Path(restoring.model).name}
+        steps = restoring.options["num_inference_steps"] or kept.pipeline.default_steps
+        said = {"software": "stablesr-kit", "model": Path(restoring.model).name, "steps": steps}
         provenance = said | {**restoring.settings, **changed, "source": sha256(job.source(0))}
         _, height, width = image.shape
         write_bands(

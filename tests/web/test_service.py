@@ -2,8 +2,6 @@
 
 import io
 import json
-import socket
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,7 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -23,15 +20,9 @@ from stablesr_kit.web.api import COOKIE, build_app
 from stablesr_kit.web.jobs import ENDED, Job, Limits, QueueFull, Refused, Upload
 from stablesr_kit.web.service import Service, metrics
 from tests.helpers.cli_runs import stablesr
+from tests.helpers.web_server import png, served
 
 OPTIONS = {"scale": 2, "steps": 3}
-
-
-def png(height: int = 12, width: int = 16, seed: int = 0) -> bytes:
-    content = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(content, "PNG")
-    return content.getvalue()
 
 
 def upload(content: bytes | None = None, name: str = "photo.png") -> Upload:
@@ -64,15 +55,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """A client of a server at work, and its service."""
     limits = Limits(upload_bytes=2**20, pixels=100_000, result_pixels=1_000_000, pictures=20)
     service = Service(tmp_path_factory.mktemp("server"), models={"tiny": str(model)}, device="cpu", limits=limits)
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(service), log_level="error", ws="none")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
+    with served(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client, service
-    running.should_exit = True
-    thread.join(20)
 
 
 def test_a_result_has_the_bytes_of_the_command_line(server: tuple[Any, Service], model: Path, tmp_path: Path) -> None:
@@ -267,7 +251,7 @@ def test_decoding_again_gives_the_pixels_of_a_whole_restoration_and_samples_noth
     whole = service.submit([upload()], {**OPTIONS, "w": 0.7, "color-fix": "adain"})
     wait(service, kept, whole)
     calls: list[Any] = []
-    service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[index]
+    service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))
     again = service.redecode(kept, 0.7, "adain", 0.7)
     assert not calls
     pixels = [np.asarray(Image.open(path)) for path in (again, service.result(whole), service.result(kept))]
@@ -309,4 +293,4 @@ def test_a_service_restores_faces_as_well(make: Callable[..., Service]) -> None:
     with pytest.raises(Refused, match="--mode inpaint needs --model"):
         service.submit([upload()], {"mode": "inpaint"}, command="faces")
     with pytest.raises(Refused, match="command 'convert' is not known"):
-        service.submit([upload()], {}, command="convert")  # type: ignore[arg-type]
+        service.submit([upload()], {}, command="convert")
