@@ -42,7 +42,7 @@ UPLOADS_KEPT_S = 6 * 3600
 BROWSER_SECRET = "stablesr"  # what a browser remembers is the name of its own job
 PICTURES = ["image", *sorted(SUFFIXES)]
 CSS = """
-.gradio-container {max-width: 1400px !important; margin: auto;}
+.gradio-container {max-width: 1400px !important; width: 100%; margin: auto;}
 .told progress {width: 100%; height: .8em;}
 .told p {margin: .3em 0; font-size: 1rem;}
 .told .wrong {border-left: .3em solid #c00; padding-left: .6em;}
@@ -285,6 +285,7 @@ class _Blocks:
             """Another w, colour fix or face strength: the last result is decoded again."""
             accepted = self.service.known(job_id)
             if accepted is None or accepted.state != "done":
+                yield {told: gr.skip()}  # a generator without a yield empties its outputs
                 return
             began = time.perf_counter()
             yield {told: _told("Decoding again.")}
@@ -303,6 +304,7 @@ class _Blocks:
         async def go_on(job_id: str) -> AsyncIterator[Update]:
             """The page was opened again: follow the job that this browser handed in last."""
             accepted = self.service.known(job_id or "")
+            yield {told: gr.skip()}
             if accepted is not None and accepted.command == "restore" and len(accepted.names) == 1:
                 async for update in self._followed(accepted, *shown):
                     yield update
@@ -369,6 +371,7 @@ class _Blocks:
 
         async def go_on(job_id: str) -> AsyncIterator[Update]:
             accepted = self.service.known(job_id or "")
+            yield {told: gr.skip()}
             if accepted is not None:
                 async for update in follow(accepted):
                     yield update
@@ -437,6 +440,7 @@ class _Blocks:
         async def take(path: str | None, what: str) -> AsyncIterator[Update]:
             yield {found: gr.update(visible=False), boxes: [], job: "", slider: None}
             if not path:
+                yield {told: _told("Drop a photo, then press Restore.")}
                 return
             try:
                 self._check_upload(path)
@@ -451,7 +455,9 @@ class _Blocks:
             }
 
         def of_mode(what: str) -> list[Any]:
-            return [gr.update(visible=what == "whole"), gr.update(visible=what == "inpaint"), gr.update(visible=False)]
+            usual = {"inpaint": 1.0, "colorize": 0.0}.get(what, 0.5)
+            shown_of = [gr.update(visible=one) for one in (what == "whole", what == "inpaint", False)]
+            return [*shown_of, usual]
 
         async def look(path: str | None) -> Update:
             if not path:
@@ -506,7 +512,7 @@ class _Blocks:
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         picture.change(take, [picture, mode], [found, boxes, job, slider, painted, told], **quiet)
-        mode.change(of_mode, mode, [of_whole, painted, found], **quiet)
+        mode.change(of_mode, mode, [of_whole, painted, found, w], **quiet)
         find.click(look, picture, [boxes, found, told], **quiet)
         inputs = [picture, mode, model, w, upscale, background, draw_box, boxes, painted]
         outputs = [part for part in shown if part is not None]
