@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stablesr_kit import CodeFormerPipeline, FaceRefinement, OneStepPipeline, StableSRPipeline, Tiling
 from stablesr_kit import Job as PipelineJob
-from stablesr_kit.pipelines.loading import pipeline_class, resolve_model
+from stablesr_kit.pipelines.loading import pipeline_config, resolve_model
 
 CATEGORY = "StableSR"
 COLOR_FIXES = ["wavelet", "adain", "none"]
@@ -46,7 +46,8 @@ class LoadStableSR:
             pipeline: Any = StableSRPipeline.from_original(model, **given)
         else:
             folder = resolve_model(model)
-            kind = OneStepPipeline if pipeline_class(folder) == "OneStepPipeline" else StableSRPipeline
+            is_one_step = pipeline_config(folder).get("_class_name") == "OneStepPipeline"
+            kind = OneStepPipeline if is_one_step else StableSRPipeline
             pipeline = kind.from_pretrained(folder)
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

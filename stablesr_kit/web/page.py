@@ -181,7 +181,10 @@ class _Blocks:
                     True, label="Restore the background as well", info="Off: only enlarged", visible=False
                 )
                 with gr.Accordion("Advanced", open=False):
-                    tile = gr.Textbox("auto", label="Tiles", info="auto, none, or a side in pixels of the result")
+                    coarse = gr.Checkbox(False, label="Coarse: faster below the model's scale, with less detail")
+                    tile = gr.Textbox(
+                        "auto", label="Tiles", info="auto, none, or a side in pixels of the result", elem_id="tile"
+                    )
                     tile_overlap = gr.Number(0, label="Overlap of tiles, px (0: a quarter)", minimum=0, precision=0)
                     max_memory = gr.Textbox("", label="Memory at most", placeholder="what is free; 6GB for instance")
                     mode = gr.Radio(["exact", "approximate"], value="exact", label="Coding of tiles")
@@ -214,6 +217,7 @@ class _Blocks:
             "face": face,
             "face-w": face_w,
             "background": background,
+            "coarse": coarse,
             "tile": tile,
             "tile-overlap": tile_overlap,
             "max-memory": max_memory,
@@ -314,7 +318,7 @@ class _Blocks:
             take, picture, [job, plan, download, slider, told, *parts], trigger_mode="always_last", **quiet
         )
         taken.then(tell_plan, [picture, *parts], plan, **quiet)
-        for part in (scale, longest, steps, tile, tile_overlap, max_memory, mode, attention, guidance, model):
+        for part in (scale, longest, steps, tile, tile_overlap, max_memory, mode, attention, guidance, model, coarse):
             part.change(tell_plan, [picture, *parts], plan, trigger_mode="always_last", **quiet)
         example.click(lambda: str(EXAMPLES / "portrait.jpg"), None, picture, **quiet)
         face.change(lambda on: [gr.update(visible=on)] * 2, face, [face_w, background], **quiet)
@@ -634,6 +638,7 @@ def _parameters_of(provenance: Mapping[str, Any], service: Service) -> dict[str,
         "vae_attention": "attention",
         "overlap_px": "tile-overlap",
         "guidance_scale": "guidance-scale",
+        "coarse": "coarse",
     }
     values = {name: provenance[key] or 0 for key, name in names.items() if key in provenance}
     values |= {"longest": 0, "face": provenance.get("face") == "codeformer"}

@@ -67,8 +67,8 @@ logger = logging.getLogger(__name__)
 
 OPTIONS: Mapping[Command, Sequence[str]] = {
     "restore": (
-        "model scale w steps seed color-fix start prompt negative-prompt guidance-scale lambda-pix lambda-sem tile "
-        "tile-overlap mode attention max-memory face face-w"
+        "model scale w steps seed color-fix start prompt negative-prompt guidance-scale lambda-pix lambda-sem coarse "
+        "tile tile-overlap mode attention max-memory face face-w"
     ).split(),
     "faces": (
         "mode model w only-center only-largest min-eye-distance max-identity-distance max-enlargement upscale "
@@ -542,7 +542,7 @@ class Service:
         return path
 
     def _plan(self, asked: dict[str, Any], height: int, width: int) -> str:
-        from stablesr_kit.pipelines.stablesr import result_size
+        from stablesr_kit.pipelines.pictures import result_size
 
         restoring = restoring_of(self.folder, asked, _digest)
         pipeline = self._pipeline(restoring)
@@ -550,7 +550,10 @@ class Service:
         size = result_size(height, width, options["scale"])
         check_result(size[0] * size[1], self.limits)
         planned = {name: options[name] for name in ("w", "num_inference_steps", "guidance_scale") if name in options}
-        return f"{size[1]} x {size[0]} pixels; {pipeline.plan(*size, tiling=restoring.tiling, **planned)}"
+        worked_at = restoring.tiling.working_size((height, width), size, pipeline.config.working_scale)
+        at = "" if worked_at == size else f", made at {worked_at[1]} x {worked_at[0]} and reduced"
+        plan = pipeline.plan(*worked_at, tiling=restoring.tiling, **planned)
+        return f"{size[1]} x {size[0]} pixels{at}; {plan}"
 
     def _pipeline(self, restoring: "Restoring") -> "StableSRPipeline | OneStepPipeline":
         """The model in memory, which takes the place of another one."""

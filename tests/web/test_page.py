@@ -116,8 +116,9 @@ def test_a_dropped_picture_is_restored_compared_and_downloaded(page: Any, servic
 
 
 def test_another_w_is_decoded_again_and_nothing_is_sampled(page: Any, service: Service) -> None:
-    before, calls = downloaded(page), []
-    service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[index]
+    before = downloaded(page)
+    calls: list[Any] = []
+    service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))
     page.get_by_label("number input for w", exact=True).fill("1")
     page.get_by_label("number input for w", exact=True).press("Tab")
     told(page, "Decoded again in")
@@ -159,10 +160,10 @@ def test_cancel_stops_within_two_seconds(page: Any, service: Service) -> None:
 
 def test_what_is_wrong_is_said_in_a_line(page: Any) -> None:
     page.get_by_role("button", name="Advanced").click()
-    page.get_by_label("Tiles", exact=True).fill("many")
+    page.locator("#tile textarea, #tile input").first.fill("many")
     page.locator("#go").click()
     told(page, "--tile 'many' is not known; give auto, none or a number of pixels such as 512")
-    page.get_by_label("Tiles", exact=True).fill("auto")
+    page.locator("#tile textarea, #tile input").first.fill("auto")
     for content, name, line in (
         (b"hello", "text.png", "not an image"),
         (png(400, 300), "large.png", "more than the limit of 0.1"),
@@ -183,7 +184,7 @@ def test_many_pictures_come_back_as_a_zip_with_what_failed(page: Any) -> None:
     page.locator("#pictures").get_by_text("broken").wait_for()
     page.locator("#batch_go").click()
     told(page, "1 failed", "#batch_told")
-    page.get_by_text("the file is no picture of a known format").first.wait_for()
+    page.get_by_text("the file is no picture of a known format").locator("visible=true").first.wait_for()
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "#batch_download"))) as results:
         assert sorted(results.namelist()) == ["a.png", "b.png", "errors.txt"]
 
