@@ -27,7 +27,7 @@ from stablesr_kit import Tiling
 from stablesr_kit.cli.degrade import degrade_file
 from stablesr_kit.cli.face_stage import load_face_model
 from stablesr_kit.cli.faces import restore_photo
-from stablesr_kit.cli.jobs import Job, Report, make_folder, plan, run
+from stablesr_kit.cli.jobs import Job, Report, Told, make_folder, plan, run
 from stablesr_kit.cli.restorer import Restorer, Restoring
 from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.pipelines.face_refinement import FaceRefinement
@@ -56,7 +56,7 @@ def judged(folder: Path, count: int, seed: int) -> dict[str, Any]:
     (folder / "in").mkdir()
     hostile_files(folder / "in", count, seed)
     tiny_pipeline(with_text=False).save_pretrained(folder / "model")
-    works: dict[str, Callable[[Path], Callable[[Job], None]]] = {
+    works: dict[str, Callable[[Path], Callable[[Job], Told | None]]] = {
         "restore": lambda out: restorer(folder / "model", out),
         "faces": lambda _: faces,
         "degrade": lambda _: lambda job: degrade_file(job, "stablesr-512", 0, 1),
@@ -74,7 +74,7 @@ def judged(folder: Path, count: int, seed: int) -> dict[str, Any]:
     return {"files": count, "commands": commands, "outside": sorted(map(str, outside)), "is_good": is_good}
 
 
-def tried(inputs: Path, out: Path, make_work: Callable[[Path], Callable[[Job], None]]) -> dict[str, Any]:
+def tried(inputs: Path, out: Path, make_work: Callable[[Path], Callable[[Job], Told | None]]) -> dict[str, Any]:
     """Each file by itself: results, lines, what was not one line, the longest time and the growth of memory."""
     spoken = io.StringIO()
     faults: list[str] = []
@@ -133,10 +133,10 @@ def restorer(model: Path, out: Path) -> Restorer:
     )
 
 
-def faces(job: Job) -> None:
+def faces(job: Job) -> Told:
     """What `stablesr faces` does with each photo, without a background model."""
     stage = FaceRefinement(load_face_model("mini", torch.device("cpu")))
-    restore_photo(job, stage, resize_bicubic, 1.0, {}, save_crops=False)
+    return restore_photo(job, stage, resize_bicubic, 1.0, {}, save_crops=False)
 
 
 if __name__ == "__main__":

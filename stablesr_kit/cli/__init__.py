@@ -10,6 +10,7 @@ from stablesr_kit.cli.degrade import degrade
 from stablesr_kit.cli.doctor import doctor
 from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
+from stablesr_kit.cli.licences import licences
 from stablesr_kit.cli.messages import Notes, quieten_imports
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.cli.web import web
@@ -19,12 +20,11 @@ app = typer.Typer(
     name="stablesr",
     help="Restore and enlarge real photographs with the prior of a frozen Stable Diffusion.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (restore, faces, convert, inspect, degrade, evaluate, web, doctor):
+for command in (restore, faces, convert, inspect, degrade, evaluate, web, doctor, licences):
     app.command()(command)
 
 

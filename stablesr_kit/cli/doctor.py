@@ -1,13 +1,15 @@
 """`stablesr doctor`: what this machine offers, and what is broken."""
 
+import getpass
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -27,22 +29,45 @@ class Finding(NamedTuple):
     is_problem: bool = False
 
 
-def doctor() -> None:
+def doctor(
+    report: Annotated[
+        bool, typer.Option("--report", help="For a bug report: without names of files, folders, users and machines.")
+    ] = False,
+) -> None:
     """Show what this machine offers and what is broken.
 
     Versions, devices, memory, disk, and whether the embedded models load. Exit status: 0 everything needed works; 1
     something is broken.
     """
     problems = 0
+    lines = []
     for examine in (_python, _packages, _devices, _memory, _models):
         for finding in _findings(examine):
             problems += finding.is_problem
             mark = "PROBLEM " if finding.is_problem else ""
-            typer.echo(f"{finding.subject:<14} {mark}{one_line(finding.value)}")
+            line = f"{finding.subject:<14} {mark}{one_line(finding.value)}"
+            lines.append(anonymous(line) if report else line)
+            if not report:
+                typer.echo(lines[-1])
+    if report:
+        typer.echo("\n".join(["```text", *lines, "```"]))
     if problems:
         typer.echo(f"{problems} problem{'s' if problems > 1 else ''} found", err=True)
         raise typer.Exit(1)
-    typer.echo("all that is needed works")
+    if not report:
+        typer.echo("all that is needed works")
+
+
+_PATH = re.compile(r"""(?<![\w.:])(?:[A-Za-z]:)?[/\\][^\s'"(),;]+""")
+
+
+def anonymous(line: str) -> str:
+    """The line without paths, and without the names of the user and the machine."""
+    line = _PATH.sub("PATH", line)
+    for name in (getpass.getuser(), Path.home().name, platform.node()):
+        if len(name) > 1:
+            line = re.sub(rf"\b{re.escape(name)}\b", "NAME", line)
+    return line
 
 
 def _findings(examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

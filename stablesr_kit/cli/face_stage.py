@@ -1,12 +1,13 @@
 """Shared by the commands that restore faces: the face network, and a line for each face."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
+from stablesr_kit.cli.jobs import Told
 from stablesr_kit.cli.messages import loading, one_line, quieten_libraries, usage_error
 
 if TYPE_CHECKING:
@@ -53,15 +54,18 @@ def load_face_model(model: str, device: "torch.device") -> "CodeFormerPipeline":
         return CodeFormerPipeline.from_pretrained(path, use_safetensors=True, variant=only_variant(path)).to(device)
 
 
-def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"], is_given: bool = False) -> None:
-    """Print a line for each face of a photo, or one line if it has none, above the progress bars.
+def told_of_faces(
+    source: Path, stage: "FaceRefinement", reports: Sequence["FaceReport"], is_given: bool = False
+) -> Told:
+    """A line for each face of a photo, or one if it has none.
 
     is_given: the faces were given by hand.
     """
     name = one_line(source)
+    lines = []
     if not reports:
         sought = f"with eyes more than {stage.min_eye_distance:g} pixels apart ({stage.detector.name})"
-        tqdm.write(f"{name}: 0 faces {'given' if is_given else sought}; no face is restored")
+        lines.append(f"{name}: 0 faces {'given' if is_given else sought}; no face is restored")
     for number, report in enumerate(reports, 1):
         x1, y1, x2, y2 = (round(edge) for edge in report.box)
         action = f"{report.action}, left alone" if report.action == "too large" else report.action
@@ -69,16 +73,17 @@ def tell_faces(source: Path, stage: "FaceRefinement", reports: Sequence["FaceRep
         found = "given" if is_given else f"found by {report.detector}"
         found += f" with the photo turned by {report.turned} degrees" if report.turned else ""
         found += ", taken as upright" if report.landmarks_from == "template" else ""
-        tqdm.write(
+        lines.append(
             f"{name}: face {number} of {len(reports)} at ({x1}, {y1}) to ({x2}, {y2}), {found}: "
             f"{action}{strength}, identity distance {report.identity_distance:.2f}"
         )
+    return Told(lines, {"faces": [{**asdict(report), "box": list(report.box)} for report in reports]})
 
 
-def tell_aligned(
+def told_of_aligned(
     source: Path, task: "FaceTask", w: float | None, given: Image.Image, restored: Image.Image, hole: Image.Image | None
-) -> None:
-    """Print a line for a picture of one aligned face, above the progress bars.
+) -> Told:
+    """A line for a picture of one aligned face.
 
     given, restored: before and after, of the same proportions. hole: the mask, white where it was filled in; None is
     where `given` is pure white.
@@ -90,12 +95,14 @@ def tell_aligned(
 
     before = np.asarray(given, np.float32)
     (distance,) = identity_distance(before[None], np.asarray(restored.convert("RGB"), np.float32)[None])
-    filled = (before == 255).all(-1).mean() if hole is None else np.asarray(hole).mean() / 255
+    filled = float((before == 255).all(-1).mean() if hole is None else np.asarray(hole).mean() / 255)
     done = {"restore": "restored", "inpaint": f"{filled:.0%} filled in", "colorize": "coloured"}[task]
-    # What is filled in is another picture by intention.
-    identity = "" if task == "inpaint" else f", identity distance {distance:.2f}"
     used = TASK_DEFAULTS[task].w if w is None else w
-    tqdm.write(f"{one_line(source)}: aligned face, {done} with w {used:g}{identity}")
+    values: dict[str, Any] = {"task": task, "w": used}
+    if task == "inpaint":  # another picture by intention
+        return Told([f"{one_line(source)}: aligned face, {done} with w {used:g}"], {**values, "filled": filled})
+    line = f"{one_line(source)}: aligned face, {done} with w {used:g}, identity distance {distance:.2f}"
+    return Told([line], {**values, "identity_distance": float(distance)})
 
 
 def check_face_w(w: float | None, option: str) -> None:

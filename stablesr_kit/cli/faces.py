@@ -11,8 +11,8 @@ import psutil
 import typer
 from PIL import Image
 
-from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, tell_aligned, tell_faces
-from stablesr_kit.cli.jobs import Job, Report, check_result, finish, make_folder, naming, plan, read_job, run
+from stablesr_kit.cli.face_stage import check_face_w, choose_face_model, load_face_model, told_of_aligned, told_of_faces
+from stablesr_kit.cli.jobs import Job, Report, Told, check_result, finish, make_folder, naming, plan, read_job, run
 from stablesr_kit.cli.messages import failing_in_one_line, usage_error
 from stablesr_kit.cli.restore import choose_device, choose_dtype
 from stablesr_kit.cli.restorer import load_pipeline
@@ -125,6 +125,7 @@ def faces(
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help="Write into each result how it was made.")
     ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each file.")] = False,
 ) -> None:
     """Restore faces.
 
@@ -136,7 +137,7 @@ def faces(
             usage_error(f"--{name.replace('_', '-')} is for --mode whole, not {mode}; leave it out")
     asked = context.params
     check_options(asked)
-    report = Report("done")
+    report = Report("done", as_json)
     jobs = plan(inputs, output, None, report)
     if jobs:
         with failing_in_one_line():
@@ -176,7 +177,7 @@ def work_of(
     asked: Mapping[str, Any],
     load_network: "Callable[[str, torch.device], CodeFormerPipeline]" = load_face_model,
     load_enlarging: "Callable[[str, torch.device], Background] | None" = None,
-) -> Callable[[Job], None]:
+) -> Callable[[Job], Told]:
     """What is done with each picture, with its models loaded; ends the command where that means nothing.
 
     asked: options of `faces`, by name. load_network, load_enlarging: give the face network and what enlarges photos.
@@ -230,8 +231,8 @@ def restore_photo(
     by_hand: "dict[str, list[Box | Points]]",
     save_crops: bool,
     provenance: "Mapping[str, Any] | None" = None,
-) -> None:
-    """Enlarge a photo, restore its faces, write it and tell about them. Raises StableSRKitError."""
+) -> Told:
+    """Enlarge a photo, restore its faces, write it. Raises StableSRKitError."""
     import numpy as np
     import torch
 
@@ -257,7 +258,7 @@ def restore_photo(
         restored = neutral_like(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), View(lq))
         bands = pixel_bands(restored, output_dtype(job.target, picture))
         write_bands(job.target, bands, height, width, picture, provenance=provenance)
-    tell_faces(job.source, stage, reports, is_given=given is not None)
+    return told_of_faces(job.source, stage, reports, is_given=given is not None)
 
 
 def restore_aligned(
@@ -267,8 +268,8 @@ def restore_aligned(
     w: float | None,
     hole: Image.Image | None,
     provenance: "Mapping[str, Any] | None",
-) -> None:
-    """Restore, fill in or colour a picture of one aligned face, write it and tell about it. Raises StableSRKitError."""
+) -> Told:
+    """Restore, fill in or colour a picture of one aligned face and write it. Raises StableSRKitError."""
     picture = read_job(job)
     with naming(job, less="give smaller pictures"):
         restored = pipeline([picture.rgb], w=w, task=_TASKS[mode], mask=hole, return_dict=False)[0][0]
@@ -276,7 +277,7 @@ def restore_aligned(
         profile = None if picture.is_grey else picture.metadata.icc_profile
         picture = replace(picture, is_grey=False, metadata=replace(picture.metadata, icc_profile=profile))
     write_picture(job.target, restored, picture, provenance=provenance)
-    tell_aligned(job.source, _TASKS[mode], w, picture.rgb, restored, hole)
+    return told_of_aligned(job.source, _TASKS[mode], w, picture.rgb, restored, hole)
 
 
 def read_given(path: Path | None, jobs: list[Job]) -> "dict[str, list[Box | Points]]":

@@ -1,13 +1,16 @@
 """Pictures and folders in, results out: which picture becomes which file, and what every command does alike."""
 
+import json
 import os
 import sys
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import typer
 from tqdm import tqdm
@@ -42,19 +45,51 @@ class Job:
         return [path for path in (self.target, self.companion) if path]
 
 
+class Told(NamedTuple):
+    """What there is to say of a picture that is done: lines for people, and the same as plain values."""
+
+    lines: list[str]
+    values: dict[str, Any]
+
+
 @dataclass
 class Report:
-    """What became of the pictures; `done` is the word for what the command does to them."""
+    """What became of the pictures; `done` is the word for what the command does to them.
+
+    is_json: stdout gets an object for each picture, and nothing else.
+    """
 
     done: str
+    is_json: bool = False
     written: list[Path] = field(default_factory=list)
     skipped: int = 0
     failed: int = 0
 
-    def fail(self, error: StableSRKitError) -> None:
+    def finish(self, job: Job, told: Told | None = None, seconds: float | None = None) -> None:
+        """Counts a picture that is done, and tells what there is to say of it, above the progress bars."""
+        self.written.append(job.target)
+        lines, values = told or Told([], {})
+        if seconds is not None:
+            values = {"seconds": round(seconds, 3), **values}
+        self._tell({"source": str(job.source), "result": str(job.target), "status": self.done, **values})
+        for line in lines if not self.is_json else ():
+            tqdm.write(line)
+
+    def skip(self, job: Job) -> None:
+        """Counts a picture whose result is there."""
+        self.skipped += 1
+        self._tell({"source": str(job.source), "result": str(job.target), "status": "already there"})
+
+    def fail(self, error: StableSRKitError, source: Path | None = None) -> None:
         """Counts a failure and tells it in one line, above the progress bars."""
         self.failed += 1
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        given = None if source is None else str(source)
+        self._tell({"source": given, "result": None, "status": "failed", "error": one_line(error)})
+
+    def _tell(self, values: dict[str, Any]) -> None:
+        if self.is_json:
+            tqdm.write(json.dumps(values, default=float))  # of numpy
 
     def summary(self) -> str:
         """How many were done and where they are."""
@@ -95,7 +130,7 @@ def plan(inputs: list[Path], output: Path, companion: str | None, report: Report
         if longest > LONGEST_NAME:
             given = f"{source}: the name of its result would be {longest} bytes long"
             if is_first():
-                report.fail(OutputError(f"{given}, {LONGEST_NAME} at most; rename it"))
+                report.fail(OutputError(f"{given}, {LONGEST_NAME} at most; rename it"), source)
             continue
         jobs.append(job)
     originals = {source.resolve() for source in sources}
@@ -131,7 +166,7 @@ def _sources(inputs: list[Path], output: Path, report: Report) -> dict[Path, Pat
                 add(path, path.relative_to(given))
         except ImageError as error:
             if is_first():
-                report.fail(error)
+                report.fail(error, given)
     if passed_over and is_first():
         tqdm.write(f"note: no pictures, passed over: {one_line(', '.join(map(str, passed_over)))}", file=sys.stderr)
     return sources
@@ -195,16 +230,17 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def run(jobs: list[Job], work: Callable[[Job], None], report: Report) -> None:
+def run(jobs: list[Job], work: Callable[[Job], Told | None], report: Report) -> None:
     """One picture after the other, with a bar over them on a terminal; after a failure the next one follows."""
     for job in tqdm(jobs, unit="picture", leave=False, disable=not sys.stderr.isatty() or len(jobs) == 1):
+        began = time.perf_counter()
         try:
             make_folder(job.target.parent)
-            work(job)
+            told = work(job)
         except StableSRKitError as error:
-            report.fail(error)
+            report.fail(error, job.source)
         else:
-            report.written.append(job.target)
+            report.finish(job, told, time.perf_counter() - began)
 
 
 def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Picture:
@@ -276,7 +312,7 @@ def finish(report: Report) -> None:
         whole.written += part.written
         whole.skipped += part.skipped
         whole.failed += part.failed
-    if is_first():
+    if is_first() and not report.is_json:
         typer.echo(whole.summary())
     if whole.failed:
         raise typer.Exit(1)

@@ -1,11 +1,12 @@
 """Restore the pictures of `stablesr restore` on a Ray cluster; all nodes must see the same folders."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from stablesr_kit.cli.jobs import Job, Report, make_folder
+from stablesr_kit.cli.jobs import Job, Report, Told, make_folder
 from stablesr_kit.cli.messages import usage_error
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model
 from stablesr_kit.errors import StableSRKitError
@@ -18,17 +19,17 @@ class RayRestorer:
         self.restorer = Restorer(restoring)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Restore the job of a row; returns its number and the error, empty if there is none."""
+        """Restore the job of a row; returns its number, the error (empty if there is none), and what to tell."""
         try:
             companion = Path(row["companion"]) if row["companion"] else None
             job = Job(
                 source=Path(row["source"]), target=Path(row["target"]), companion=companion, folder=Path(row["folder"])
             )
             make_folder(job.target.parent)
-            self.restorer(job)
+            told = self.restorer(job)
         except StableSRKitError as error:
-            return {"index": row["index"], "error": str(error)}
-        return {"index": row["index"], "error": ""}
+            return {"index": row["index"], "error": str(error), "told": "[[], {}]"}
+        return {"index": row["index"], "error": "", "told": json.dumps(told, default=float)}
 
 
 def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: int | None) -> None:
@@ -66,6 +67,6 @@ def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: i
     )
     for row in restored.iter_rows():
         if row["error"]:
-            report.fail(StableSRKitError(row["error"]))
+            report.fail(StableSRKitError(row["error"]), jobs[row["index"]].source)
         else:
-            report.written.append(jobs[row["index"]].target)
+            report.finish(jobs[row["index"]], Told(*json.loads(row["told"])))

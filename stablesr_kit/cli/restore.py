@@ -137,6 +137,7 @@ def restore(
             help="Write into each result how it was made; --resume needs this to recognise results.",
         ),
     ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each file.")] = False,
     steady: Annotated[
         Literal["none", "noise", "moving-noise", "latents", "bands", "all"],
         typer.Option(help="What holds a frame to the one before; none restores frame by frame.", rich_help_panel=CLIPS),
@@ -189,7 +190,6 @@ def restore(
         bool,
         typer.Option("--leave-out", help="Go on without streams that the result cannot hold.", rich_help_panel=CLIPS),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.", rich_help_panel=CLIPS)] = False,
 ) -> None:
     """Restore and enlarge pictures, or a clip.
 
@@ -208,7 +208,7 @@ def restore(
     if is_clip(inputs, output, asked):
         restore_one_clip(inputs[0], output, asked)
         return
-    report = Report("restored")
+    report = Report("restored", as_json)
     journal = None
     jobs = plan(inputs, output, "_compare" if compare else None, report)
     team = team_of_all() if len(jobs) == 1 else None
@@ -453,7 +453,9 @@ def unfinished(jobs: list[Job], journal: Journal, report: Report) -> list[Job]:
         left = [job for job in jobs if not journal.is_finished(job.source, job.results)]
     except JobError as error:
         usage_error(str(error))
-    report.skipped += len(jobs) - len(left)
+    for job in jobs:
+        if job not in left:
+            report.skip(job)
     return left
 
 
@@ -462,7 +464,7 @@ def possible(job: Job, is_huge_allowed: bool, scale: float, report: Report) -> l
     try:
         open_job(job, is_huge_allowed, scale)
     except StableSRKitError as error:
-        report.fail(error)
+        report.fail(error, job.source)
         return []
     return [job]
 

@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from stablesr_kit.cli.face_stage import load_face_model, tell_faces
-from stablesr_kit.cli.jobs import Job, check_result, naming, open_job, tell_changes
+from stablesr_kit.cli.face_stage import load_face_model, told_of_faces
+from stablesr_kit.cli.jobs import Job, Told, check_result, naming, open_job, tell_changes
 from stablesr_kit.cli.journal import Journal, Settings
 from stablesr_kit.cli.messages import loading, quieten_libraries
 from stablesr_kit.errors import ImageError, JobError
@@ -122,7 +122,7 @@ class Restorer:
             self.stages.append(refinement(network, restoring.face_w))
         self.journal = Journal(restoring.folder, restoring.settings)
 
-    def __call__(self, job: Job) -> None:
+    def __call__(self, job: Job) -> Told:
         """Restore, write and record a picture. Raises StableSRKitError, beginning with the file."""
         restoring = self.restoring
         show_steps(self.pipeline, job, self.is_below_another_bar)
@@ -139,9 +139,11 @@ class Restorer:
                 self.pipeline, state, seeded(restoring.seed), restoring.tiling, options, self.team, self.watch
             )
             restore_file(job, picture, call, state, self.provenance(job) if restoring.has_provenance else None)
-            for stage in self.stages:
-                tell_faces(job.source, stage, stage.reports[0])
             self.journal.finish(job.source, job.results)
+        told = Told([], {})
+        for stage in self.stages:
+            told = told_of_faces(job.source, stage, stage.reports[0])
+        return told
 
     def provenance(self, job: Job) -> dict[str, Any]:
         """How a result was made: settings for people first, then all that a later run compares."""

@@ -74,7 +74,8 @@ class Limits:
 class Job:
     """One or more pictures that somebody handed in together.
 
-    names: of the pictures, as they came. errors: a line for each picture that failed, by its place. asked: the options
+    names: of the pictures, as they came. errors: a line for each picture that failed, by its place. notes: lines of
+    what was done, such as for each face. asked: the options
     of the command. number: later ones are larger.
     """
 
@@ -89,6 +90,7 @@ class Job:
     state: State = "queued"
     ended: float | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     done: int = 0
     progress: float = 0.0
     doing: str = ""

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata, resources
 from pathlib import Path
@@ -587,7 +587,9 @@ class _Blocks:
         passed_s = (accepted.ended or accepted.accepted) - accepted.accepted
         failed = f", {len(accepted.errors)} failed" if accepted.errors else ""
         line = f"Done in {passed_s:.1f} s{failed}."
-        yield known(ended | {told: _told(line), download: gr.update(value=str(result), interactive=True)})
+        yield known(
+            ended | {told: _told(line, notes=accepted.notes), download: gr.update(value=str(result), interactive=True)}
+        )
 
     async def _cancel(self, job_id: str) -> str:
         accepted = self.service.known(job_id)
@@ -677,10 +679,11 @@ def _mask_of(editor: dict[str, Any] | None, path: Path) -> Upload:
     return Upload("mask.png", content)
 
 
-def _told(line: str, is_wrong: bool = False) -> str:
-    """A line that screen readers speak."""
+def _told(line: str, is_wrong: bool = False, notes: Sequence[str] = ()) -> str:
+    """A line that screen readers speak, and what there is to say beside it."""
     role, kind = ("alert", "wrong") if is_wrong else ("status", "")
-    return f'<div class="told"><p role="{role}" class="{kind}">{html.escape(line)}</p></div>'
+    more = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f'<div class="told"><p role="{role}" class="{kind}">{html.escape(line)}</p>{more}</div>'
 
 
 def _progress(told: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from PIL import Image
 from stablesr_kit.cli.faces import check_options as check_faces_options
 from stablesr_kit.cli.faces import work_of
 from stablesr_kit.cli.jobs import Job as PictureJob
+from stablesr_kit.cli.jobs import Told
 from stablesr_kit.cli.journal import JOBS_FOLDER, Journal
 from stablesr_kit.cli.messages import one_line
 from stablesr_kit.cli.restore import check_components, restoring_of
@@ -294,6 +295,7 @@ class Service:
             "pictures": len(job.names),
             "done": job.done,
             "errors": [{"name": job.names[index], "error": line} for index, line in sorted(job.errors.items())],
+            "notes": list(job.notes),
             "accepted": job.accepted,
             "ended": job.ended,
         }
@@ -464,7 +466,7 @@ class Service:
         asked = self.asked(job.command, job.options)
         if job.command == "faces":
             if not picture_job.target.is_file():
-                self._do_faces(job, picture_job, asked)
+                self._do_faces(job, index, picture_job, asked)
             return
         restoring = restoring_of(picture_job.folder, asked, _digest)
         try:
@@ -486,16 +488,17 @@ class Service:
         network = None if restoring.face_model is None else self._faces(restoring.face_model, restoring.device)
         bars = _Bars(self, job, index)
         watch = Watch(progress=bars, on_step=_preview_for(self, job, picture_job.source, pipeline), is_kept=job.is_kept)
-        Restorer(restoring, watch=watch, pipeline=pipeline, face_network=network)(picture_job)
+        restorer = Restorer(restoring, watch=watch, pipeline=pipeline, face_network=network)
+        self._note(job, index, restorer(picture_job))
         if watch.sampled is not None:
             self._kept[job.id] = Kept(watch.sampled, restoring, pipeline)
             while len(self._kept) > KEPT_FOR_REDECODING:
                 self._kept.popitem(last=False)
 
-    def _do_faces(self, job: Job, picture_job: PictureJob, asked: dict[str, Any]) -> None:
+    def _do_faces(self, job: Job, index: int, picture_job: PictureJob, asked: dict[str, Any]) -> None:
         mask, given = job.folder / MASK, job.folder / GIVEN
         asked |= {"mask": mask if mask.is_file() else None, "given": given if given.is_file() else None}
-        bars = _Bars(self, job, 0)
+        bars = _Bars(self, job, index)
 
         def enlarging(name: str, _device: "torch.device") -> "Background":
             from stablesr_kit.imaging.resizing import resize_bicubic
@@ -508,7 +511,8 @@ class Service:
             return StableSRBackground(pipeline)
 
         bars("encoding", 1, "picture").update()  # so that a job that is cancelled does not begin
-        work_of([picture_job], asked, self._faces, enlarging)(picture_job)
+        work = work_of([picture_job], asked, self._faces, enlarging)
+        self._note(job, index, work(picture_job))
 
     def _redecode(self, job: Job, w: float | None, color_fix: str, face_w: float) -> Path:
         from stablesr_kit.cli.restorer import refinement
@@ -672,6 +676,9 @@ class Service:
                 total -= sizes[job.id]
                 with self._changed:
                     self._forget(job)
+
+    def _note(self, job: Job, index: int, told: Told) -> None:
+        job.notes += [line.replace(str(job.source(index)), job.names[index]) for line in told.lines]
 
     def _tell(self, job: Job, **values: Any) -> None:
         for name, value in values.items():

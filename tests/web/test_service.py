@@ -289,6 +289,8 @@ def test_a_service_restores_faces_as_well(make: Callable[..., Service]) -> None:
     hopeless = service.submit([upload(png(40, 40))], {**options, "faces": [{"box": [90, 90, 99, 99]}]}, command="faces")
     wait(service, job, hopeless)
     assert Image.open(service.result(job)).size == (40, 40)
+    (note,) = service.told(job)["notes"]
+    assert note.startswith("photo.png: face 1 of 1 at (2, 2) to (30, 30), given")
     assert "lies outside the picture" in service.told(hopeless)["error"]
     with pytest.raises(Refused, match="--mode inpaint needs --model"):
         service.submit([upload()], {"mode": "inpaint"}, command="faces")
