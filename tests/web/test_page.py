@@ -165,7 +165,7 @@ def test_what_is_wrong_is_said_in_a_line(page: Any) -> None:
     told(page, "--tile 'many' is not known; give auto, none or a number of pixels such as 512")
     page.locator("#tile textarea, #tile input").first.fill("auto")
     for content, name, line in (
-        (b"hello", "text.png", "not an image"),
+        (b"hello", "text.png", "not a picture, or damaged"),
         (png(400, 300), "large.png", "more than the limit of 0.1"),
     ):
         drop(page, content, name)
