@@ -40,7 +40,7 @@ from stablesr_kit.training.losses.distillation import (
     take_apart,
 )
 from stablesr_kit.training.losses.perceptual import load_perceptual_loss, shifted
-from stablesr_kit.training.losses.pictures import PIXEL_LOSSES, PictureLossOptions, flat_loss
+from stablesr_kit.training.losses.pictures import PIXEL_LOSSES, PictureLossOptions, flat_loss, lattice_loss
 from stablesr_kit.training.run.command_line import launch
 from stablesr_kit.training.run.config import RunConfig
 from stablesr_kit.training.run.networks import Weights
@@ -80,6 +80,10 @@ class FewStepConfig(
     random, so that no pattern can hide from it."""
     flat_weights: tuple[float, float] = (0.0, 0.0)
     """Weights of the loss that holds patterns down where the photograph is flat."""
+    lattice_weights: tuple[float, float] = (0.0, 0.0)
+    """Weights of the loss against patterns that repeat every 4 pixels, as decoders paint them."""
+    perceptual_fade: tuple[float, float] = (1.0, 1.0)
+    """What the perceptual loss is multiplied by."""
     latent_weight: float = 0.0
     """Weight of the mean squared difference from the good latent."""
     adversarial_fade: tuple[float, float] = (1.0, 1.0)
@@ -270,9 +274,12 @@ def main(config: FewStepConfig) -> None:
                 fake_image = decode(z, features, w).float()
             terms |= {"pixel": pixel_loss(fake_image, hq), "flat": flat_loss(fake_image, hq)}
             loss = loss + config.pixel_weight * terms["pixel"] + between(config.flat_weights, w) * terms["flat"]
+            if max(config.lattice_weights) > 0:
+                terms["lattice"] = lattice_loss(fake_image, hq)
+                loss = loss + between(config.lattice_weights, w) * terms["lattice"]
             if perceptual is not None:
                 terms["perceptual"] = perceptual(*shifted((fake_image, hq), draws, config.perceptual_shift_px))
-                loss = loss + config.perceptual_factor * terms["perceptual"]
+                loss = loss + config.perceptual_factor * between(config.perceptual_fade, w) * terms["perceptual"]
             if adversary is not None:
                 adversarial, judged = adversary.judge(fake_image, hq)
                 loss, terms = loss + between(config.adversarial_fade, w) * adversarial, terms | judged

@@ -13,6 +13,7 @@ from stablesr_kit.training.losses.pictures import (
     adaptive_adversarial_weight,
     feature_matching_loss,
     flat_loss,
+    lattice_loss,
     reconstruction_loss,
 )
 
@@ -35,6 +36,21 @@ def test_reconstruction_loss_is_zero_for_equal_pictures_and_sees_a_colour_cast()
     assert reconstruction_loss(image, image) == 0
     # L1 0.1 / 3; halves of: no gradient, colour 0.1 / 2, block means 0.1 / 3
     assert reconstruction_loss(cast, image).item() == pytest.approx(0.1 / 3 + 0.5 * (0.1 / 2 + 0.1 / 3), rel=1e-4)
+
+
+def test_lattice_loss_finds_what_repeats_every_four_pixels_beneath_edges_and_noise() -> None:
+    draws = torch.Generator().manual_seed(0)
+    target = torch.zeros(1, 3, 64, 64)
+    edges = torch.zeros_like(target)
+    edges[..., 10:37, 21:50] = 0.8
+    noise = 0.01 * torch.randn(target.shape, generator=draws)
+    lattice = torch.zeros_like(target)
+    lattice[..., ::4, ::4] = 0.016
+    alone = lattice_loss(lattice, target)
+    assert 0.016 * 0.15 < alone < 0.016 * 0.25  # deviation sqrt(15) / 16 of its height, bounded a little
+    assert lattice_loss(target + edges, target + edges) < 1e-4  # only what the target has not
+    assert lattice_loss(edges + noise, target) < 0.5 * alone
+    assert lattice_loss(edges + noise + lattice, target) > 0.8 * alone
 
 
 def test_flat_loss_weighs_patterns_on_flat_parts_and_hardly_any_in_texture() -> None:
