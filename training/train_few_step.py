@@ -88,6 +88,8 @@ class FewStepConfig(
     """Weight of the mean squared difference from the good latent."""
     adversarial_fade: tuple[float, float] = (1.0, 1.0)
     """What the loss against the discriminator is multiplied by."""
+    adversarial_shift_px: int = 0
+    """As perceptual_shift_px, for what the discriminator sees: its layers of stride 2 have a pattern of their own."""
     distribution_weight: float = 0.0
     """Weight of distribution matching: the score of the student's latents, learned beside it, is to become the
     teacher's (Yin et al. 2024, DMD2)."""
@@ -281,7 +283,8 @@ def main(config: FewStepConfig) -> None:
                 terms["perceptual"] = perceptual(*shifted((fake_image, hq), draws, config.perceptual_shift_px))
                 loss = loss + config.perceptual_factor * between(config.perceptual_fade, w) * terms["perceptual"]
             if adversary is not None:
-                adversarial, judged = adversary.judge(fake_image, hq)
+                pictures = shifted((fake_image, hq), draws, config.adversarial_shift_px)
+                adversarial, judged = adversary.judge(*pictures)
                 loss, terms = loss + between(config.adversarial_fade, w) * adversarial, terms | judged
         if config.distribution_weight and is_student_step:
             # what the student makes should look to its own score as it does to the teacher's
