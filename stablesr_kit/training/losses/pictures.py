@@ -38,35 +38,31 @@ def reconstruction_loss(image: Tensor, target: Tensor) -> Tensor:
     return l1 + 0.5 * rest
 
 
-def flatness(target: Tensor) -> Tensor:
-    """How flat a picture is around each pixel, (B, 1, H, W): 1 / (1 + variance / 0.04^2), over 7x7 px."""
-    mean, mean_square = (F.avg_pool2d(x, 7, stride=1, padding=3, count_include_pad=False) for x in (target, target**2))
-    return 1 / (1 + (mean_square - mean**2).mean(dim=1, keepdim=True).clamp(min=0) / 0.04**2)
-
-
 def flat_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of the first differences, weighed by the target's flatness: holds noise down there."""
-    weight, error = flatness(target), image - target
-    horizontal = weight[..., :, 1:] * (error[..., :, 1:] - error[..., :, :-1]).abs()
-    vertical = weight[..., 1:, :] * (error[..., 1:, :] - error[..., :-1, :]).abs()
+    """Mean absolute difference of the first differences where the target is flat: holds invented patterns down there.
+
+    A pixel counts 1 / (1 + variance / 0.04^2), with the target's variance in the 7x7 px around it.
+    """
+    mean, mean_square = (F.avg_pool2d(x, 7, stride=1, padding=3, count_include_pad=False) for x in (target, target**2))
+    flatness = 1 / (1 + (mean_square - mean**2).mean(dim=1, keepdim=True).clamp(min=0) / 0.04**2)
+    error = image - target
+    horizontal = flatness[..., :, 1:] * (error[..., :, 1:] - error[..., :, :-1]).abs()
+    vertical = flatness[..., 1:, :] * (error[..., 1:, :] - error[..., :-1, :]).abs()
     return horizontal.mean() + vertical.mean()
 
 
 def lattice_loss(image: Tensor, target: Tensor, period_px: int = 4) -> Tensor:
-    """Mean size of the pattern that repeats every period_px pixels in a picture and not in its target.
+    """Size of the pattern that repeats every period_px pixels in all pictures of a batch and not in their targets.
 
     It is the deviation, over the places in a block of period_px x period_px, of the mean over all blocks of the error
-    without its block's own mean, weighed by the target's flatness. Errors well above 4 levels of 255 are bounded, so
-    that edges do not hide the pattern. Decoders paint it where a perceptual loss or a discriminator rewards any
-    texture. Sides must be multiples of period_px.
+    without its block's own mean. Errors well above 4 levels of 255 are bounded, so that edges do not hide the pattern.
+    Decoders paint it where a perceptual loss or a discriminator rewards any texture. Sides must be multiples of
+    period_px.
     """
     error = rearrange(image - target, "b c (y p) (x q) -> b c y x p q", p=period_px, q=period_px)
     detail = error - error.mean(dim=(-2, -1), keepdim=True)
     bounded = detail / (1 + detail.abs() / (4 / 127.5))
-    weight = F.avg_pool2d(flatness(target), period_px)[..., None, None]
-    # of a picture without flat parts a little counts
-    total = weight.sum(dim=(2, 3)).clamp(min=0.05 * weight.shape[2] * weight.shape[3])
-    pattern = (weight * bounded).sum(dim=(2, 3)) / total
+    pattern = bounded.mean(dim=(0, 2, 3))
     return (pattern.square().mean(dim=(-2, -1)) + 1e-10).sqrt().mean()
 
 
