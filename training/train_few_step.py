@@ -81,7 +81,8 @@ class FewStepConfig(
     flat_weights: tuple[float, float] = (0.0, 0.0)
     """Weights of the loss that holds patterns down where the photograph is flat."""
     lattice_weights: tuple[float, float] = (0.0, 0.0)
-    """Weights of the loss against patterns that repeat every 4 pixels, as decoders paint them."""
+    """Weights of the loss against patterns that repeat every 4 pixels, as decoders paint them. It pools what a process
+    sees at once, so it depends on how a step is split into batches."""
     perceptual_fade: tuple[float, float] = (1.0, 1.0)
     """What the perceptual loss is multiplied by."""
     latent_weight: float = 0.0
