@@ -1,4 +1,4 @@
-# restore [IMAGE=path] [OUT=path] [ARGS="..."] | test | lint | docs | mini TRAIN_DATA=folder | setup
+# restore [IMAGE=path] [OUT=path] [ARGS="..."] | gallery | test | lint | docs | mini TRAIN_DATA=folder | setup
 # Each target does the set-up it needs, once: a .venv pinned by constraints.txt. `restore` installs what restoring takes,
 # the others what developing takes.
 
@@ -16,7 +16,7 @@ DEMO := results/demo/astronaut.png
 export IMAGE OUT
 MINI_CONFIGS ?= configs/mini
 
-.PHONY: setup restore mini test lint docs
+.PHONY: setup restore gallery mini test lint docs
 
 setup: $(DEVELOPING)
 
@@ -42,6 +42,16 @@ $(DEMO): $(RESTORING)
 	@mkdir -p $(@D)
 	@$(BIN)/python -c "from PIL import Image; from skimage import data; \
 		Image.fromarray(data.astronaut()).resize((128, 128), Image.Resampling.BOX).save('$@')"
+
+# The README's picture: parts of scikit-image's pictures, a quarter of their size by area averaging, restored by mini.
+GALLERY := astronaut chelsea coffee rocket
+gallery: $(DEVELOPING)
+	@mkdir -p results/gallery/truth
+	@$(BIN)/python -c "from PIL import Image; from skimage import data; \
+		[(picture.save(f'results/gallery/truth/{name}.png'), picture.reduce(4).save(f'results/gallery/{name}.png')) \
+		for name in '$(GALLERY)'.split() for picture in [Image.fromarray(getattr(data, name)())]]"
+	@$(BIN)/python -m benchmarks.sheet $(GALLERY:%=results/gallery/%.png) --truth results/gallery/truth --no-flat \
+		-o docs/gallery.jpg
 
 # Train the embedded model from the photographs in TRAIN_DATA; the same command goes on where it was interrupted.
 mini: $(DEVELOPING)

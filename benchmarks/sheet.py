@@ -41,10 +41,11 @@ def main() -> None:
     ]
     columns = {"bicubic": enlarged}
     for method in options.method or ["mini@0.5"]:
-        label, model, w = re.fullmatch(r"(?:([^=]*)=)?([^@]+)(?:@([0-9.]+))?", method).groups()
+        name, _, model = method.rpartition("=")
+        model, _, w = model.partition("@")
         pipeline = StableSRPipeline.from_pretrained(model)
         pipeline.set_progress_bar_config(disable=True)
-        columns[f"{label or Path(model).name}, w {w or 0.5}"] = [
+        columns[f"{name or Path(model).name}, w {w or 0.5}"] = [
             pipeline(
                 lq, scale=options.scale, w=float(w or 0.5), generator=torch.Generator().manual_seed(options.seed)
             ).images[0]
