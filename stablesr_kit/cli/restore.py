@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 CLIPS = "Clips"
 """Heading of the options that are for clips alone."""
 
+Preset = Literal["photo", "old-photo", "ai-picture", "screenshot", "anime"]
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "photo": {"w": 0.5, "color_fix": "wavelet"},
+    "old-photo": {"w": 1.0, "color_fix": "wavelet", "face": "codeformer", "face_w": 0.7},
+    "ai-picture": {"w": 0.0, "color_fix": "wavelet"},
+    "screenshot": {"w": 1.0, "color_fix": "adain"},
+    "anime": {"w": 1.0, "color_fix": "adain"},
+}
+"""What suits a kind of picture best; docs/web.md has the measurements."""
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -42,6 +52,9 @@ def restore(
         ),
     ],
     model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a Hugging Face repository.")] = "mini",
+    preset: Annotated[
+        Preset | None, typer.Option(help="What the picture is: sets options that are not given, and says which.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="How many times larger the result is.")] = 4,
     w: Annotated[
         float | None,
@@ -201,7 +214,11 @@ def restore(
 
     Exit status: 0 all restored; 1 some failed (one line each; the others are written); 2 wrong usage.
     """
-    asked = context.params
+    with failing_in_one_line():
+        asked = with_preset(context)
+    if preset is not None:
+        options = [shown(name, asked[name]) for name in PRESETS[preset] if asked[name] is not None]
+        typer.echo(f"note: preset {preset}: {' '.join(options)}", err=True)
     check_options(asked)
     if workers is not None and (workers < 1 or engine != "ray"):
         usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
@@ -277,6 +294,32 @@ def restore_one_clip(source: Path, output: Path, asked: Mapping[str, Any]) -> No
     finally:
         if team is not None:
             team.tell(None)
+
+
+def with_preset(context: typer.Context) -> dict[str, Any]:
+    """The options of `restore` by name: those given, then those of the preset as far as the model takes them.
+
+    Raises ModelNotFoundError.
+    """
+    asked = dict(context.params)
+    if asked["preset"] is None:
+        return asked
+
+    from stablesr_kit.pipelines.loading import pipeline_config
+
+    is_one_step = pipeline_config(find_model(asked["model"])).get("_class_name") == "OneStepPipeline"
+    for name, value in PRESETS[asked["preset"]].items():
+        source = context.get_parameter_source(name)
+        if (source is None or source.name == "DEFAULT") and not (is_one_step and name in OF_STABLESR):
+            asked[name] = value
+    return asked
+
+
+def shown(name: str, value: Any) -> str:
+    """An option as one would give it."""
+    return (
+        f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')} {value}"
+    )
 
 
 def check_options(asked: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stablesr_kit.cli.messages import one_line
+from stablesr_kit.cli.restore import PRESETS, Preset
 from stablesr_kit.errors import StableSRKitError
 from stablesr_kit.imaging.finding import SUFFIXES
 from stablesr_kit.imaging.metadata import read_provenance
@@ -163,6 +164,7 @@ class _Blocks:
                 picture = gr.File(label="Picture (drop it here)", file_types=PICTURES, height=120, elem_id="picture")
                 example = gr.Button("Use the example", size="sm")
                 model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
+                preset = gr.Dropdown(list(PRESETS), value=None, label="Kind of picture (sets what suits it)")
                 with gr.Row():
                     scale = gr.Number(4, label="Scale", minimum=0.1, maximum=32, step=0.5, min_width=120)
                     longest = gr.Number(0, label="Or longest side, px", minimum=0, precision=0, min_width=120)
@@ -313,6 +315,11 @@ class _Blocks:
                 async for update in self._followed(accepted, *shown):
                     yield update
 
+        def preset_values(kind: Preset) -> list[Any]:
+            chosen_values = PRESETS[kind]
+            has_faces = chosen_values.get("face") == "codeformer"
+            return [chosen_values["w"], chosen_values["color_fix"], has_faces, chosen_values.get("face_w", gr.skip())]
+
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         taken = picture.change(
             take, picture, [job, plan, download, slider, told, *parts], trigger_mode="always_last", **quiet
@@ -321,6 +328,7 @@ class _Blocks:
         for part in (scale, longest, steps, tile, tile_overlap, max_memory, mode, attention, guidance, model, coarse):
             part.change(tell_plan, [picture, *parts], plan, trigger_mode="always_last", **quiet)
         example.click(lambda: str(EXAMPLES / "portrait.jpg"), None, picture, **quiet)
+        preset.input(preset_values, preset, [w, color_fix, face, face_w], **quiet)
         face.change(lambda on: [gr.update(visible=on)] * 2, face, [face_w, background], **quiet)
         go.click(restore, [picture, *parts], list(shown), trigger_mode="multiple", **quiet)
         stop.click(self._cancel, job, told, **quiet)

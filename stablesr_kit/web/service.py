@@ -34,7 +34,7 @@ from stablesr_kit.cli.jobs import Job as PictureJob
 from stablesr_kit.cli.jobs import Told
 from stablesr_kit.cli.journal import JOBS_FOLDER, Journal
 from stablesr_kit.cli.messages import one_line
-from stablesr_kit.cli.restore import check_components, restoring_of
+from stablesr_kit.cli.restore import check_components, restoring_of, with_preset
 from stablesr_kit.cli.restore import check_options as check_restore_options
 from stablesr_kit.errors import JobError, OutputError, StableSRKitError
 from stablesr_kit.imaging.reading import Picture, open_picture
@@ -68,8 +68,8 @@ logger = logging.getLogger(__name__)
 
 OPTIONS: Mapping[Command, Sequence[str]] = {
     "restore": (
-        "model scale w steps seed color-fix start prompt negative-prompt guidance-scale lambda-pix lambda-sem coarse "
-        "tile tile-overlap mode attention max-memory face face-w"
+        "model preset scale w steps seed color-fix start prompt negative-prompt guidance-scale lambda-pix lambda-sem "
+        "coarse tile tile-overlap mode attention max-memory face face-w"
     ).split(),
     "faces": (
         "mode model w only-center only-largest min-eye-distance max-identity-distance max-enlargement upscale "
@@ -259,7 +259,8 @@ class Service:
         if "model" not in options and (command == "restore" or next(iter(models)) != "mini"):
             arguments.append(f"--model={next(iter(models.values()))}")
         try:
-            asked = dict(_parser(command).make_context(command, arguments).params)
+            context = _parser(command).make_context(command, arguments)
+            asked = with_preset(context) if command == "restore" else dict(context.params)
             asked |= {"device": self.device, "resume": True}
             if command == "restore":
                 asked["dtype"] = self.dtype

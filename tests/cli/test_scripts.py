@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from stablesr_kit.cli.doctor import anonymous
+from stablesr_kit.imaging.metadata import read_provenance
 from tests.helpers.cli_runs import stablesr
 
 
@@ -76,3 +77,15 @@ def test_licences_name_the_weights_that_no_business_may_use() -> None:
 
 def test_shells_can_complete_the_commands() -> None:
     assert "--install-completion" in stablesr("--help").stdout
+
+
+def test_a_preset_sets_what_is_not_given_and_says_so(model: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((12, 16, 3), 90, np.uint8)).save(tmp_path / "in.png")
+    arguments = ("restore", tmp_path / "in.png", "-o", tmp_path / "out.png", "--model", model, "--steps", 1)
+    result = stablesr(*arguments, "--preset", "screenshot", "--color-fix", "none")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.splitlines()[0] == "note: preset screenshot: --w 1 --color-fix none"
+    made = read_provenance(tmp_path / "out.png")
+    assert made is not None
+    assert (made["w"], made["color_fix"]) == (1.0, "none")
+    assert stablesr(*arguments, "--preset", "drawing").exit_code == 2

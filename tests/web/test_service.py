@@ -2,6 +2,10 @@
 
 import io
 import json
+import re
+import shlex
+import shutil
+import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -296,3 +300,25 @@ def test_a_service_restores_faces_as_well(make: Callable[..., Service]) -> None:
         service.submit([upload()], {"mode": "inpaint"}, command="faces")
     with pytest.raises(Refused, match="command 'convert' is not known"):
         service.submit([upload()], {}, command="convert")
+
+
+def test_the_examples_of_the_documentation_run(
+    server: tuple[Any, Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, service = server
+    page = (Path(__file__).parents[2] / "docs" / "web.md").read_text()
+    page = page.replace("http://127.0.0.1:7860", str(client.base_url).rstrip("/"))
+    monkeypatch.chdir(tmp_path)
+    Image.open(io.BytesIO(png())).save("photo.jpg")
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(python, "docs/web.md", "exec"), {})
+    assert Image.open("restored.png").size == (32, 24)
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    submit, events, result = re.findall(r"^curl .*$", page, re.MULTILINE)
+    told = json.loads(subprocess.run(shlex.split(submit), check=True, capture_output=True).stdout)
+    lines = subprocess.run(shlex.split(events.replace("ID", told["id"])), check=True, capture_output=True).stdout
+    assert json.loads(lines.splitlines()[-2].removeprefix(b"data: "))["state"] == "done"
+    Path("restored.png").unlink()
+    subprocess.run(shlex.split(result.replace("ID", told["id"])), check=True)
+    assert Path("restored.png").read_bytes() == service.result(service.job(told["id"])).read_bytes()
