@@ -19,6 +19,8 @@ _INK = "#010203"  # stands for the page's colour of text until the figure is tex
 _SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "dists", "niqe", "clip-iqa", "musiq", "lq-psnr", "identity")
 """Metrics that figures show, in their order, at most six."""
 
+_PX_PER_INCH = 112
+"""How large a figure may be shown: three columns fill a page, and one is not blown up to it."""
 
 _STYLE: Mapping[Any, Any] = {
     **{key: _INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
@@ -206,6 +208,7 @@ def _svg(figure: Any, unused: Sequence[Any], name: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    width_px = round(_PX_PER_INCH * figure.get_figwidth())
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="--width: {width_px}px"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.replace(_INK, "currentColor")
