@@ -35,7 +35,7 @@ def test_wide_maps_of_every_size_are_convolved_as_in_float64(
     one = convolution(channels_in, channels_out)
     x = unit_noise(2, channels_in, height, width).contiguous(memory_format=torch.channels_last)
     assert isinstance(one, WinogradConv2d) and one.pays_off(x)
-    expected = F.conv2d(x.double(), one.weight.double(), one.bias.double(), padding=1)  # type: ignore[union-attr]
+    expected = F.conv2d(x.double(), one.weight.double(), one.bias.double(), padding=1)
     stock = nn.Conv2d.forward(one, x)
     found = one(x)
     assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
