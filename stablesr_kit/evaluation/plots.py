@@ -109,7 +109,10 @@ def lines(
             axis.plot(x, [mean["mean"] for mean in means], "o-", color=colour, markersize=4, label=method)
             if all(mean["low"] is not None for mean in means):
                 low, high = ([mean[end] for mean in means] for end in ("low", "high"))
-                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                if len(x) > 1:
+                    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                else:
+                    axis.vlines(x, low, high, color=colour, linewidth=2, alpha=0.55)
         for row in level:
             if metric in row["metrics"]:
                 colour = colour_of(row["method"], methods)
