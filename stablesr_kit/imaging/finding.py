@@ -48,7 +48,7 @@ def format_of(start: bytes) -> str | None:
         return "HEIC" if any(brand in _HEIC_BRANDS for brand in brands) else None
     if start[:2] == b"BM" and start[6:10] == bytes(4):
         return "BMP"
-    if start[:1] == b"P" and start[1:2] in b"123456fF" and start[2:3].isspace():
+    if start[:1] == b"P" and start[1:2] in b"123456f" and start[2:3].isspace():
         return "PNM"
     return None
 

@@ -56,7 +56,7 @@ _PLUGINS = {"HEIC": "pillow_heif", "JPEG XL": "pillow_jxl"}
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB")
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _RAW_VERSION = 254, 258, 262, 338, 50706
 _SAMPLES, _PLANES, _INK_SET, _NUMBER_KIND = 277, 284, 332, 339
-_SEPARATED, _CIELAB, _COLOUR_FILTER_ARRAY, _LINEAR_RAW = 5, 8, 32803, 34892
+_WHITE_IS_ZERO, _SEPARATED, _CIELAB, _COLOUR_FILTER_ARRAY, _LINEAR_RAW = 0, 5, 8, 32803, 34892
 
 # Files may change while a program runs: no result of an earlier load is taken for that of a later one.
 pyvips.cache_set_max(0)
@@ -157,12 +157,16 @@ def as_picture(image: Image.Image) -> Picture:
         pixels = np.asarray(cmyk_to_srgb(image, metadata.icc_profile))
     elif image.mode == "LAB":
         pixels = np.asarray(lab_to_srgb(image))
+        notes.append(_OF_LAB)
     elif _is_deep_grey(image):
         values = np.asarray(image)
         pixels = _levels(values if image.mode == "F" else values.astype(np.int32))[..., None].repeat(3, axis=2)
     else:
         pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     return _in_memory(pixels, is_grey, metadata, notes, is_converted=image.mode in ("CMYK", "LAB"))
+
+
+_OF_LAB = "CIELAB becomes sRGB"
 
 
 class _Limit(NamedTuple):
@@ -189,6 +193,8 @@ def _open_with_vips(source: Path | bytes, kind: str, limit: _Limit, name: str) -
         if (_first(tags.get(_BITS)), _first(tags.get(_NUMBER_KIND)), tags.get(_PLANES)) == (16, 3, 2):
             raise ImageError("16-bit float numbers in separate planes are not read; convert it to 32-bit float")
     bits = _first(tags.get(_BITS))
+    if bits == 12 and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise ImageError("12-bit numbers whose white is zero are not read; convert it to TIFF of 16 bits")
     if (tags.get(_PHOTOMETRIC) == _CIELAB and bits == 8) or (tags.get(_SAMPLES, 1) == 1 and bits == 12):
         return None
     is_upright = described.orientation == 1 or kind in ("AVIF", "HEIC")  # libheif turns them
@@ -257,12 +263,14 @@ def _colours(header: pyvips.Image, tags: Mapping[int, Any], profile: bytes | Non
     if header.interpretation == "cmyk" or tags.get(_PHOTOMETRIC) == _SEPARATED:
         return _inks(header, tags, profile)
     if tags.get(_PHOTOMETRIC) == _CIELAB:
-        return _Colours(3, 3, lambda band: band, _from_lab, is_converted=True, note="CIELAB becomes sRGB")
+        return _Colours(3, 3, lambda band: band, _from_lab, is_converted=True, note=_OF_LAB)
     if header.format not in _NUMBERS or header.format == "short":
         raise ImageError(
             f"its numbers are of type {header.format}; expected unsigned ones of 8, 16 or 32 bits, or float"
         )
     note = _REDUCED.get(header.format)
+    if header.bands < 3 and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and header.format in ("int", "float"):
+        return _Colours(1, 1, lambda band: 65535 - band.repeat(3, axis=2), note=note)  # libvips turns the others round
     if header.bands < 3:
         return _Colours(1, 1, lambda band: band.repeat(3, axis=2), note=note)
     return _Colours(3, 3, lambda band: band, note=note)
@@ -311,8 +319,8 @@ def _open_with_pillow(source: Path | bytes, kind: str, limit: _Limit) -> Picture
     with _file(source) as file, Image.open(file, formats=[_PILLOW_NAMES[kind]]) as image:
         limit.check(image.width, image.height)
         # Pillow reduces 16-bit colour on loading; until then the decoder's raw mode ("RGB;16B") tells.
-        is_reduced = any(";16" in str(tile[3]) or _maxval(tile[3]) > 255 for tile in image.tile)
-        is_reduced |= image.info.get("bit_depth", 8) > 8
+        is_reduced = any(";16" in str(tile[3]) for tile in image.tile) or image.info.get("bit_depth", 8) > 8
+        is_reduced |= _bits_of_jpeg_2000(file) > 8 if kind == "JPEG 2000" else _largest(image) > 255
         image.load()
         picture = as_picture(image)
         if isinstance(image, TiffImagePlugin.TiffImageFile) and _first(image.tag_v2.get(_BITS)) == 12:
@@ -322,10 +330,22 @@ def _open_with_pillow(source: Path | bytes, kind: str, limit: _Limit) -> Picture
         return picture
 
 
-def _maxval(arguments: Any) -> int:
-    """The largest number of a PNM file, which Pillow scales to 8 bits in colour; 0 in other formats."""
+def _largest(image: Image.Image) -> int:
+    """The value of white in a PNM file, which Pillow scales to 8 bits in colour; 0 in other formats."""
+    arguments = image.tile[0][3] if image.format == "PPM" and image.tile else None
     last = arguments[-1] if isinstance(arguments, tuple) else None
     return last if isinstance(last, int) else 0
+
+
+def _bits_of_jpeg_2000(file: IO[bytes]) -> int:
+    """Bits of the first channel, as the codestream's SIZ marker says (ISO/IEC 15444-1, A.5.1); 8 if it is not found."""
+    place = file.tell()
+    file.seek(0)
+    content = file.read(2**20)
+    file.seek(place)
+    start = content.find(b"\xff\x4f\xff\x51")
+    depth = content[start + 42 : start + 43] if start >= 0 else b""
+    return (depth[0] & 0x7F) + 1 if depth else 8
 
 
 _NUMBERS: dict[str, Any] = {
@@ -425,7 +445,7 @@ def _kind(source: Path | bytes) -> str:
         start = file.read(START)
     kind = format_of(start)
     if kind is None:
-        given = "not a picture, or damaged" if start else "an empty file"
+        given = "not a picture of a format that is read, or damaged" if start else "an empty file"
         raise ImageError(f"{given}; give one of {', '.join(READ_FORMATS)}")
     return kind
 
@@ -492,6 +512,7 @@ _UNSUPPORTED = {
     "samples out of range": "its numbers are of a depth that is not read",
     "unsupported tiff image type": "its kind of TIFF is not read",
     "not supported": "its coding is not read",
+    "is not configured": "its compression is not read",
 }
 
 

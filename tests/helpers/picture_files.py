@@ -47,12 +47,21 @@ def write_png(path: Path, values: np.ndarray, before: bytes = b"", after: bytes 
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b""))
 
 
-def write_packed_tiff(path: Path, levels: np.ndarray, bits: int) -> None:
+def write_packed_tiff(path: Path, levels: np.ndarray, bits: int, photometric: int = 1) -> None:
     """A TIFF file of grey levels (height, width) of few bits each, or of 12, packed without gaps."""
     height, width = levels.shape
     rows = ["".join(format(level, f"0{bits}b") for level in row) for row in levels]
     data = b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)
-    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 122), (277, 1), (278, height)]
+    entries = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 122),
+        (277, 1),
+        (278, height),
+    ]
     entries.append((279, len(data)))
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + data)

@@ -93,11 +93,23 @@ def test_tiff_of_packed_bits_is_scaled(bits: int, tmp_path: Path) -> None:
     assert picture.is_grey
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32, np.float16, np.float32])
 def test_tiff_whose_white_is_zero(dtype: Any, tmp_path: Path) -> None:
-    given = noise(channels=0, dtype=dtype)
-    tifffile.imwrite(tmp_path / "in.tif", given, photometric="miniswhite")
-    assert np.array_equal(read_picture(tmp_path / "in.tif").pixels[..., 0], np.iinfo(dtype).max - given)
+    given = noise(channels=0, dtype=np.uint16).astype(dtype) if dtype == np.int32 else noise(channels=0, dtype=dtype)
+    pictures = []
+    for photometric in ("minisblack", "miniswhite"):
+        tifffile.imwrite(tmp_path / "in.tif", given, photometric=photometric)
+        pictures.append(read_picture(tmp_path / "in.tif").pixels)
+    assert np.array_equal(pictures[1], np.iinfo(pictures[0].dtype).max - pictures[0])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_tiff_of_packed_bits_whose_white_is_zero(bits: int, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 2**bits, (5, 16))
+    write_packed_tiff(tmp_path / "in.tif", levels, bits, photometric=0)
+    pixels = read_picture(tmp_path / "in.tif").pixels
+    expected = ((2**bits - 1 - levels) / (2**bits - 1) * np.iinfo(pixels.dtype).max).round()
+    assert np.array_equal(pixels[..., 0], expected)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -183,7 +195,9 @@ def test_lab_becomes_srgb(tmp_path: Path) -> None:
     levels = np.stack([red[..., 0] / 100 * 255, red[..., 1], red[..., 2]], axis=2).round().astype(np.int64)
     Image.frombytes("LAB", (3, 1), levels.astype(np.uint8).tobytes()).save(tmp_path / "lab.tif")
     for name, white in (("deep.tif", 65535), ("lab.tif", 255)):
-        pixels = read_picture(tmp_path / name).pixels / white
+        picture = read_picture(tmp_path / name)
+        assert picture.notes == ("CIELAB becomes sRGB",)
+        pixels = picture.pixels / white
         assert pixels[0, 1].min() > 0.99
         assert pixels[0, 2].max() < 0.02
         assert pixels[0, 0, 0] > 0.97
@@ -244,6 +258,18 @@ def test_what_pillow_reduces_is_said(tmp_path: Path) -> None:
     grey = given[..., 0]
     (tmp_path / "in.pgm").write_bytes(b"P5 29 37 65535\n" + grey.astype(">u2").tobytes())
     assert np.array_equal(read_picture(tmp_path / "in.pgm").pixels[..., 1], grey)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(3, np.uint8), (4, np.uint8), (0, np.uint8), (0, np.uint16)])
+@pytest.mark.parametrize("ending", ["jp2", "j2k"])
+def test_jpeg_2000_keeps_its_bits_and_says_nothing(channels: int, dtype: Any, ending: str, tmp_path: Path) -> None:
+    given = noise(channels=channels, dtype=dtype)
+    as_pillow(given).save(tmp_path / f"in.{ending}")
+    picture = read_picture(tmp_path / f"in.{ending}")
+    assert np.array_equal(picture.pixels, as_rgb(given)) and picture.dtype == dtype
+    assert picture.notes == ()
+    with (tmp_path / f"in.{ending}").open("rb") as file:
+        assert reading._bits_of_jpeg_2000(file) == 8 * np.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize(("name", "plugin"), [("in.heic", "pillow_heif"), ("in.jxl", "pillow_jxl")])
@@ -389,9 +415,17 @@ def broken_files(folder: Path) -> dict[str, str]:
     tifffile.imwrite(folder / "half.tif", noise(dtype=np.float16).transpose(2, 0, 1), **planes)
     tifffile.imwrite(folder / "raw.dng", noise(), photometric="rgb", extratags=[(50706, 1, 4, b"\1\4\0\0", True)])
     tifffile.imwrite(folder / "thumbnail.nef", noise(), photometric="rgb", subfiletype=1)
+    tifffile.imwrite(folder / "lzma.tif", noise(), photometric="rgb", compression="lzma")
+    write_packed_tiff(folder / "twelve.tif", np.zeros((8, 8), int), bits=12, photometric=0)
+    (folder / "colour.pfm").write_bytes(b"PF\n2 1\n-1.0\n" + bytes(24))
+    as_pillow(noise()).save(folder / "picture.tga")
     return {
+        "twelve.tif": "12-bit numbers whose white is zero are not read; convert it",
+        "lzma.tif": "its compression is not read; convert it",
+        "colour.pfm": "not a picture of a format that is read, or damaged; give one of",
+        "picture.tga": "not a picture of a format that is read, or damaged; give one of",
         "empty.png": "an empty file",
-        "text.jpg": "not a picture, or damaged; give one of AVIF, BMP",
+        "text.jpg": "not a picture of a format that is read, or damaged; give one of AVIF, BMP",
         "drawing.png": "not a picture",
         "program.png": "not a picture",
         "cut.png": "truncated or damaged",
