@@ -21,17 +21,20 @@ ColorFix = Literal["wavelet", "adain", "ycbcr", "none"]
 
 LEVELS = 5
 REACH = 2**LEVELS - 1  # pixels that a low frequency comes from, on each side
+FLAT_RADIUS = 31  # more than a block of JPEG at scale 4
+FLAT_FADE = 15
+FLAT_RANGE = 1.5  # 8-bit levels: one, and what enlarging rounds
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def color_fixed(image: Readable, reference: Readable, method: ColorFix) -> Readable:
     """The image (3, H, W) with the colours of the reference, computed when read; `none` changes nothing."""
     if method == "wavelet":
-        return WaveletFixed(image, reference)
+        return FlatKept(WaveletFixed(image, reference), reference)
     if method == "adain":
-        return AdainFixed(image, reference)
+        return FlatKept(AdainFixed(image, reference), reference)
     if method == "ycbcr":
-        return YCbCrFixed(image, reference)
+        return FlatKept(YCbCrFixed(image, reference), reference)
     if method == "none":
         return image
     raise ImageError(f"color_fix={method!r} is not known; use 'wavelet', 'adain', 'ycbcr' or 'none'")
@@ -112,6 +115,58 @@ class YCbCrFixed:
         reference = self.reference.read(region).to(single)
         luma = torch.einsum("bchw,c->bhw", single - reference, single.new_tensor(LUMA))
         return (reference + luma[:, None]).to(image.dtype)
+
+
+class FlatKept:
+    """The image (3, H, W), and the reference instead where that is flat, as white paper is: networks mottle it.
+
+    The reference is flat where it varies by at most one 8-bit level within `FLAT_RADIUS` pixels; over `FLAT_FADE` more
+    it goes over into the image, which keeps its bits elsewhere.
+    """
+
+    def __init__(self, image: Readable, reference: Readable) -> None:
+        self.image, self.reference = image, reference
+        self.shape = image.shape
+
+    def read(self, region: Region) -> Tensor:
+        """Values (1, 3, h, w) of a region."""
+        image = self.image.read(region)
+        outer = region.grown(FLAT_RADIUS + FLAT_FADE, *self.shape[1:])
+        reference = self.reference.read(outer).to(image.device, torch.float32)
+        if (share := flat_share(reference)) is None:
+            return image
+        share, reference = region.cut_from(share, outer), region.cut_from(reference, outer)
+        mixed = image.float() + share * (reference - image.float())
+        return torch.where(share > 0, mixed.to(image.dtype), image)
+
+
+def flat_share(reference: Tensor) -> Tensor | None:
+    """Share (1, 1, H, W), 0 to 1, of flat positions around each one; None if nothing is flat. See `FlatKept`."""
+    block = FLAT_RADIUS  # one lies in every window, and most pictures have no flat one
+    if not _is_flat(*(F.max_pool2d(one, block, ceil_mode=True) for one in (reference, -reference))).any():
+        return None
+    highest, lowest = (_highest(_highest(one, 2), 3) for one in (reference, -reference))
+    share = _is_flat(highest, lowest).float()
+    for kernel in ((1, 2 * FLAT_FADE + 1), (2 * FLAT_FADE + 1, 1)):
+        share = F.avg_pool2d(share, kernel, 1, (kernel[0] // 2, kernel[1] // 2), count_include_pad=False)
+    return share
+
+
+def _highest(values: Tensor, dim: int) -> Tensor:
+    """The highest value within `FLAT_RADIUS` positions of each one along a dimension, by windows of doubled length."""
+    sides = (0, 0, FLAT_RADIUS, FLAT_RADIUS) if dim == 2 else (FLAT_RADIUS, FLAT_RADIUS, 0, 0)
+    values, length, wanted = F.pad(values, sides, mode="replicate"), 1, 2 * FLAT_RADIUS + 1
+    while length < wanted:
+        step = min(length, wanted - length)
+        count = values.shape[dim] - step
+        values = torch.maximum(values.narrow(dim, 0, count), values.narrow(dim, step, count))
+        length += step
+    return values
+
+
+def _is_flat(highest: Tensor, lowest: Tensor) -> Tensor:
+    """Whether values reach no further than `FLAT_RANGE`; lowest: negated."""
+    return (highest + lowest).amax(1, keepdim=True) * 127.5 <= FLAT_RANGE
 
 
 def wavelet_decomposition(image: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablesr_kit.errors import ImageError
-from stablesr_kit.imaging.canvas import Region, View
+from stablesr_kit.imaging.canvas import Region, View, assembled
 from stablesr_kit.imaging.color_fix import (
     AdainFixed,
     WaveletFixed,
+    YCbCrFixed,
     adain_color_fix,
     blur,
     color_fixed,
+    flat_share,
     wavelet_color_fix,
     wavelet_decomposition,
     ycbcr_color_fix,
 )
+from stablesr_kit.imaging.resizing import resize_bicubic
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (15, 33), (64, 48)]
 
@@ -108,3 +111,30 @@ def test_ycbcr_keeps_the_luma_and_takes_the_chroma_as_another_implementation_doe
     mixed[0] = given[0]
     expected = torch.from_numpy(ycbcr2rgb(mixed, channel_axis=0))
     assert (ycbcr_color_fix(image, reference)[0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain", "ycbcr"])
+def test_what_is_flat_stays_flat_and_the_rest_keeps_its_bits(method: Any) -> None:
+    """Mottling on white paper with a line of text: gone far from the text, untouched at it."""
+    reference = torch.full((1, 3, 150, 230), 0.9)
+    reference[..., :, 100:104] = -0.9
+    image = reference + 0.05 * torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+    plain = {"wavelet": WaveletFixed, "adain": AdainFixed, "ycbcr": YCbCrFixed}[method](View(image), View(reference))
+    fixed = color_fixed(View(image), View(reference), method)
+    whole = assembled(fixed)
+    flat = [slice(0, 100 - 46), slice(104 + 46, None)]
+    for columns in flat:
+        torch.testing.assert_close(whole[..., columns], reference[..., columns], atol=1e-6, rtol=0)
+    near = slice(100 - 1, 104 + 1)
+    assert torch.equal(whole[..., near], assembled(plain)[..., near])
+    for region in (Region(0, 0, 1, 1), Region(40, 30, 90, 200), Region(149, 229, 150, 230)):
+        assert torch.equal(fixed.read(region), region.crop(whole))
+
+
+def test_a_picture_without_flat_places_and_flat_blocks_of_jpeg_stay_as_they_are() -> None:
+    noisy = 0.5 + 0.02 * torch.randn((1, 3, 96, 96), generator=torch.Generator().manual_seed(0))
+    gradient = torch.linspace(-1, 1, 96).expand(1, 3, 96, 96)
+    blocks = torch.rand((1, 3, 4, 4), generator=torch.Generator().manual_seed(1))
+    blocks = resize_bicubic(blocks.repeat_interleave(8, 2).repeat_interleave(8, 3), 128, 128)
+    for picture in (noisy, gradient, blocks):
+        assert (share := flat_share(picture)) is None or not share.any()
