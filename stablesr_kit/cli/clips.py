@@ -336,6 +336,7 @@ def restore_frames(
 ) -> None:
     """The frames that are not restored yet, chunk by chunk."""
     restoring = restorer.restoring
+    from stablesr_kit.pipelines.tracked_faces import TrackedFaces
     from stablesr_kit.pipelines.video import LADDER, StableSRVideo
     from stablesr_kit.video.motion import dis_flow, raft_flow
 
@@ -351,7 +352,7 @@ def restore_frames(
         seed=restoring.seed % 2**64,
         state=state,
         is_grey=survey.is_grey,
-        post_stages=restorer.stages,
+        post_stages=[TrackedFaces(stage.restorer, stage.w) for stage in restorer.stages],
         tiling=restoring.tiling,
         plan=plan,
         team=restorer.team,
