@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import typer
 from tqdm import tqdm
 
-from stablesr_kit.cli.jobs import Job, Report, make_folder, naming
+from stablesr_kit.cli.jobs import Job, Report, Told, make_folder, naming
 from stablesr_kit.cli.journal import Journal, refuse_other_settings
 from stablesr_kit.cli.messages import one_line, usage_error
 from stablesr_kit.cli.restorer import LESS_MEMORY, Restorer, Restoring, plan_for
@@ -273,7 +272,12 @@ class Progress:
 
 
 def restore_clip(
-    source: Path, output: Path, asked: Mapping[str, Any], restoring: Restoring, load: Callable[[Restoring], Restorer]
+    source: Path,
+    output: Path,
+    asked: Mapping[str, Any],
+    restoring: Restoring,
+    load: Callable[[Restoring], Restorer],
+    report: Report,
 ) -> None:
     """Restore a clip, or a folder of frames, into a file or a folder of PNG files.
 
@@ -291,12 +295,12 @@ def restore_clip(
         clip = Clip(source, span, asked["on_damage"], asked["deinterlace"])
     journal = Journal(restoring.folder, restoring.settings)
     journal.remove_stale_locks()
+    job = Job(source=source, target=output, companion=None, folder=restoring.folder)
     if restoring.resume and is_finished(journal, source, output):
-        typer.echo(Report("restored", skipped=1).summary() + f": {output}")
+        report.skip(job)
         return
     survey = surveyed(clip)
     size = result_size_of(clip, asked["scale"], output, asked["pix_fmt"])
-    job = Job(source=source, target=output, companion=None, folder=restoring.folder)
     encoding = encoding_for(job, clip, survey, size, asked)
     for note in survey.notes:
         tqdm.write(f"note: {one_line(source)}: {note}", file=sys.stderr)
@@ -321,7 +325,7 @@ def restore_clip(
                 made = target.finish(progress.chunks, lambda: shown.update() and None)
         journal.finish(source, [output]) if output.is_file() else None
     journal.close()
-    tell(job, clip, survey, progress, made, time.monotonic() - started, asked["as_json"])
+    report.finish(job, told(clip, survey, progress, made), time.monotonic() - started)
 
 
 def restore_frames(
@@ -344,7 +348,9 @@ def restore_frames(
     flow = dis_flow() if asked["flow"] == "dis" else raft_flow(Path(asked["flow"]), restoring.device)
     video = StableSRVideo(restorer.pipeline, LADDER[asked["steady"]], flow, asked["chunk"])
     options = {name: value for name, value in restoring.options.items() if name != "scale"}
-    size = target.height, target.width
+    size = restoring.tiling.working_size(
+        (clip.height, clip.width), (target.height, target.width), restorer.pipeline.config.working_scale
+    )
     planned = {**options, "batch_size": asked["chunk"]}
     plan = plan_for(restorer.pipeline, *size, restoring.tiling, planned, progress.folder / "plan.json")
     chunks = video.chunks(
@@ -457,48 +463,31 @@ def bar(job: Job, total: int, what: str, done: int = 0) -> Any:
     return tqdm(total=total, initial=done, desc=description, unit="frame", leave=False, disable=not is_seen)
 
 
-def tell(
-    job: Job,
-    clip: Source,
-    survey: Survey,
-    progress: Progress,
-    made: dict[str, Any],
-    taken: float,
-    as_json: bool,
-) -> None:
-    """What was done, on stdout: one line, or one JSON object."""
+def told(clip: Source, survey: Survey, progress: Progress, made: dict[str, Any]) -> Told:
+    """What there is to say of a clip that is restored."""
     cuts = [number for record in progress.records for number in record["cuts"]]
     first = survey.times[0][0]
-    cut_times = [round(float((survey.times[number][0] - first) * clip.time_base), 3) for number in cuts]
+    times = [round(float((survey.times[number][0] - first) * clip.time_base), 3) for number in cuts]
     computing = sum(record["seconds"] for record in progress.records)
-    errors = [record["warping_error"] for record in progress.records]
-    known = [error for error in errors if error is not None]
     rate = len(survey.times) / computing if computing else 0.0
-    if as_json:
-        report = {
-            "source": str(job.source),
-            "result": str(job.target),
-            "frames": len(survey.times),
-            "seconds": round(taken, 3),
-            "frames_per_second": round(rate, 4),
-            "cuts": [{"frame": number, "time": at} for number, at in zip(cuts, cut_times, strict=True)],
-            "chunks": [
-                {"frames": record["frames"], "warping_error": record["warping_error"], "seconds": record["seconds"]}
-                for record in progress.records
-            ],
-            "is_grey": survey.is_grey,
-            "notes": survey.notes,
-            **made,
-        }
-        typer.echo(json.dumps(report))
-        return
-    where = f" at {', '.join(f'{at:g} s' for at in cut_times[:8])}{' ...' if len(cuts) > 8 else ''}" if cuts else ""
+    known = [record["warping_error"] for record in progress.records if record["warping_error"] is not None]
+    where = f" at {', '.join(f'{at:g} s' for at in times[:8])}{' ...' if len(cuts) > 8 else ''}" if cuts else ""
     steady = f", warping error {1000 * float(np.mean(known)):.2f} / 1000" if known else ""
     count = f"{len(cuts)} cut{'' if len(cuts) == 1 else 's'}{where}"
-    tqdm.write(f"{one_line(job.source)}: {len(survey.times)} frames, {rate:.2f} per second, {count}{steady}")
-    report_ = Report("restored")
-    report_.written.append(job.target)
-    typer.echo(report_.summary())
+    values = {
+        "frames": len(survey.times),
+        "frames_per_second": round(rate, 4),
+        "cuts": [{"frame": number, "time": at} for number, at in zip(cuts, times, strict=True)],
+        "chunks": [
+            {"frames": record["frames"], "warping_error": record["warping_error"], "seconds": record["seconds"]}
+            for record in progress.records
+        ],
+        "is_grey": survey.is_grey,
+        "notes": survey.notes,
+        **made,
+    }
+    line = f"{one_line(clip.path)}: {len(survey.times)} frames, {rate:.2f} per second, {count}{steady}"
+    return Told([line], values)
 
 
 def check_target(output: Path, resume: bool) -> None:
@@ -521,6 +510,7 @@ def run_clip(
     asked: Mapping[str, Any],
     restoring_of: Callable[[Path, Mapping[str, Any]], Restoring],
     load: Callable[[Restoring], Restorer],
+    report: Report,
 ) -> None:
     """The command for a clip. Raises StableSRKitError.
 
@@ -535,4 +525,4 @@ def run_clip(
     make_folder(output.parent)
     restoring = restoring_of(output.parent, asked)
     restoring = replace(restoring, settings={**restoring.settings, **settings})
-    restore_clip(source, output, asked, restoring, load)
+    restore_clip(source, output, asked, restoring, load, report)

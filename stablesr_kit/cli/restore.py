@@ -17,7 +17,7 @@ from stablesr_kit.cli.journal import Journal
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
 from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
-from stablesr_kit.errors import ConfigError, JobError, StableSRKitError
+from stablesr_kit.errors import ConfigError, JobError, ModelNotFoundError, StableSRKitError
 from stablesr_kit.storage import sha256
 
 if TYPE_CHECKING:
@@ -285,15 +285,20 @@ def restore_one_clip(source: Path, output: Path, asked: Mapping[str, Any]) -> No
         check_components(restorer.pipeline, restoring.options)
         return restorer
 
+    report = Report("restored", asked["as_json"])
     try:
-        with failing_in_one_line():
-            run_clip(source, output, asked, restoring_of, load)
+        run_clip(source, output, asked, restoring_of, load, report)
+    except ModelNotFoundError as error:
+        usage_error(str(error))
+    except StableSRKitError as error:
+        report.fail(error, source)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing is half-written, --resume continues", err=True)
+        typer.echo("interrupted: nothing is half-written, --resume continues", err=True)
         raise typer.Exit(130) from None
     finally:
         if team is not None:
             team.tell(None)
+    finish(report)
 
 
 def with_preset(context: typer.Context) -> dict[str, Any]:

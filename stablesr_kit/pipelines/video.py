@@ -339,15 +339,15 @@ class StableSRVideo:
     @property
     def margin_px(self) -> int:
         """Of the pipeline's canvas, above and to the left of the picture."""
-        return int(getattr(self.pipeline.config, "margin_px", 0))
+        return int(self.pipeline.config.margin_px)
 
 
 @dataclass
 class LatentMixing:
     """What changes the predictions of a call so that its frames' denoised latents are mixed, as `Job.on_prediction`.
 
-    motions: from the frame before to each. size, canvas: of the results and of their canvases, in pixels. before: by
-    step, the denoised latents (C, h, w) of the frame before; last: likewise, those of the call's last frame.
+    motions: from the frame before to each. size, canvas: what the results are made at and their canvases, in pixels.
+    before: by step, the denoised latents (C, h, w) of the frame before; last: likewise, of the call's last frame.
     """
 
     video: StableSRVideo

@@ -99,7 +99,7 @@ def test_a_folder_of_frames_becomes_a_clip_or_frames(model: Path, tmp_path: Path
 
 def test_what_a_file_cannot_hold_is_said_before_the_start(clip: Path, model: Path, tmp_path: Path) -> None:
     refused = restore(clip, tmp_path / "out.mp4", model)
-    assert refused.exit_code == 1 and refused.stdout == ""
+    assert refused.exit_code == 1 and refused.stdout == "0 restored, 1 failed\n"
     assert "cannot hold subtitle stream 2 (srt), attachment stream 3 (none)" in error_lines(refused)[0]
     assert "give -o NAME.mkv, or --leave-out" in refused.stderr
     assert list(tmp_path.iterdir()) == []
