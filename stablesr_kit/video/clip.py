@@ -144,16 +144,14 @@ class Clip:
         from av.video.reformatter import VideoReformatter
 
         reformatter = VideoReformatter()
+        last: VideoFrame | None = None
         pixels: NDArray[Any] | None = None
-        number = 0
-        for decoded, pts, duration in self._timed(survey):
-            if number >= skip or (decoded is None and pixels is None):
-                pixels = pixels if decoded is None else self._pixels(decoded, reformatter)
-            elif decoded is not None:  # kept for a damaged one that may follow
-                pixels = self._pixels(decoded, reformatter) if number == skip - 1 else None
-            if number >= skip and pixels is not None:
+        for number, (decoded, pts, duration) in enumerate(self._timed(survey)):
+            if decoded is not None:
+                last, pixels = decoded, None
+            if number >= skip and last is not None:
+                pixels = self._pixels(last, reformatter) if pixels is None else pixels
                 yield Frame(pixels=pixels, pts=pts, duration=duration)
-            number += 1
 
     def _first_frame(self, container: "InputContainer", stream: "VideoStream") -> "VideoFrame":
         from av.error import FFmpegError
@@ -225,7 +223,7 @@ class Clip:
                 continue
             if (end is not None and pts >= end) or taken == span.count:
                 return
-            if frame is None and (self.on_damage == "drop" or (taken == 0 and start is None and number == 1)):
+            if frame is None and (self.on_damage == "drop" or taken == 0):  # there is none before the first
                 continue
             duration = step if frame is None or not frame.duration else frame.duration
             yield frame, pts, duration

@@ -221,6 +221,10 @@ def test_a_damaged_frame_is_named_and_repeated_or_dropped(damaged: Path) -> None
             assert np.array_equal(pixels, whole[number])
         assert [frame.pts for frame in clip.frames(skip=3)] == [pts for pts, _ in survey.times[3:]]
         assert all(np.array_equal(one.pixels, other) for one, other in zip(clip.frames(skip=3), found[3:], strict=True))
+    late = Clip(damaged, Span(start=Fraction(12, 100)))
+    times = surveyed(late).times
+    assert times[0][0] == 160  # there is no frame that could be repeated
+    assert [frame.pts for frame in late.frames(skip=1)] == [pts for pts, _ in times[1:]]
     with pytest.raises(ImageError, match=r"the frame at 0\.120 s cannot be decoded .*; get a whole copy, or choose"):
         surveyed(Clip(damaged, on_damage="stop"))
 
