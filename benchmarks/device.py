@@ -83,7 +83,9 @@ SCALES = {
         repeats=5,
         compiler="inductor",
     ),
-    "tiny": Scale(networks=TINY, latent=8, results=((64, 64), (384, 384)), steps=(1, 2), repeats=1, compiler="eager"),
+    "tiny": Scale(
+        networks=TINY, latent=16, results=((128, 128), (384, 384)), steps=(1, 2), repeats=1, compiler="eager"
+    ),
 }
 
 
