@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stablesr_kit.pipelines.job import Job
     from stablesr_kit.pipelines.one_step import OneStepPipeline
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
+    from stablesr_kit.pipelines.video import StableSRVideo
     from stablesr_kit.tiling.memory import Tiling
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SpacedDDPMScheduler",
     "StableSRAdapter",
     "StableSRPipeline",
+    "StableSRVideo",
     "Tiling",
     "__version__",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     "SpacedDDPMScheduler": "stablesr_kit.diffusion.spaced",
     "StableSRAdapter": "stablesr_kit.models.time_aware_encoder",
     "StableSRPipeline": "stablesr_kit.pipelines.stablesr",
+    "StableSRVideo": "stablesr_kit.pipelines.video",
     "Tiling": "stablesr_kit.tiling.memory",
 }
 
