@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyvips
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.finding import READ_FORMATS, START, format_of
@@ -332,7 +332,9 @@ def _open_with_pillow(source: Path | bytes, kind: str, limit: _Limit) -> Picture
 
 def _largest(image: Image.Image) -> int:
     """The value of white in a PNM file, which Pillow scales to 8 bits in colour; 0 in other formats."""
-    arguments = image.tile[0][3] if image.format == "PPM" and image.tile else None
+    if not isinstance(image, ImageFile.ImageFile) or image.format != "PPM" or not image.tile:
+        return 0
+    arguments = image.tile[0][3]
     last = arguments[-1] if isinstance(arguments, tuple) else None
     return last if isinstance(last, int) else 0
 
