@@ -96,9 +96,10 @@ def build_text_encoder(checkpoint: Checkpoint, config: Config, options: Assembly
 def clip_tokenizer(*, pads_with_zero: bool, length: int) -> CLIPTokenizer:
     """Tokenizer of every CLIP text encoder with 49408 tokens.
 
-    pads_with_zero: pad with token 0, which is "!", as open_clip and Stable Diffusion 2 do (a "!" in a prompt is the
-        same token, as with their published tokenizers); else with the end token, as Stable Diffusion 1 does.
-    length: tokens of every prompt.
+    Args:
+        pads_with_zero: pad with token 0, which is "!", as open_clip and Stable Diffusion 2 do (a "!" in a prompt is the
+            same token, as with their published tokenizers); else with the end token, as Stable Diffusion 1 does.
+        length: tokens of every prompt.
     """
     alphabet = list(byte_alphabet().values())
     merges_wanted = VOCABULARY_SIZE - 2 * len(alphabet) - 2

@@ -35,8 +35,8 @@ class CodeFormer(ModelMixin, ConfigMixin):
     """A VQ autoencoder of faces, a transformer that predicts codes, and fusion (CFT) of the input's features.
 
     Args:
-        image_size, base_channels, channel_multipliers, layers_per_block, attention_resolutions, codebook_size,
-            code_channels, norm_num_groups: those of `VQGAN`.
+        image_size, base_channels, channel_multipliers, layers_per_block: those of `VQGAN`.
+        attention_resolutions, codebook_size, code_channels, norm_num_groups: likewise.
         dim: width of the transformer.
         num_heads: its attention heads.
         num_layers: its layers.

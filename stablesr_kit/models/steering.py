@@ -142,12 +142,15 @@ def steered_prediction(
 ) -> Tensor:
     """What the steered UNet predicts at one timestep, after guidance; epsilon or v as it was trained.
 
-    unet: it is made steerable. adapter: a `StableSRAdapter` for it.
-    latents, lq_latents: (B, C, h, w).
-    prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with the negative ones first, which turns
-        classifier-free guidance on (Ho and Salimans 2022). The adapter runs once for both.
-    guidance_scale: weight of that guidance, 1 is none; a UNet distilled with guidance (Meng et al. 2023) is told it.
-    kwargs: of the UNet's forward, such as cross_attention_kwargs.
+    Args:
+        unet: it is made steerable.
+        adapter: a `StableSRAdapter` for it.
+        latents, lq_latents: (B, C, h, w).
+        prompt_embeds: (B, tokens, channels), or (1, ...) for all, or (2B, ...) with the negative ones first, which
+            turns classifier-free guidance on (Ho and Salimans 2022). The adapter runs once for both.
+        guidance_scale: weight of that guidance, 1 is none; a UNet distilled with guidance (Meng et al. 2023) is told
+            it.
+        kwargs: of the UNet's forward, such as cross_attention_kwargs.
     """
     make_steerable(unet)
     sft = adapter(lq_latents.to(adapter.dtype), timestep).to(unet.dtype)

@@ -48,12 +48,13 @@ MOST_GAIN = 1.5
 class Steadiness:
     """How frames are held to those before them.
 
-    noise: "fresh" for every frame, "shared" by all, or "moving" with the flow.
-    latents: weight, 0 to 1, of the frame before in the denoised latents, at the steps that settle structure (the first
-        `early` of them) and texture (the last `late` of them, without the very last). 0 is off; it always is in models
-        of one step, and wherever the last step is the only one.
-    bands: weight, 0 to 1, of the frame before in what is finer than `sigma_px` in the decoded frames, which stays as
-        strong as it was. 0 is off.
+    Attributes:
+        noise: "fresh" for every frame, "shared" by all, or "moving" with the flow.
+        latents: weight, 0 to 1, of the frame before in the denoised latents, at the steps that settle structure (the
+            first `early` of them) and texture (the last `late` of them, without the very last). 0 is off; it always is
+            in models of one step, and wherever the last step is the only one.
+        bands: weight, 0 to 1, of the frame before in what is finer than `sigma_px` in the decoded frames, which stays
+            as strong as it was. 0 is off.
     """
 
     noise: NoiseOfFrames = "shared"

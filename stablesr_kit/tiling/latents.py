@@ -420,11 +420,12 @@ def choose_grid(
 ) -> TileGrid | None:
     """The grid for a canvas of latents; None samples it whole.
 
-    height, width: of the canvas, in latents.
-    tile_px: side of a tile in pixels of the result. "auto" is the size the UNet was trained on, but up to four times
-        that area the canvas stays whole; "none" never tiles.
-    overlap_px: overlap of neighbours, in pixels; None is a quarter of a tile.
-    margin: latents that are cut off on each side; "auto" does not count them.
+    Args:
+        height, width: of the canvas, in latents.
+        tile_px: side of a tile in pixels of the result. "auto" is the size the UNet was trained on, but up to four
+            times that area the canvas stays whole; "none" never tiles.
+        overlap_px: overlap of neighbours, in pixels; None is a quarter of a tile.
+        margin: latents that are cut off on each side; "auto" does not count them.
 
     Raises:
         ValueError: the tile or the overlap cannot work; the message names one that can.

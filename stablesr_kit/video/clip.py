@@ -113,8 +113,12 @@ class Clip:
         deinterlace: make whole frames of interlaced ones (FFmpeg's bwdif).
 
     Attributes:
-        height, width: of the frames upright, in pixels. bits: of a channel. sample_aspect: width of a pixel through its
-        height. rate: mean frames per second; the times of frames are theirs alone. subsampling: "420", "422" or "444".
+        height: of the frames upright, in pixels.
+        width: likewise.
+        bits: of a channel.
+        sample_aspect: width of a pixel through its height.
+        rate: mean frames per second; the times of frames are theirs alone.
+        subsampling: "420", "422" or "444".
 
     Raises:
         ImageError: no video in it, or one that cannot be restored.

@@ -28,7 +28,7 @@ class PhotoOptions(CheckedOptions):
     image_column: str = "image"
     """Column of the photographs in that dataset."""
     shards: str | None = None
-    """WebDataset shards: set-*.tar, set-{000..127}.tar, or the JSON index of shards that may lie elsewhere."""
+    """WebDataset shards: `set-*.tar`, `set-{000..127}.tar`, or the JSON index of shards that may lie elsewhere."""
     photo_scales: tuple[float, ...] = (1.0,)
     """Photographs of folders are used once at each of these scales; smaller scales hide their compression."""
     favourite_photos: tuple[str, ...] = ()

@@ -78,7 +78,7 @@ def revive_codes(codes: Tensor, counts: Tensor, latents: Tensor, generator: Gene
 
 
 def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
-    """Mean squared distance |z - sg(codes)|^2 of features and codes (B, C, h, w), which moves only the features.
+    """Mean squared distance ``|z - sg(codes)|^2`` of features and codes (B, C, h, w), which moves only the features.
 
     z are features of the damaged picture, codes the codebook's entries that stand for the good one.
     """

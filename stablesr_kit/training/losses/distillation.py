@@ -36,8 +36,8 @@ def distribution_matching_loss(z: Tensor, x0_fake: Tensor, x0_real: Tensor) -> T
     """A scalar whose gradient moves the latents z (B, C, h, w) from what the fake score sees in them to the real one's.
 
     x0_fake, x0_real: what both networks find in z under the same noise. The gradient of a sample is
-    (x0_fake - x0_real) / mean |z - x0_real| (Yin et al. 2024, DMD, eq. 7 and 8), times 2 / elements of z; none where
-    the two agree.
+    ``(x0_fake - x0_real) / mean |z - x0_real|`` (Yin et al. 2024, DMD, eq. 7 and 8), times 2 / elements of z;
+    none where the two agree.
     """
     with torch.no_grad():
         size = (z - x0_real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)

@@ -85,7 +85,7 @@ def read_vgg16(file: str | Path | None) -> VGG16Weights:
 
 
 class FeatureReconstruction(nn.Module):
-    """Feature reconstruction loss: |phi_j(image) - phi_j(target)|^2 / (C_j H_j W_j) (Johnson et al. 2016, eq. 2).
+    """Feature reconstruction loss: ``|phi_j(image) - phi_j(target)|^2 / (C_j H_j W_j)`` (Johnson et al. 2016, eq. 2).
 
     phi_j is the output of the named ReLU of VGG-16; with several, the loss is their sum; over a batch, the mean.
     state: weights of `read_vgg16`. layers: numbers in torchvision's `features`; 8 is relu2_2, the paper's choice for

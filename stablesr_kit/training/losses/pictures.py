@@ -101,9 +101,9 @@ def adaptive_adversarial_weight(
 ) -> Tensor:
     """Weight that makes the adversarial loss pull as hard as the reconstruction loss, a scalar without gradient.
 
-    |d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4), at most `largest` (Esser et al. 2021,
-    eq. 7). last_layer: a weight that both losses depend on, usually of the generator's last convolution. largest: 1 in
-    CodeFormer, 1e4 in VQGAN. Both graphs are kept, so that the losses can still be taken back. Under a scaler of
+    ``|d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4)``, at most `largest` (Esser et al.
+    2021, eq. 7). last_layer: a weight that both losses depend on, usually of the generator's last convolution. largest:
+    1 in CodeFormer, 1e4 in VQGAN. Both graphs are kept, so that the losses can still be taken back. Under a scaler of
     half precision give both losses unscaled.
     """
     pull, push = (

@@ -72,7 +72,7 @@ class LogFile(logging.FileHandler):
 class TrainingRun:
     """A run of `config.max_train_steps` steps that continues by itself where it was interrupted.
 
-    In this order: `train` every network, loop over `batches`, in it `backward` every loss and `update`; then `finish`.
+    In this order: `train` every network, loop over `batches`, in it `backward` every loss and `update`; then `finish`::
 
         run = TrainingRun(config)
         network = run.train(network, {"vae": ""})
