@@ -15,8 +15,10 @@ from stablesr_kit import spaces
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "stablesr_kit/spaces.py": "converts for all",
-    "stablesr_kit/faces/parse.py": "the mask is blurred in levels of 255, as the published one",
+    "stablesr_kit/faces/paste.py": "the mask is blurred in levels of 255, as the published one",
     "stablesr_kit/imaging/color_fix.py": "chroma is judged in levels of 255",
+    "stablesr_kit/models/execution.py": "rows of a strip",
+    "stablesr_kit/video/motion.py": "flow is found between grey pictures of one channel",
     "stablesr_kit/cli/face_stage.py": "the share of a white mask",
     "stablesr_kit/evaluation/methods.py": "networks of other projects take [0, 1], as torch or numpy",
     "stablesr_kit/evaluation/resampling.py": "places of a mirrored row",

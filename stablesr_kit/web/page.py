@@ -564,17 +564,19 @@ class _Blocks:
         def known(update: Update) -> Update:
             return {part: value for part, value in update.items() if part is not None}
 
-        yield known({job: accepted.id, last: accepted.id, stop: gr.update(value="Cancel", interactive=True)})
+        # Told again with all that follows: the browser may leave out one of two updates that come close together.
+        running = {job: accepted.id, last: accepted.id, stop: gr.update(value="Cancel", interactive=True)}
+        yield known(running)
         version, picture = -1, None
         while accepted.state not in ENDED:
             if accepted.version != version or accepted.state == "queued":
                 version = accepted.version
-                update: Update = {told: _progress(self.service.told(accepted))}
+                update: Update = running | {told: _progress(self.service.told(accepted))}
                 if preview is not None and accepted.preview is not None and accepted.preview is not picture:
                     picture = accepted.preview
                     large = picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC)
                     update[preview] = gr.update(value=large, visible=True)
-                yield update
+                yield known(update)
             await asyncio.sleep(LOOK_EVERY_S)
         ended: Update = {
             stop: gr.update(value="Cancel", interactive=False),
@@ -680,7 +682,7 @@ def _mask_of(editor: dict[str, Any] | None, path: Path) -> Upload:
     if not painted or not any(one.any() for one in painted):
         raise Refused("nothing is painted yet; paint over what is to be filled in")
     picture = open_picture(path)
-    hole = Image.fromarray(np.any(painted, axis=0).astype(np.uint8) * 255)
+    hole = Image.fromarray(np.any(painted, axis=0)).convert("L")
     content = io.BytesIO()
     hole.resize((picture.width, picture.height), Image.Resampling.NEAREST).save(content, "PNG")
     content.seek(0)

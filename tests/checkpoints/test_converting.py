@@ -261,7 +261,7 @@ def test_files_in_the_wrong_place_are_told_where_they_belong(files: dict[str, Pa
         ({"checkpoint": files["extract"]}, r"adapter alone.*--base"),
         ({"checkpoint": files["full"], "cfw": files["full"]}, "not CFW"),
         ({"checkpoint": files["full"], "base": files["sd"]}, "leave base"),
-        ({"checkpoint": files["extract"], "base": files["cfw"]}, "not a Stable Diffusion"),
+        ({"checkpoint": files["extract"], "base": files["cfw"]}, "expected a Stable Diffusion as base"),
         ({"checkpoint": files["extract"], "base": files["full"].parent}, "lacks scheduler, unet, vae"),
     ):
         with pytest.raises(CheckpointError, match=message) as caught:

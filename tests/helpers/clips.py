@@ -76,6 +76,7 @@ def write_clip(
                 format=pix_fmt,
                 dst_color_range=context.get("color_range", 1),
                 dst_colorspace=context.get("colorspace", 5),
+                threads=1,  # several spoil some values of 16 bits
             )
             frame.pts, frame.time_base = time, time_base
             out.mux(video.encode(frame))

@@ -241,7 +241,7 @@ def test_shards_elsewhere_are_fetched_when_due_and_few_are_kept(
     assert isinstance(source, ShardPhotos)
     cache = source.cache
     assert len(list(cache.glob("*.tar"))) <= 2
-    del crops, loader
+    del crops, loader, source
     assert not cache.exists()
 
 
