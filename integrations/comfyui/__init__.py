@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stablesr_kit import CodeFormerPipeline, FaceRefinement, OneStepPipeline, StableSRPipeline, Tiling
 from stablesr_kit import Job as PipelineJob
+from stablesr_kit.pipelines.job import Bar
 from stablesr_kit.pipelines.loading import pipeline_config, resolve_model
 
 CATEGORY = "StableSR"
@@ -170,8 +171,8 @@ class _Bars:
         else:
             self.bar, self.check = ProgressBar(1000 * pictures), throw_exception_if_processing_interrupted
 
-    def __call__(self, doing: str, total: int, unit: str) -> "_Bar":
-        return _Bar(self, doing, total, unit)
+    def __call__(self, doing: str, total: int, unit: str) -> Bar:
+        return Bar(doing, total, unit, self.show)
 
     def show(self, doing: str, share: float) -> None:
         """Tell how much is done; raises what ComfyUI raises when it is interrupted."""
@@ -179,26 +180,6 @@ class _Bars:
         if self.bar is not None:
             first, last = self.PARTS.get(doing, (0.0, 1.0))
             self.bar.update_absolute(round(1000 * (self.done + first + (last - first) * min(share, 1.0))))
-
-
-class _Bar:
-    """What a pipeline uses of a bar."""
-
-    def __init__(self, bars: _Bars, doing: str, total: int, unit: str) -> None:
-        self.bars, self.doing, self.total, self.unit, self.n = bars, doing, total, unit, 0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int = 1) -> None:
-        self.n += n
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.bars.show(self.doing, self.n / max(self.total, 1))
 
 
 def _device() -> torch.device:

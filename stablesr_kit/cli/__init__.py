@@ -7,10 +7,9 @@ import typer
 
 from stablesr_kit.cli.convert import convert, inspect
 from stablesr_kit.cli.degrade import degrade
-from stablesr_kit.cli.doctor import doctor
+from stablesr_kit.cli.doctor import doctor, licences
 from stablesr_kit.cli.evaluate import evaluate
 from stablesr_kit.cli.faces import faces
-from stablesr_kit.cli.licences import licences
 from stablesr_kit.cli.messages import Notes, quieten_imports
 from stablesr_kit.cli.restore import restore
 from stablesr_kit.cli.web import web

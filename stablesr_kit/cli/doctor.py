@@ -1,4 +1,4 @@
-"""`stablesr doctor`: what this machine offers, and what is broken."""
+"""`stablesr doctor` and `stablesr licences`: what this machine offers, what is broken, and whose the weights are."""
 
 import getpass
 import platform
@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -156,3 +156,11 @@ def _described(pipeline: "DiffusionPipeline") -> str:
     )
     parts = ", ".join(sorted(key for key, component in pipeline.components.items() if component is not None))
     return f"{parameters / 1e6:.1f} M parameters ({parts})"
+
+
+def licences() -> None:
+    """Print the licences of the code, of what is in the package, and of the weights that people bring.
+
+    Each model that was converted has its own in its folder.
+    """
+    typer.echo((resources.files("stablesr_kit") / "assets" / "licences.md").read_text(encoding="utf-8").rstrip())

@@ -91,6 +91,32 @@ class SamplingState:
             ) from error
 
 
+class Bar:
+    """What `Job.progress` may return for a program that shows progress in its own way.
+
+    show: is told what is done and which share of it, 0 to 1, at the beginning and after every part.
+    """
+
+    def __init__(self, doing: str, total: int, unit: str, show: Callable[[str, float], None]) -> None:
+        self.doing, self.total, self.unit, self.show, self.n = doing, total, unit, show, 0
+
+    def __enter__(self) -> "Bar":
+        self.refresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        """n more parts are done."""
+        self.n += n
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Tell it again."""
+        self.show(self.doing, self.n / max(self.total, 1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """For calls that can be resumed, are shared by several processes, or restore frames of a clip.

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from stablesr_kit import CodeFormerPipeline, OneStepPipeline, StableSRPipeline
     from stablesr_kit.cli.restorer import Restoring
     from stablesr_kit.pipelines.face_parts import Background
+    from stablesr_kit.pipelines.job import Bar
     from stablesr_kit.pipelines.stablesr import Sampled
 
 logger = logging.getLogger(__name__)
@@ -706,8 +707,10 @@ class _Bars:
         self.service, self.job, self.index = service, job, index
         self.began = time.perf_counter()
 
-    def __call__(self, doing: str, total: int, unit: str) -> "_Bar":
-        return _Bar(self, doing, total, unit)
+    def __call__(self, doing: str, total: int, unit: str) -> "Bar":
+        from stablesr_kit.pipelines.job import Bar
+
+        return Bar(doing, total, unit, self.show)
 
     def show(self, doing: str, share: float) -> None:
         """Tell how much of a part is done. Raises Stopped."""
@@ -724,27 +727,6 @@ class _Bars:
             progress=(self.index + fraction) / count,
             eta_s=eta_s,
         )
-
-
-class _Bar:
-    """What a pipeline uses of a bar of tqdm."""
-
-    def __init__(self, bars: _Bars, doing: str, total: int, unit: str) -> None:
-        self.bars, self.doing, self.total, self.unit, self.n = bars, doing, total, unit, 0
-
-    def __enter__(self) -> "_Bar":
-        self.refresh()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int = 1) -> None:
-        self.n += n
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.bars.show(self.doing, self.n / max(self.total, 1))
 
 
 def _preview_for(
