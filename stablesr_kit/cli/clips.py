@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from stablesr_kit.cli.jobs import Job, Report, Told, make_folder, naming
+from stablesr_kit.cli.jobs import Job, Told, make_folder, naming
 from stablesr_kit.cli.journal import Journal, refuse_other_settings
 from stablesr_kit.cli.messages import one_line, usage_error
-from stablesr_kit.cli.restorer import LESS_MEMORY, Restorer, Restoring, plan_for
+from stablesr_kit.cli.restorer import LESS_MEMORY, Restorer, Restoring, Watch, plan_for
 from stablesr_kit.errors import ImageError, JobError, OutputError
 from stablesr_kit.imaging.finding import SUFFIXES as PICTURE_SUFFIXES
 from stablesr_kit.imaging.metadata import Metadata, read_provenance
@@ -121,7 +121,7 @@ class Target(Protocol):
     def write(self, number: int, first: int, frames: Sequence[Pixels]) -> list[Path]:
         """Write a chunk, of which `first` is the first frame, into the job's folder. Raises OutputError."""
 
-    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], None]) -> dict[str, Any]:
+    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], Any]) -> dict[str, Any]:
         """Make the result of all chunks; says what else is in it. Raises OutputError."""
 
 
@@ -154,7 +154,7 @@ class ClipTarget:
         write_segment(path, frames, self.encoding)
         return [path]
 
-    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], None]) -> dict[str, Any]:
+    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], Any]) -> dict[str, Any]:
         segments = [path for chunk in chunks for path in chunk]
         times = self.survey.times
         made = assemble(
@@ -193,7 +193,7 @@ class FolderTarget:
             write_bands(paths[-1], iter([pixels]), self.height, self.width, picture, self.folder, self.provenance)
         return paths
 
-    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], None]) -> dict[str, Any]:
+    def finish(self, chunks: Sequence[Sequence[Path]], done: Callable[[], Any]) -> dict[str, Any]:
         frames = self.folder / "frames"
         shown = [(pts - self.survey.times[0][0]) * self.source.time_base * 1000 for pts, _ in self.survey.times]
         with writing(frames):
@@ -277,14 +277,13 @@ def restore_clip(
     asked: Mapping[str, Any],
     restoring: Restoring,
     load: Callable[[Restoring], Restorer],
-    report: Report,
-) -> None:
-    """Restore a clip, or a folder of frames, into a file or a folder of PNG files.
+    watch: Watch,
+) -> Told | None:
+    """Restore a clip, or a folder of frames, into a file or a folder of PNG files; None if the result is there.
 
     restoring: with the clip's own settings. load: the model, once that is needed. Raises StableSRKitError, beginning
     with a file.
     """
-    started = time.monotonic()
     span = span_of(asked)
     clip: Source
     if source.is_dir():
@@ -297,9 +296,9 @@ def restore_clip(
     journal.remove_stale_locks()
     job = Job(source=source, target=output, companion=None, folder=restoring.folder)
     if restoring.resume and is_finished(journal, source, output):
-        report.skip(job)
-        return
-    survey = surveyed(clip)
+        return None
+    with bar(job, None, "reading", watch) as shown:
+        survey = surveyed(clip, shown.update)
     size = result_size_of(clip, asked["scale"], output, asked["pix_fmt"])
     encoding = encoding_for(job, clip, survey, size, asked)
     for note in survey.notes:
@@ -320,12 +319,12 @@ def restore_clip(
         state = progress.load()
         with naming(job, less=f"{LESS_MEMORY}, or a smaller --chunk"):
             if progress.frames < len(survey.times):
-                restore_frames(job, clip, survey, target, progress, state, asked, load(restoring))
-            with bar(job, len(survey.times), "writing") as shown:
-                made = target.finish(progress.chunks, lambda: shown.update() and None)
+                restore_frames(job, clip, survey, target, progress, state, asked, load(restoring), watch)
+            with bar(job, len(survey.times), "writing", watch) as shown:
+                made = target.finish(progress.chunks, shown.update)
         journal.finish(source, [output]) if output.is_file() else None
     journal.close()
-    report.finish(job, told(clip, survey, progress, made), time.monotonic() - started)
+    return told(clip, survey, progress, made)
 
 
 def restore_frames(
@@ -337,6 +336,7 @@ def restore_frames(
     state: "ClipState | None",
     asked: Mapping[str, Any],
     restorer: Restorer,
+    watch: Watch,
 ) -> None:
     """The frames that are not restored yet, chunk by chunk."""
     restoring = restorer.restoring
@@ -362,21 +362,24 @@ def restore_frames(
         tiling=restoring.tiling,
         plan=plan,
         team=restorer.team,
+        progress=watch.progress,
         height=target.height,
         width=target.width,
         **options,
     )
     begun, total, before = time.monotonic(), len(survey.times), len(progress.records)
-    with bar(job, total, "restoring", progress.frames) as shown:
+    with bar(job, total, "restoring", watch, progress.frames) as shown:
         for number, chunk in enumerate(chunks, before):
             first = chunk.state.frames - len(chunk.frames)
             files = target.write(number, first, [levels(frame.image, target.dtype) for frame in chunk.frames])
             taken = time.monotonic() - begun
             progress.add(files, chunk, taken)
             begun += taken
+            if watch.on_frame is not None:
+                watch.on_frame(levels(chunk.frames[-1].image, np.uint8))
             shown.update(len(chunk.frames))
             left = total - progress.frames
-            if shown.disable and left and number == before:
+            if watch.progress is None and shown.disable and left and number == before:
                 rate = taken / len(chunk.frames)
                 estimate = tqdm.format_interval(rate * left)
                 tqdm.write(
@@ -456,8 +459,12 @@ def levels(image: Any, dtype: type[np.unsignedinteger[Any]]) -> Pixels:
     return np.concatenate(list(pixel_bands(View(image[None]), dtype)))
 
 
-def bar(job: Job, total: int, what: str, done: int = 0) -> Any:
-    """Over the frames of a clip, on a terminal."""
+def bar(job: Job, total: int | None, what: str, watch: Watch, done: int = 0) -> Any:
+    """Over the frames of a clip, on a terminal or as the watch shows it; total: None if it is not known."""
+    if watch.progress is not None:
+        shown = watch.progress(what, total or 0, "frame")
+        shown.n = done
+        return shown
     is_seen = sys.stderr.isatty()
     description = f"{job.source.name}, {what}"
     return tqdm(total=total, initial=done, desc=description, unit="frame", leave=False, disable=not is_seen)
@@ -510,9 +517,9 @@ def run_clip(
     asked: Mapping[str, Any],
     restoring_of: Callable[[Path, Mapping[str, Any]], Restoring],
     load: Callable[[Restoring], Restorer],
-    report: Report,
-) -> None:
-    """The command for a clip. Raises StableSRKitError.
+    watch: Watch,
+) -> Told | None:
+    """The command for a clip; what there is to say of it, None if its result is there. Raises StableSRKitError.
 
     restoring_of, load: as for pictures; the model of what the options say.
     """
@@ -525,4 +532,4 @@ def run_clip(
     make_folder(output.parent)
     restoring = restoring_of(output.parent, asked)
     restoring = replace(restoring, settings={**restoring.settings, **settings})
-    restore_clip(source, output, asked, restoring, load, report)
+    return restore_clip(source, output, asked, restoring, load, watch)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,7 @@ from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, pl
 from stablesr_kit.cli.journal import Journal
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
-from stablesr_kit.cli.restorer import Restorer, Restoring, find_model, load_pipeline
+from stablesr_kit.cli.restorer import Restorer, Restoring, Watch, find_model, load_pipeline
 from stablesr_kit.errors import ConfigError, JobError, ModelNotFoundError, StableSRKitError
 from stablesr_kit.storage import sha256
 
@@ -285,9 +286,14 @@ def restore_one_clip(source: Path, output: Path, asked: Mapping[str, Any]) -> No
         check_components(restorer.pipeline, restoring.options)
         return restorer
 
-    report = Report("restored", asked["as_json"])
+    report, began = Report("restored", asked["as_json"]), time.monotonic()
     try:
-        run_clip(source, output, asked, restoring_of, load, report)
+        told = run_clip(source, output, asked, restoring_of, load, Watch())
+        job = Job(source=source, target=output, companion=None, folder=output.parent)
+        if told is None:
+            report.skip(job)
+        else:
+            report.finish(job, told, time.monotonic() - began)
     except ModelNotFoundError as error:
         usage_error(str(error))
     except StableSRKitError as error:

@@ -76,11 +76,13 @@ class Watch:
 
     progress: as a pipeline's `Job` takes it.
     on_step: called with the latents (1, C, h, w) after each step.
+    on_frame: called with the last frame of each chunk of a clip, RGB (H, W, 3), uint8.
     is_kept: whether `sampled` keeps the last picture's latent and features, for `redecode` with any w.
     """
 
     progress: Callable[[str, int, str], Any] | None = None
     on_step: "Callable[[Tensor], None] | None" = None
+    on_frame: Callable[[Pixels], None] | None = None
     is_kept: bool = False
     sampled: "Sampled | None" = None
 

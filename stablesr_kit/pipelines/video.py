@@ -10,7 +10,7 @@ than a few frames, and where it is cut into calls does not show.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -196,6 +196,7 @@ class StableSRVideo:
         tiling: Tiling | None = None,
         plan: Plan | None = None,
         team: Team | None = None,
+        progress: Callable[[str, int, str], Any] | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
         """A clip, restored chunk by chunk; of the frames no more are read than are needed.
@@ -206,7 +207,8 @@ class StableSRVideo:
             state: of the chunk before, in this call or an earlier one with the same arguments; None begins.
             is_grey: whether the clip is; None leaves it to each frame, which may flicker.
             post_stages: as a pipeline's; `TrackedFaces` is one that knows of frames.
-            tiling, plan, team: as in a pipeline's call and its `Job`; a plan is for as many pictures as a chunk has.
+            tiling, plan, team, progress: as in a pipeline's call and its `Job`; a plan is for as many pictures as a
+                chunk has.
             options: of the pipeline's call: scale, w, num_inference_steps, prompt, color_fix and so on.
 
         Raises:
@@ -238,7 +240,7 @@ class StableSRVideo:
             restored: list[Readable] = self.pipeline(
                 given,
                 tiling=tiling,
-                job=Job(plan=plan, noise=noise, on_prediction=mixing, is_grey=is_grey, team=team),
+                job=Job(plan=plan, noise=noise, on_prediction=mixing, is_grey=is_grey, team=team, progress=progress),
                 post_stages=_per_scene(post_stages, remembering, motions),
                 output_type="canvas",
                 **options,

@@ -4,7 +4,7 @@ Reading goes through PyAV, the libraries of FFmpeg; folders of pictures do witho
 what cannot be decoded is named, and never more than a few frames are held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -35,6 +35,14 @@ OnDamage = Literal["repeat", "drop", "stop"]
 UNSPECIFIED = 2
 BT709, SMPTE170M, BT2020 = 1, 6, 9
 LIMITED, FULL = 1, 2
+_TRUSTED = {
+    "format_whitelist": (
+        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,avi,flv,mpegts,mpeg,mpegvideo,mxf,nut,ogg,yuv4mpegpipe"
+    ),
+    "protocol_whitelist": "file",
+    "max_pixels": str(MAX_PIXELS),
+}
+"""For FFmpeg: containers that bring all they hold, no playlists, which name other files and addresses."""
 _HDR = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _SWSCALE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 """Matrices: by their numbers in H.273, those that the converter knows them by."""
@@ -350,8 +358,8 @@ class FrameFolder:
             yield Frame(pixels=picture.pixels[..., :3], pts=number, duration=1)
 
 
-def surveyed(source: Source) -> Survey:
-    """One pass over a clip. Raises ImageError if no frame is left."""
+def surveyed(source: Source, on_frame: Callable[[], Any] | None = None) -> Survey:
+    """One pass over a clip, with `on_frame` called for each frame. Raises ImageError if no frame is left."""
     import torch
 
     from stablesr_kit.imaging.canvas import View
@@ -360,6 +368,8 @@ def surveyed(source: Source) -> Survey:
 
     survey = Survey(notes=list(source.notes))
     for frame in source.frames(survey):
+        if on_frame is not None:
+            on_frame()
         survey.times.append((frame.pts, frame.duration))
         if survey.is_grey:
             white = np.iinfo(frame.pixels.dtype).max
@@ -375,7 +385,7 @@ def opened(path: Path) -> Iterator["InputContainer"]:
     """The file as PyAV has it. Raises ImageError if it is no clip, ConfigError without PyAV."""
     av = need_av()
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        container = av.open(str(path), metadata_errors="replace", options=_TRUSTED)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read as a clip ({what(error)}); get a whole copy of it") from error
     with container:

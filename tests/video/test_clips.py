@@ -173,6 +173,10 @@ def test_hdr_is_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_files_that_are_no_clips_are_one_line(full: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no clip")
+    # Playlists, whose parts FFmpeg would fetch from anywhere
+    write_clip(tmp_path / "part.ts", moving(2))
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\npart.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile part.ts\n")
     (tmp_path / "cut.mkv").write_bytes(full.read_bytes()[:200])
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=16000)
@@ -183,6 +187,8 @@ def test_files_that_are_no_clips_are_one_line(full: Path, tmp_path: Path) -> Non
     for name, said in (
         ("empty.mp4", "cannot be read as a clip"),
         ("text.mp4", "cannot be read as a clip"),
+        ("list.m3u8", "cannot be read as a clip"),
+        ("list.mp4", "cannot be read as a clip"),
         ("cut.mkv", "cut.mkv: "),
         ("sound.mp4", "there is no video in this file"),
         ("none.mp4", "cannot be read as a clip"),
