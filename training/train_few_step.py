@@ -67,6 +67,8 @@ class FewStepConfig(
     """What is trained. The encoder and its latents stay."""
     lora_rank: int | None = None
     """Rank of the LoRA that is trained in place of the UNet, and merged at the end; None trains all of the UNet."""
+    cfw_rrdbs: int | None = None
+    """RRDBs that the fusion layers grow to, starting as what they were; None keeps those they have."""
     student_steps: tuple[Literal[1, 2, 4], ...] = (1,)
     """Numbers of steps, one drawn for every step of the training; the result takes the first by default."""
     w: tuple[float, ...] = (0.0, 0.5, 1.0)
@@ -111,6 +113,8 @@ class FewStepConfig(
                 raise ConfigError(f"{name} is empty; give at least one")
         if min(self.w) < 0:
             raise ConfigError(f"w={list(self.w)} must be numbers of at least 0")
+        if self.cfw_rrdbs is not None and "cfw" not in self.trained_parts:
+            raise ConfigError("cfw_rrdbs needs cfw among trained_parts; leave it out without")
         for name in ("distribution_weight", "consistency_weight", "velocity_every"):
             if getattr(self, name) and not {"unet", "adapter"} <= set(self.trained_parts):
                 raise ConfigError(f"{name} needs unet and adapter among trained_parts; set it to 0 without")
@@ -146,6 +150,8 @@ def main(config: FewStepConfig) -> None:
         raise ConfigError(
             f"{config.pretrained_model} has no fusion layers; give trained_parts without cfw and w: [0.0]"
         )
+    if cfw is not None and config.cfw_rrdbs is not None:
+        cfw = cfw.grown(config.cfw_rrdbs)
     for network in (unet, adapter, vae, cfw):
         if network is not None:
             network.requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -127,6 +127,36 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
             norm_num_groups=vae.config.norm_num_groups,
         )
 
+    @torch.no_grad()
+    def grown(self, num_rrdb: int) -> Self:
+        """The same function with more RRDBs per fusion layer, in float32: a start for training larger ones.
+
+        A new RRDB whose dense blocks add nothing multiplies by 1 + RESIDUAL_SCALE. What leads to it is divided by as
+        much before, since convolutions and leaky ReLUs scale with their input and their biases.
+
+        Raises:
+            ConfigError: num_rrdb is less than there are.
+        """
+        old = self.config.num_rrdb
+        if num_rrdb < old:
+            raise ConfigError(f"num_rrdb={num_rrdb} is given, expected at least the {old} of this cfw")
+        grown = type(self).from_config(self.config, num_rrdb=num_rrdb)
+        grown.load_state_dict(self.state_dict(), strict=False)
+        scale = (1 + RESIDUAL_SCALE) ** (old - num_rrdb)
+        for layer in grown.fusion_layers.values():
+            for conv in (layer.merge.conv2, layer.merge.conv_shortcut):
+                for parameter in conv.parameters():
+                    parameter *= scale
+            for i, rrdb in enumerate(layer.rrdbs):
+                for block in rrdb.blocks:
+                    if i >= old:
+                        block.convs[-1].weight.zero_()
+                        block.convs[-1].bias.zero_()
+                    else:
+                        for conv in block.convs:
+                            conv.bias *= scale
+        return grown
+
     def forward(self, level: int, encoder_features: Tensor, decoder_features: Tensor, w: float) -> Tensor:
         """Wrapped decoder features (b, C, h, w) of one fused level."""
         layer = dict(zip(self.config.levels, self.fusion_layers.values(), strict=True))[level]

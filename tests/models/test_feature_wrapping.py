@@ -154,6 +154,24 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_rrdb", [2, 4])
+def test_a_grown_cfw_starts_as_the_one_it_grew_from(num_rrdb: int) -> None:
+    vae = tiny_vae()
+    cfw = tiny_cfw(vae, num_rrdb=1)
+    grown = cfw.grown(num_rrdb)
+    posterior, features = encode_with_features(vae, picture_for(vae), cfw.config.levels)
+    z = posterior.mean
+    before, after = (decode_with_features(vae, one, z, features, 1.0) for one in (cfw, grown))
+    assert grown.config.num_rrdb == num_rrdb
+    assert (before - vae.decode(z).sample).abs().max() > 1e-2
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_a_cfw_does_not_shrink() -> None:
+    with pytest.raises(ConfigError, match="num_rrdb=1 is given, expected at least the 2"):
+        tiny_cfw(tiny_vae(), num_rrdb=2).grown(1)
+
+
 def test_a_saved_cfw_wraps_the_same(tmp_path: Path) -> None:
     cfw = tiny_cfw(tiny_vae())
     cfw.save_pretrained(tmp_path, variant="fp16")
