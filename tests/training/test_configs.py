@@ -34,7 +34,7 @@ def test_a_config_holds_the_options_of_the_program_in_its_first_lines(
 ) -> None:
     command = command_of(file)
     if file.name == "stages.yaml":
-        assert command[1:3] == ["make", "mini"]
+        assert command[command.index("make") + 1] == "mini"
         program, flags = "training/run_stages.py", ["--config", str(file)]
     else:
         program = next(word for word in command if word.startswith("training/"))

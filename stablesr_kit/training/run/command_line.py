@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import glob
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 
     Errors that a user can cause end the program with one line on stderr: exit status 2 for options, 1 for others.
     """
+    logging.getLogger("pyvips").setLevel(logging.WARNING)  # it tells of every pool of threads
     try:
         main(load_config(kind, sys.argv[1:], sys.modules[main.__module__].__doc__))
     except ConfigError as error:

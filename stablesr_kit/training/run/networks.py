@@ -140,7 +140,10 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     Raises OutputError; what was there before is then still there.
     """
     with replacing_folder(folder) as part:
-        pipeline.to(torch.float16).save_pretrained(part)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.half()  # to() of diffusers' models warns of modules there are none of
+        pipeline.save_pretrained(part)
         for file in part.glob("*/config.json"):
             options = json.loads(file.read_text())
             options.pop("_name_or_path", None)
