@@ -1,11 +1,12 @@
-"""Each network of a pipeline from the sections of a checkpoint."""
+"""Each network of a pipeline from the sections of a checkpoint, and networks of other projects by spandrel."""
 
 import gzip
 import itertools
 import logging
 from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -25,9 +26,14 @@ from stablesr_kit.checkpoints.assembling import (
 from stablesr_kit.checkpoints.canonical import Checkpoint
 from stablesr_kit.checkpoints.detecting import Config
 from stablesr_kit.checkpoints.key_maps import PREFIXES, TITLES, Modules, Section
+from stablesr_kit.checkpoints.reading import read_checkpoint
+from stablesr_kit.errors import CheckpointError, ConfigError
 from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping
 from stablesr_kit.models.steering import residual_blocks
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +147,27 @@ def embed_empty_prompt(text_encoder: CLIPTextModel, tokenizer: Any | None = None
 
 
 @torch.no_grad()
-def embed_prompt(text: str, text_encoder: CLIPTextModel, tokenizer: Any) -> Tensor:
-    """Embedding (1, tokens, channels) of a text, padded or cut to the full length."""
+def embed_prompt(
+    text: str | list[str],
+    text_encoder: CLIPTextModel,
+    tokenizer: Any,
+    device: torch.device | None = None,
+    clip_skip: int | None = None,
+) -> Tensor:
+    """Embeddings (texts, tokens, channels) of a text or several, each padded or cut to the full length.
+
+    device: where the text encoder computes; None is where its weights are. clip_skip: its last layers to skip.
+    """
     length = tokenizer.model_max_length
     tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+    tokens = tokens.to(text_encoder.device if device is None else device)
+    has_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if has_mask else None
+    if clip_skip is None:
+        return text_encoder(tokens.input_ids, attention_mask=mask)[0]
+    hidden = text_encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    tower: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 moved the tower one level up
+    return tower.final_layer_norm(hidden[-(clip_skip + 1)])
 
 
 def _renamed(
@@ -165,3 +187,37 @@ def _renamed(
         prefix=PREFIXES[section],
         options=options,
     )
+
+
+def load_spandrel(path: Path, device: torch.device | str = "cpu") -> "ImageModelDescriptor[torch.nn.Module]":
+    """The network of a file, from RGB to RGB; its call pads and clamps, (B, 3, h, w) in [0, 1] on both sides.
+
+    If spandrel_extra_arches is installed, its architectures work too; some of them forbid commercial use.
+
+    Raises:
+        ConfigError: the extra is not installed.
+        CheckpointError: the file holds no such network, or one that does not turn RGB into RGB.
+    """
+    try:
+        from spandrel import MAIN_REGISTRY, ArchRegistry, ImageModelDescriptor, ModelLoader, UnsupportedModelError
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: networks of other projects need an extra; pip install 'stablesr-kit[spandrel]'"
+        ) from error
+    registry = ArchRegistry()
+    registry.add(*MAIN_REGISTRY)
+    try:
+        from spandrel_extra_arches import EXTRA_REGISTRY
+    except ImportError:
+        pass
+    else:
+        registry.add(*EXTRA_REGISTRY)
+    weights = read_checkpoint(path).content
+    try:
+        model = ModelLoader(device=torch.device(device), registry=registry).load_from_state_dict(dict(weights))
+    except (UnsupportedModelError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: no super-resolution network that spandrel knows ({reason})") from error
+    if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
+        raise CheckpointError(f"{path}: a network of {model.architecture.name} that does not turn RGB into RGB")
+    return model.eval()

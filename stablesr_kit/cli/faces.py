@@ -285,7 +285,7 @@ def read_given(path: Path | None, jobs: list[Job]) -> "dict[str, list[Box | Poin
     if path is None:
         return {}
 
-    from stablesr_kit.faces.given import read_given_faces
+    from stablesr_kit.faces.detectors import read_given_faces
 
     given = read_given_faces(path)
     unknown = sorted(set(given) - {job.source.name for job in jobs})
@@ -301,8 +301,7 @@ def place_by_hand(
     if by_hand is None:
         return None
 
-    from stablesr_kit.faces.detectors import MTCNNDetector
-    from stablesr_kit.faces.given import place_given_faces
+    from stablesr_kit.faces.detectors import MTCNNDetector, place_given_faces
 
     placing = detector if isinstance(detector, MTCNNDetector) else MTCNNDetector()
     return place_given_faces(pixels, by_hand, placing)

@@ -17,7 +17,7 @@ from stablesr_kit.cli.jobs import Job, Report, finish, make_folder, open_job, pl
 from stablesr_kit.cli.journal import Journal
 from stablesr_kit.cli.messages import failing_in_one_line, one_line, usage_error
 from stablesr_kit.cli.processes import is_first, local_index, share_of, team_of_all
-from stablesr_kit.cli.restorer import Restorer, Restoring, Watch, find_model, load_pipeline
+from stablesr_kit.cli.restorer import Restorer, Restoring, Watch, find_model, load_pipeline, run_on_ray
 from stablesr_kit.errors import ConfigError, JobError, ModelNotFoundError, StableSRKitError
 from stablesr_kit.storage import sha256
 
@@ -253,8 +253,6 @@ def restore(
                     jobs = possible(jobs[0], huge, scale, report)
         if jobs:
             if engine == "ray":
-                from stablesr_kit.cli.ray_engine import run_on_ray
-
                 run_on_ray(jobs, restoring, report, workers)
             else:
                 with failing_in_one_line():

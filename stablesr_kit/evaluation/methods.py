@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stablesr_kit.checkpoints.spandrel import load_spandrel
+from stablesr_kit.checkpoints.networks import load_spandrel
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError
 from stablesr_kit.evaluation.protocols import Pair
 from stablesr_kit.evaluation.resampling import Array, Pixels, reduction_matrices, resize_bicubic_matlab

@@ -29,8 +29,16 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging.finding import READ_FORMATS, START, format_of
-from stablesr_kit.imaging.metadata import Described, Metadata, describe, read_metadata
-from stablesr_kit.imaging.profiles import cmyk_to_srgb, inks_to_rgb, is_profile_of, lab_to_srgb
+from stablesr_kit.imaging.metadata import (
+    Described,
+    Metadata,
+    cmyk_to_srgb,
+    describe,
+    inks_to_rgb,
+    is_profile_of,
+    lab_to_srgb,
+    read_metadata,
+)
 
 MAX_PIXELS = 100_000_000
 """Of a picture from anywhere: a larger one can be an attack on memory and disk."""

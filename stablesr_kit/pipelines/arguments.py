@@ -59,11 +59,24 @@ def check_count(name: str, count: Any) -> None:
         raise ValueError(f"{name}={count!r} is given, expected at least 1, a whole number")
 
 
-def check_text(text: object) -> None:
-    """Refuse anything but None, a text and lists. Raises ValueError."""
-    if text is not None and not isinstance(text, str | list):
-        shown = repr(text) if isinstance(text, Real) else f"of type {type(text).__name__}"
-        raise ValueError(f"a prompt {shown} is given, expected text or a list of texts")
+def check_texts(
+    prompt: object, prompt_embeds: object, negative_prompt: object, negative_prompt_embeds: object, guidance_scale: Any
+) -> None:
+    """Refuse prompts that are no text, a prompt beside its embeddings, and no guidance scale. Raises ValueError."""
+    check_exclusive("prompt", prompt, "prompt_embeds", prompt_embeds)
+    check_exclusive("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
+    for text in (prompt, negative_prompt):
+        if text is not None and not isinstance(text, str | list):
+            shown = repr(text) if isinstance(text, Real) else f"of type {type(text).__name__}"
+            raise ValueError(f"a prompt {shown} is given, expected text or a list of texts")
+    if not is_number(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale!r} is given, expected a number; 1 is no guidance")
+
+
+def check_generators(generator: object, results: int) -> None:
+    """Refuse a list of generators that has not one for each result. Raises ValueError."""
+    if isinstance(generator, list) and len(generator) not in (1, results):
+        raise ValueError(f"{len(generator)} generators are given for {results} results; give one, or one each")
 
 
 def check_start(start: Any, strength: Any) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from stablesr_kit.checkpoints.networks import load_spandrel
 from stablesr_kit.checkpoints.reading import read_checkpoint
-from stablesr_kit.checkpoints.spandrel import load_spandrel
 from stablesr_kit.errors import ConfigError
 from stablesr_kit.faces.detectors import WEIGHT_FILES, MTCNNDetector, RetinaFaceDetector, YuNetDetector
 from stablesr_kit.faces.face import FaceDetector

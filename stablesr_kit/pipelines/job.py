@@ -152,6 +152,8 @@ def choose_tiles(
 ) -> tuple[TileGrid | None, int | None]:
     """Grid of the latents and tiles of the autoencoder for a call, by its job's plan or one that is made now.
 
+    The autoencoder keeps the tiles of a stopped call, which may have been halved for lack of memory.
+
     height, width: that the pipeline works at, in pixels. call: the other arguments of `pipeline.plan`.
     """
     plan = job.plan
@@ -160,8 +162,12 @@ def choose_tiles(
         if plan.is_reduced:
             logger.warning("%s", plan)
     if plan is None:
-        return pipeline.grid_of(height, width, tiling), tiling.vae_tile_px
-    return plan.grid, plan.vae_tile_px
+        grid, vae_tile_px = pipeline.grid_of(height, width, tiling), tiling.vae_tile_px
+    else:
+        grid, vae_tile_px = plan.grid, plan.vae_tile_px
+    if job.state is not None and job.state.grid is not None:
+        vae_tile_px = job.state.vae_tile_px
+    return grid, vae_tile_px
 
 
 def _as_list(generator: Generators) -> list[torch.Generator]:

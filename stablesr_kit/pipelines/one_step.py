@@ -33,6 +33,7 @@ from stablesr_kit.models.feature_wrapping import scale_factor
 from stablesr_kit.models.noise_predictor import NoisePredictor
 from stablesr_kit.pipelines.arguments import (
     check_callback_tensors,
+    check_generators,
     check_output,
     check_picture,
     check_size,
@@ -104,8 +105,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     _num_timesteps: int
     _interrupt: bool
-    _aggregation: Aggregation
-    _coder: PictureCoder
+    aggregation: Aggregation  # of the running call, like the next one; for lack of memory it may have halved its grid
+    coder: PictureCoder
 
     def __init__(
         self,
@@ -189,35 +190,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         if self.config.licence:
             (Path(save_directory) / "LICENCE.txt").write_text(f"{self.config.licence}\n", encoding="utf-8")
 
-    def check_inputs(
-        self,
-        image: Picture | list[Picture] | None,
-        prompt: str | list[str] | None,
-        tags: str | list[str] | Tagger | None,
-        scale: float | None,
-        height: int | None,
-        width: int | None,
-        lambda_pix: float,
-        lambda_sem: float,
-        color_fix: str,
-        prompt_embeds: Tensor | None,
-        output_type: str,
-        post_stages: Sequence[PostStage],
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
-
-        Raises:
-            ValueError: a value is out of range or two arguments exclude each other.
-        """
-        check_picture(image)
-        check_size(scale, height, width)
-        check_output(color_fix, output_type, post_stages)
-        if prompt_embeds is not None and (prompt is not None or tags is not None):
-            raise ValueError("prompt_embeds and prompt or tags exclude each other; give one of them")
-        for name, text in (("prompt", prompt), ("tags", tags)):
-            if not (text is None or isinstance(text, str | list) or (name == "tags" and callable(text))):
-                raise ValueError(f"{name} of type {type(text).__name__} are given, expected text or a list of texts")
+    def check_strengths(self, lambda_pix: float, lambda_sem: float) -> None:
+        """Refuse strengths of PiSA-SR that cannot work with this model. Raises ValueError."""
         for name, value in (("lambda_pix", lambda_pix), ("lambda_sem", lambda_sem)):
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"{name}={value!r} is given, expected a number from 0; 1 is usual")
@@ -228,7 +202,6 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
                 )
             if lambda_pix != lambda_sem and self.unet_pix is None:
                 raise ValueError("lambda_pix other than lambda_sem needs the component unet_pix; load it")
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def texts(
         self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, lq: list[Readable]
@@ -236,8 +209,11 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         """The texts to encode, one for all pictures or one each; None is the model's own text.
 
         Raises:
-            ValueError: the numbers of prompts and tags differ.
+            ValueError: prompts or tags are no texts, or their numbers differ.
         """
+        for name, text in (("prompt", prompt), ("tags", tags)):
+            if not (text is None or isinstance(text, str | list) or (name == "tags" and callable(text))):
+                raise ValueError(f"{name} of type {type(text).__name__} are given, expected text or a list of texts")
         if prompt is None and tags is None:
             return None
         prompts = prompt if isinstance(prompt, list) else [prompt or ""]
@@ -273,8 +249,9 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the canvas for a result of height x width and its margin, see `canvas_size`."""
-        height, width = (side + 2 * self.config.margin_px for side in (height, width))
-        return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
+        return canvas_size(
+            self.unet, height, width, self.vae_scale_factor, self.config.min_size_px, self.config.margin_px
+        )
 
     def get_timesteps(self, num_inference_steps: int | None = None, timesteps: list[int] | None = None) -> list[int]:
         """Descending timesteps of the model's, for a number of steps, or those given.
@@ -440,21 +417,13 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         color_fix = color_fix or self.config.default_color_fix
-        self.check_inputs(
-            image,
-            prompt,
-            tags,
-            scale,
-            height,
-            width,
-            lambda_pix,
-            lambda_sem,
-            color_fix,
-            prompt_embeds,
-            output_type,
-            post_stages,
-            callback_on_step_end_tensor_inputs,
-        )
+        check_picture(image)
+        check_size(scale, height, width)
+        check_output(color_fix, output_type, post_stages)
+        if prompt_embeds is not None and (prompt is not None or tags is not None):
+            raise ValueError("prompt_embeds and prompt or tags exclude each other; give one of them")
+        self.check_strengths(lambda_pix, lambda_sem)
+        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         kept_timesteps = self.get_timesteps(num_inference_steps, timesteps)
         tiling, job = tiling or Tiling(), job or Job()
         self._interrupt = False
@@ -472,8 +441,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError(
                 f"{len(prompt_embeds)} texts are given for {len(given)} pictures; give one, or one per picture"
             )
-        if isinstance(generator, list) and len(generator) not in (1, batch_size):
-            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
+        check_generators(generator, batch_size)
 
         # 3. Bring the picture to the result's size, on a canvas that the networks can halve evenly
         given = given * (batch_size // len(given))
@@ -489,16 +457,16 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             self, *size, tiling, job, num_inference_steps=len(kept_timesteps), batch_size=batch_size
         )
         if job.state is not None and job.state.grid is not None:
-            grid, vae_tile_px = TileGrid(**job.state.grid), job.state.vae_tile_px
+            grid = TileGrid(**job.state.grid)
         noise = job.noise
         if grid is not None and noise is None:
             noise = CanvasNoise.from_generator(generator, batch_size)
         generator = generator if noise is None else None
         progress = job.progress or coding_bars(getattr(self, "_progress_bar_config", {}))
-        self._coder = tiling.coder(self.vae, None, vae_tile_px, progress)
+        self.coder = tiling.coder(self.vae, None, vae_tile_px, progress)
 
         # 5. Encode the picture, and noise it where the model was made for that
-        moments, _ = self._coder.encode(canvases, (), job.record)
+        moments, _ = self.coder.encode(canvases, (), job.record)
         moments = moments.to("cpu" if grid is not None else device, torch.float32)
         with drawing_from(noise, stage=0):
             latents = to_latent(DiagonalGaussianDistribution(moments).sample(generator), self.vae)
@@ -511,7 +479,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
             latents, first_step = job.state.restore(latents, self.scheduler, generator), job.state.step
 
         # 6. Denoise
-        self._aggregation = aggregation = Aggregation(
+        self.aggregation = aggregation = Aggregation(
             (latents.shape[-2], latents.shape[-1]),
             grid,
             tile_multiple(self.unet),
@@ -553,7 +521,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         if output_type == "latent":
             images: Any = latents
         else:
-            decoded = self._coder.decode(from_latent(latents, self.vae), [{}], 0.0, job.record)
+            decoded = self.coder.decode(from_latent(latents, self.vae), [{}], 0.0, job.record)
             check_finite(decoded, self.unet.dtype, self.vae.dtype)
             inside = Region(margin, margin, margin + size[0], margin + size[1])
             restored = [
@@ -630,16 +598,6 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._num_timesteps
-
-    @property
-    def grid(self) -> TileGrid:
-        """How the running call covers the canvas of latents; it may have been halved for lack of memory."""
-        return self._aggregation.grid
-
-    @property
-    def vae_tile_px(self) -> int | None:
-        """Side of the autoencoder's tiles in the running call; None if it takes pictures whole."""
-        return self._coder.tile_px
 
     @property
     def interrupt(self) -> bool:

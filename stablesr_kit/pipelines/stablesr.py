@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.embeddings import ImageProjection
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
-from einops import repeat
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from stablesr_kit.checkpoints import convert_checkpoint
+from stablesr_kit.checkpoints.networks import embed_prompt
 from stablesr_kit.diffusion.canvas_noise import CanvasNoise, drawing_from
 from stablesr_kit.diffusion.spaced import ModelSchedule, check_scheduler
 from stablesr_kit.errors import ConfigError
@@ -40,13 +39,13 @@ from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapte
 from stablesr_kit.pipelines.arguments import (
     check_callback_tensors,
     check_count,
-    check_exclusive,
+    check_generators,
     check_image_prompt,
     check_output,
     check_picture,
     check_size,
     check_start,
-    check_text,
+    check_texts,
     is_number,
 )
 from stablesr_kit.pipelines.job import Generators, Job, choose_tiles
@@ -155,9 +154,9 @@ class StableSRPipeline(
     _cross_attention_kwargs: dict[str, Any] | None
     _num_timesteps: int
     _interrupt: bool
-    _aggregation: Aggregation
-    _coder: PictureCoder
     _schedule: ModelSchedule  # of the model, whatever scheduler is in use
+    aggregation: Aggregation  # of the running call, like the next one; for lack of memory it may have halved its grid
+    coder: PictureCoder
     _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
@@ -230,16 +229,13 @@ class StableSRPipeline(
         onload_device: torch.device,
         *args: Any,
         offload_to_disk_path: str | None = None,
-        exclude_modules: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """As in any pipeline; on disk every component gets a folder of its own in the one given."""
         if offload_to_disk_path is None:
-            super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **kwargs)
+            super().enable_group_offload(onload_device, *args, **kwargs)
         else:
-            offload_groups_to_disk(
-                self.components, offload_to_disk_path, onload_device, *args, exclude_modules=exclude_modules, **kwargs
-            )
+            offload_groups_to_disk(self.components, offload_to_disk_path, onload_device, *args, **kwargs)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """As in any Stable Diffusion pipeline; a LoRA that changes nothing is refused.
@@ -266,54 +262,8 @@ class StableSRPipeline(
         elif any(key.startswith("text_encoder") for key in state_dict):
             logger.warning("this LoRA's layers of the text encoder are left out: the pipeline has no text encoder")
 
-    def check_inputs(
-        self,
-        image: Picture | list[Picture] | None,
-        prompt: str | list[str] | None,
-        w: float,
-        scale: float | None,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int | None,
-        guidance_scale: float,
-        negative_prompt: str | list[str] | None,
-        num_images_per_prompt: int,
-        start: Start,
-        strength: float | None,
-        color_fix: str,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: list[Tensor] | None,
-        output_type: str,
-        post_stages: Sequence[PostStage],
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Refuse arguments that cannot work, each with what was given, what is expected and what to do.
-
-        Raises:
-            ValueError: a value is out of range or two arguments exclude each other.
-        """
-        if self.adapter is None:
-            raise ValueError("adapter=None is given, expected a StableSRAdapter; load one, see from_pretrained")
-        self._check_networks()
-        check_scheduler(self.scheduler, self._schedule)
-        check_picture(image, prompt)
-        self._check_decoding(w, color_fix, output_type, post_stages)
-        check_size(scale, height, width)
-        check_exclusive("prompt", prompt, "prompt_embeds", prompt_embeds)
-        check_exclusive("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        if not is_number(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale!r} is given, expected a number; 1 is no guidance")
-        check_start(start, strength)
-        check_text(prompt)
-        check_text(negative_prompt)
-        check_image_prompt(self, ip_adapter_image, ip_adapter_image_embeds)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-
-    def _check_decoding(self, w: float, color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
+    def check_decoding(self, w: float, color_fix: str, output_type: str, post_stages: Sequence[PostStage]) -> None:
+        """Refuse arguments of `redecode`, and of a call, that cannot work. Raises ValueError."""
         if not (is_number(w) and w >= 0):
             raise ValueError(
                 f"w={w!r} is given, expected a number from 0 (realism) to 1 (fidelity); above 1 extrapolates"
@@ -376,87 +326,17 @@ class StableSRPipeline(
                 f"prompt={prompt!r} needs the components text_encoder and tokenizer, which this pipeline lacks; "
                 "load them, or give no prompt"
             )
-        texts = [prompt or ""] if not isinstance(prompt, list) else prompt
-        tokens = self.tokenizer(
-            self.maybe_convert_prompt(texts, self.tokenizer),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        with_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        texts = self.maybe_convert_prompt(prompt if isinstance(prompt, list) else [prompt or ""], self.tokenizer)
         if lora_scale is not None:
             scale_lora_layers(self.text_encoder, lora_scale)
         try:
-            outputs = self.text_encoder(
-                tokens.input_ids.to(device),
-                attention_mask=tokens.attention_mask.to(device) if with_mask else None,
-                output_hidden_states=clip_skip is not None,
-            )
+            return embed_prompt(texts, self.text_encoder, self.tokenizer, device, clip_skip)
         finally:
             if lora_scale is not None:
                 unscale_lora_layers(self.text_encoder, lora_scale)
-        if clip_skip is None:
-            return outputs[0]
-        # transformers 5 moved the tower one level up
-        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return tower.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
 
-    def encode_image(
-        self, image: Any, device: torch.device, num_images_per_prompt: int, output_hidden_states: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings of pictures for an IP adapter, and of no picture; each (images, ..., channels).
-
-        output_hidden_states: take those before the last layer, as some IP adapters do.
-        """
-        if not isinstance(image, Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
-        image = image.to(device, next(self.image_encoder.parameters()).dtype)
-        if output_hidden_states:
-            shown, nothing = (
-                self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-                for pixels in (image, torch.zeros_like(image))
-            )
-        else:
-            shown = self.image_encoder(image).image_embeds
-            nothing = torch.zeros_like(shown)
-        return (
-            shown.repeat_interleave(num_images_per_prompt, dim=0),
-            nothing.repeat_interleave(num_images_per_prompt, dim=0),
-        )
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: list[Tensor] | None,
-        device: torch.device,
-        batch_size: int,
-        do_classifier_free_guidance: bool,
-    ) -> list[Tensor]:
-        """Embeddings (batch_size, images, ...) per IP adapter; with guidance (2B, ...), those of no picture first.
-
-        Raises:
-            ValueError: there are more or fewer pictures than IP adapters.
-        """
-        if ip_adapter_image_embeds is None:
-            layers = self.unet.encoder_hid_proj.image_projection_layers
-            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
-            if len(images) != len(layers):
-                raise ValueError(f"{len(images)} pictures are given for {len(layers)} IP adapters; give one for each")
-            pairs = [
-                self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
-                for image, layer in zip(images, layers, strict=True)
-            ]
-            ip_adapter_image_embeds = [
-                torch.stack([nothing, shown] if do_classifier_free_guidance else [shown]) for shown, nothing in pairs
-            ]
-        branches = 2 if do_classifier_free_guidance else 1
-        return [
-            repeat(embeds.to(device, self.unet.dtype), "branch ... -> (branch batch) ...", batch=batch_size)
-            if len(embeds) == branches
-            else embeds.to(device, self.unet.dtype)
-            for embeds in ip_adapter_image_embeds
-        ]
+    encode_image = StableDiffusionImg2ImgPipeline.encode_image  # for IP adapters
+    prepare_ip_adapter_image_embeds = StableDiffusionImg2ImgPipeline.prepare_ip_adapter_image_embeds
 
     def prepare_image(
         self, image: Readable, scale: float | None = None, height: int | None = None, width: int | None = None
@@ -472,8 +352,9 @@ class StableSRPipeline(
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the canvas for a result of height x width and its margin, see `canvas_size`."""
-        height, width = (side + 2 * self.config.margin_px for side in (height, width))
-        return canvas_size(self.unet, height, width, self.vae_scale_factor, self.config.min_size_px)
+        return canvas_size(
+            self.unet, height, width, self.vae_scale_factor, self.config.min_size_px, self.config.margin_px
+        )
 
     def _inside(self, height: int, width: int) -> Region:
         """The region of a result of height x width pixels on its canvas."""
@@ -646,28 +527,19 @@ class StableSRPipeline(
             w = 0.5 if self.cfw is not None else 0.0
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = self.config.default_steps
-        self.check_inputs(
-            image,
-            prompt,
-            w,
-            scale,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            negative_prompt,
-            num_images_per_prompt,
-            start,
-            strength,
-            color_fix,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            output_type,
-            post_stages,
-            callback_on_step_end_tensor_inputs,
-        )
+        if self.adapter is None:
+            raise ValueError("adapter=None is given, expected a StableSRAdapter; load one, see from_pretrained")
+        self._check_networks()
+        check_scheduler(self.scheduler, self._schedule)
+        check_picture(image, prompt)
+        check_size(scale, height, width)
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guidance_scale)
+        check_image_prompt(self, ip_adapter_image, ip_adapter_image_embeds)
+        check_start(start, strength)
+        self.check_decoding(w, color_fix, output_type, post_stages)
+        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         tiling, job = tiling or Tiling(), job or Job()
         self._guidance_scale = guidance_scale
         self._cross_attention_kwargs = cross_attention_kwargs
@@ -685,8 +557,7 @@ class StableSRPipeline(
         size_px = tiling.working_size(lq_px, result_px, self.config.working_scale)
         enlarged, canvases = zip(*(self.prepare_image(one, None, *size_px) for one in given), strict=True)
         batch_size = len(given) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) not in (1, batch_size):
-            raise ValueError(f"{len(generator)} generators are given for {batch_size} results; give one, or one each")
+        check_generators(generator, batch_size)
 
         # 3. Encode the prompts
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -713,6 +584,7 @@ class StableSRPipeline(
             image_embeds = self.prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
             )
+            image_embeds = [embeds.to(self.unet.dtype) for embeds in image_embeds]
 
         # 4. Choose tiles; a tiled canvas stays on the CPU, and its noise depends on seed and position alone
         grid, vae_tile_px = choose_tiles(
@@ -725,8 +597,6 @@ class StableSRPipeline(
             guidance_scale=guidance_scale,
             batch_size=batch_size,
         )
-        if job.state is not None and job.state.grid is not None:
-            vae_tile_px = job.state.vae_tile_px
         noise = job.noise
         if grid is not None and "ip_adapter_masks" in (cross_attention_kwargs or {}):
             raise ValueError("ip_adapter_masks are of the whole picture; give tiling=Tiling(tile_px='none') with them")
@@ -734,7 +604,7 @@ class StableSRPipeline(
             noise = CanvasNoise.from_generator(generator, batch_size)
         generator = generator if noise is None else None
         progress = job.progress or coding_bars(getattr(self, "_progress_bar_config", {}))
-        self._coder = coder = tiling.coder(self.vae, self.cfw, vae_tile_px, progress)
+        self.coder = coder = tiling.coder(self.vae, self.cfw, vae_tile_px, progress)
 
         # 5. Encode the picture
         with drawing_from(noise, stage=0):
@@ -764,7 +634,7 @@ class StableSRPipeline(
         )
         if job.state is not None and job.state.grid is not None:
             aggregation.grid = TileGrid(**job.state.grid)
-        self._aggregation = aggregation
+        self.aggregation = aggregation
         self._num_timesteps = len(kept_timesteps)
         parts = aggregation.count(range(first_step, self._num_timesteps))
         with (
@@ -845,7 +715,7 @@ class StableSRPipeline(
         """
         if w is None:
             w = 0.5 if self.cfw is not None and any(sampled.features) else 0.0
-        self._check_decoding(w, color_fix, output_type, post_stages)
+        self.check_decoding(w, color_fix, output_type, post_stages)
         if w > 0 and not any(sampled.features):
             raise ValueError(f"w={w} needs the features that a call with w > 0 keeps; call again with w > 0")
         decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record)
@@ -991,16 +861,6 @@ class StableSRPipeline(
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._num_timesteps
-
-    @property
-    def grid(self) -> TileGrid:
-        """How the running call covers the canvas of latents; it may have been halved for lack of memory."""
-        return self._aggregation.grid
-
-    @property
-    def vae_tile_px(self) -> int | None:
-        """Side of the autoencoder's tiles in the running call; None if it takes pictures whole."""
-        return self._coder.tile_px
 
     @property
     def interrupt(self) -> bool:

@@ -396,15 +396,23 @@ def tile_multiple(unet: UNet2DConditionModel) -> int:
 
 
 def canvas_size(
-    unet: UNet2DConditionModel, height: int, width: int, pixels_per_latent: int, min_size_px: int = 0
+    unet: UNet2DConditionModel,
+    height: int,
+    width: int,
+    pixels_per_latent: int,
+    min_size_px: int = 0,
+    margin_px: int = 0,
 ) -> tuple[int, int]:
-    """Height and width in pixels of the canvas for a result of height x width: every level of the networks halves them.
+    """Height and width in pixels of the canvas for a result of height x width with a margin on all sides.
+
+    Every level of the networks halves them.
 
     The deepest level keeps at least two positions per side: a group norm cannot normalise one.
     """
     multiple = pixels_per_latent * tile_multiple(unet)
     smallest = max(min_size_px, 2 * multiple)
-    canvas_height, canvas_width = (math.ceil(max(side, smallest) / multiple) * multiple for side in (height, width))
+    sides = (max(side + 2 * margin_px, smallest) for side in (height, width))
+    canvas_height, canvas_width = (math.ceil(side / multiple) * multiple for side in sides)
     return canvas_height, canvas_width
 
 

@@ -8,9 +8,8 @@ import torch
 from skimage import data
 
 from stablesr_kit.errors import CheckpointError, ConfigError, ImageError, StableSRKitError
-from stablesr_kit.faces.detectors import MTCNNDetector
+from stablesr_kit.faces.detectors import MTCNNDetector, place_given_faces, read_given_faces
 from stablesr_kit.faces.face import Box
-from stablesr_kit.faces.given import place_given_faces, read_given_faces
 from stablesr_kit.pipelines.face_parts import load_detector, load_parser
 
 

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from stablesr_kit.errors import ImageError
 from stablesr_kit.imaging import reading
-from stablesr_kit.imaging.profiles import profile_from
+from stablesr_kit.imaging.metadata import profile_from
 from stablesr_kit.imaging.reading import as_picture, open_picture, read_picture
 from tests.helpers.picture_files import (
     SRGB,

@@ -128,7 +128,7 @@ def test_image_prompts_that_cannot_be_shown_are_refused_in_one_line() -> None:
         run(with_ip_adapter(), ip_adapter_image=PICTURE)
     with pytest.raises(ValueError, match="ip_adapter_image and ip_adapter_image_embeds exclude each other"):
         run(with_ip_adapter(), ip_adapter_image=PICTURE, ip_adapter_image_embeds=embeds)
-    with pytest.raises(ValueError, match="2 pictures are given for 1 IP adapters; give one for each"):
+    with pytest.raises(ValueError, match="must have same length as the number of IP Adapters. Got 2 images and 1"):
         run(with_ip_adapter(**image_parts()), ip_adapter_image=[PICTURE, PICTURE])
 
 

@@ -179,7 +179,7 @@ def test_the_autoencoders_tiles_change_nothing_and_the_latents_are_the_models_ow
     coded_in_tiles = restored(pipeline, picture, tiling=Tiling(tile_px="none", vae_tile_px=64))
     assert (whole - coded_in_tiles).abs().max() < 1e-4
     tiled = restored(pipeline, picture, tiling=Tiling(vae_tile_px=96))  # 64 x 96 pixels are more than 64 x 64
-    assert pipeline.grid.tile == (8, 8) and pipeline.grid.overlap == 2
+    assert pipeline.aggregation.grid.tile == (8, 8) and pipeline.aggregation.grid.overlap == 2
     assert tiled.shape == whole.shape and torch.isfinite(tiled).all()
     assert (tiled - restored(pipeline, picture, tiling=Tiling(vae_tile_px=64))).abs().max() < 1e-4
 
@@ -194,7 +194,9 @@ def test_a_stopped_call_goes_on_to_the_bit(tmp_path: Path) -> None:
     def keep(_: object, step: int, __: int, tensors: dict[str, Any]) -> dict[str, Any]:
         scheduler = pipeline.scheduler
         states.append(
-            SamplingState.after(step + 1, tensors["latents"], scheduler, generator, pipeline.grid, pipeline.vae_tile_px)
+            SamplingState.after(
+                step + 1, tensors["latents"], scheduler, generator, pipeline.aggregation.grid, pipeline.coder.tile_px
+            )
         )
         return tensors
 
@@ -249,4 +251,4 @@ def test_the_plan_is_what_the_call_does() -> None:
     assert plan.grid is not None and plan.grid.tile == (8, 8) and plan.peak_bytes > 0
     assert pipeline.plan(64, 64).grid is None
     restored(pipeline, tiny_picture(32, 16), job=Job(plan=plan))
-    assert pipeline.grid == plan.grid and pipeline.vae_tile_px == plan.vae_tile_px
+    assert pipeline.aggregation.grid == plan.grid and pipeline.coder.tile_px == plan.vae_tile_px

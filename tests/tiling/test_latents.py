@@ -301,7 +301,7 @@ def test_the_progress_bar_ends_at_its_total_after_tiles_were_halved(monkeypatch:
     monkeypatch.setattr(pipeline, "progress_bar", progress_bar)
     pipeline.unet.register_forward_pre_hook(lacking_memory_later)
     run(pipeline, num_inference_steps=3)
-    assert pipeline.grid.tile == (6, 6)
+    assert pipeline.aggregation.grid.tile == (6, 6)
     assert bars[0].n == bars[0].total
 
 

@@ -191,7 +191,7 @@ def test_a_call_keeps_to_its_limit_and_gives_the_same_picture(caplog: pytest.Log
 
     expected = restored(Tiling(tile_px=64, vae_tile_px=512))
     torch.testing.assert_close(restored(Tiling(max_memory="5.2MB")), expected, atol=1e-4, rtol=0)
-    assert pipeline.vae_tile_px == 64
+    assert pipeline.coder.tile_px == 64
     assert not caplog.messages
     picture = tiny_picture(32, 32)
     plan = pipeline.plan(128, 128, tiling=Tiling(max_memory="4.2MB"), w=0)
@@ -205,9 +205,9 @@ def test_a_small_picture_is_whole_without_a_limit_and_may_be_coded_in_tiles_unde
     pipeline, picture = tiny_pipeline(with_text=False), tiny_picture(24, 24)
     options = {"output_type": "pt", "w": 0.5}
     whole = pipeline(picture, generator=seeded(0), **options).images
-    assert (pipeline.grid, pipeline.vae_tile_px) == (TileGrid(tile=(24, 24)), None)
+    assert (pipeline.aggregation.grid, pipeline.coder.tile_px) == (TileGrid(tile=(24, 24)), None)
     coded_in_tiles = pipeline(picture, generator=seeded(0), tiling=Tiling(max_memory="4MB"), **options).images
-    assert (pipeline.grid, pipeline.vae_tile_px) == (TileGrid(tile=(24, 24)), 64)
+    assert (pipeline.aggregation.grid, pipeline.coder.tile_px) == (TileGrid(tile=(24, 24)), 64)
     torch.testing.assert_close(coded_in_tiles, whole, atol=1e-4, rtol=0)
 
 

@@ -19,13 +19,12 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from stablesr_kit.errors import ConfigError, ImageError
-from stablesr_kit.training.data import shards
+from stablesr_kit.training.data import sources
 from stablesr_kit.training.data.batches import Share
 from stablesr_kit.training.data.crops import PhotoCrops, RandomCrops, describe_faults
 from stablesr_kit.training.data.options import PairOptions, PhotoOptions
 from stablesr_kit.training.data.pairs import PairedCrops, open_pairs
-from stablesr_kit.training.data.shards import ShardPhotos
-from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, decode
+from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, ShardPhotos, decode
 from tests.helpers.photo_files import numbers_in, photo, save_photos
 
 
@@ -229,7 +228,7 @@ def server(tars: Path) -> Iterator[str]:
 def test_shards_elsewhere_are_fetched_when_due_and_few_are_kept(
     tars: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "KEPT_SHARDS", 2)
+    monkeypatch.setattr(sources, "KEPT_SHARDS", 2)
     listed = [{"url": f"{server}/set-{i:03d}.tar", "nsamples": n} for i, n in enumerate([5, 5, 2])]
     (tars / "index.json").write_text(json.dumps({"wids_version": 1, "shardlist": listed}))
     options = PhotoOptions(shards=str(tars / "index.json"), resolution=16)

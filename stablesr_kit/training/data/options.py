@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stablesr_kit.errors import ConfigError
-from stablesr_kit.training.data.shards import ShardPhotos
-from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, PhotoSource
+from stablesr_kit.training.data.sources import DatasetPhotos, FolderPhotos, PhotoSource, ShardPhotos
 from stablesr_kit.training.run.config import CheckedOptions
 
 
