@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Heavy imports happen inside the commands, so that help is instant."""
 
 import logging
+import os
 from typing import Annotated
 
 import typer
@@ -47,4 +48,6 @@ def main() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken pictures get our one line, not the decoder's log
     logging.getLogger("stablesr_kit").addHandler(Notes())
     quieten_imports()
+    # Threads of torch that wait for others spin by default, which takes six times as long where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
