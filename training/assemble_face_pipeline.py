@@ -1,4 +1,4 @@
-"""Make a trained CodeFormer a pipeline that `CodeFormerPipeline.from_pretrained` loads.
+"""Save a trained CodeFormer as a pipeline for `CodeFormerPipeline.from_pretrained`.
 
 python training/assemble_face_pipeline.py --config configs/mini_faces/pipeline.yaml
 """
@@ -22,9 +22,10 @@ class AssembleFacesConfig(ProgramConfig):
     pretrained_codeformer: str
     """Folder of the CodeFormer."""
     max_enlargement: float | None = None
-    """How many times larger than its own a face in a photograph may become; None: however large."""
+    """A face in a photograph is left alone if its result would be more than this many times larger than the model's
+    own pictures; None: no limit."""
     fusion_scale: float = 1.0
-    """Factor of what is fused at every w; below 1 where faces come closest to those given at a smaller w than 1."""
+    """Factor of the fused features at every w; below 1 for models that are most faithful at a w below 1."""
 
 
 def main(config: AssembleFacesConfig) -> None:

@@ -1,4 +1,4 @@
-"""Put trained parts together as a pipeline that `StableSRPipeline.from_pretrained` loads.
+"""Assemble trained networks to a pipeline for `StableSRPipeline.from_pretrained`.
 
 python training/assemble_pipeline.py --config configs/mini/pipeline.yaml
 """
@@ -30,11 +30,11 @@ class AssembleConfig(ProgramConfig):
     pretrained_cfw: str | None = None
     """Folder of the fusion layers; None leaves them out."""
     default_steps: int = 4
-    """Number of steps of a call that names none."""
+    """Denoising steps of a call that gives no number."""
     margin_px: int = 0
-    """The canvas reaches so far beyond the picture."""
+    """Reflected margin around the picture, in pixels of the result."""
     working_scale: float = 0
-    """Smaller results are made at this scale and reduced; 0 makes every result at its own size."""
+    """Smaller enlargements are made at this scale and reduced; 0 makes every result at its own scale."""
 
 
 def main(config: AssembleConfig) -> None:

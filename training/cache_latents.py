@@ -40,7 +40,7 @@ class CacheConfig(PrecisionOptions, LoaderOptions, PairOptions, ProgramConfig):
 def main(config: CacheConfig) -> None:
     """Write output_dir/latents.safetensors: hq (N, C, h, w) and lq (N, versions, C, h, w), float16.
 
-    What was interrupted goes on after the last crop, to the same file.
+    A run that was interrupted continues after the last crop, and writes the same file.
     """
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +53,7 @@ def main(config: CacheConfig) -> None:
     versions = [[crop * config.versions + i for i in range(config.versions)] for crop in missing]
     loader = make_loader(pairs, versions, config.dataloader_num_workers)
     for crop, (_, pair) in zip(missing, tqdm(loader, mininterval=10), strict=True):
-        # the good crop once, then its degraded versions, as one batch
+        # one batch: the HQ crop, then its degraded versions
         images = torch.cat([pair.hq[:1], pair.lq])
         with config.autocast(device):
             z = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean

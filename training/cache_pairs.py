@@ -1,4 +1,4 @@
-"""Cut and degrade photographs once, for train_few_step.py on machines where that takes longer than training on them.
+"""Crop and degrade photographs once, for train_few_step.py on machines where this takes longer than training.
 
 python training/cache_pairs.py --config configs/mini/few_step_pairs.yaml --train_data_dir DATA
 """
@@ -27,13 +27,13 @@ class CachePairsConfig(LoaderOptions, PairOptions, ProgramConfig):
     crops: int = 4000
     """Number of pairs."""
     part_size: int = 50
-    """Pairs written at a time; what was interrupted goes on after the last part."""
+    """Pairs per part; a run that was interrupted continues after the last part."""
 
 
 def main(config: CachePairsConfig) -> None:
     """Write output_dir/pairs.safetensors: hq, lq (N, resolution, resolution, 3) uint8.
 
-    What was interrupted goes on after the last part, to the same file.
+    A run that was interrupted continues after the last part, and writes the same file.
     """
     logging.basicConfig(level=logging.INFO)
     pairs = open_pairs(config, config.seed)

@@ -1,4 +1,4 @@
-"""Restore degraded photographs with a pipeline and keep its latents, for train_cfw.py.
+"""Restore degraded photographs with a pipeline and save its latents, for train_cfw.py.
 
 python training/generate_cfw_data.py --config configs/mini/cfw_data.yaml --train_data_dir DATA
 """
@@ -37,20 +37,20 @@ class CFWDataConfig(PrecisionOptions, LoaderOptions, PairOptions, ProgramConfig)
     steps: tuple[int, ...] = (4,)
     """Numbers of denoising steps, taken in turn."""
     eta: float = 1.0
-    """Noise of the steps, for schedulers that take it."""
+    """Noise of DDIM steps, 0 to 1; ignored by other schedulers."""
 
 
 def main(config: CFWDataConfig) -> None:
     """Write output_dir/samples.safetensors: hq, lq (N, H, W, 3) uint8 and latents (N, C, h, w) float16.
 
-    What was interrupted goes on after the last batch, to the same file.
+    A run that was interrupted continues after the last batch, and writes the same file.
     """
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = StableSRPipeline.from_pretrained(config.pretrained_model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     step = pipeline.scheduler.step
-    if "eta" in inspect.signature(step).parameters:  # of DDIM alone: a call has no argument for it
+    if "eta" in inspect.signature(step).parameters:  # only DDIM has it; a pipeline's call does not
         pipeline.scheduler.step = partial(step, eta=config.eta)
     pairs = open_pairs(config, config.seed)
 

@@ -1,6 +1,6 @@
-"""Write the codes of a folder's faces, also mirrored: the targets of CodeFormer's transformer.
+"""Compute the codes of all faces in a folder, and of their mirror images: the targets of CodeFormer's transformer.
 
-With train_codeformer.py --codes FILE, the HQ faces need not be encoded in every step.
+train_codeformer.py --codes FILE then need not encode the HQ faces in every step.
 
 accelerate launch training/generate_codes.py --config configs/tiny/codes.yaml --input_dir FACES
 """
@@ -37,12 +37,12 @@ class CodesConfig(ProgramConfig):
     pretrained_vqgan: str
     """Folder of the trained VQGAN."""
     batch_size: int = 8
-    """Faces at a time."""
+    """Faces per batch."""
 
 
 @torch.no_grad()
 def main(config: CodesConfig) -> None:
-    """Write output_dir/codes.safetensors: per face, by its path without suffix, NAME/orig and NAME/hflip, (h, w)."""
+    """Write output_dir/codes.safetensors: NAME/orig and NAME/hflip, (h, w), NAME being the path without suffix."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").to(accelerator.device).eval()
     size, folder = vqgan.config.image_size, Path(config.input_dir)

@@ -1,4 +1,4 @@
-"""Run programs one after the other, and go on where the last call was interrupted.
+"""Run programs one after the other; continue where the last call was interrupted.
 
 TRAIN_DATA=PHOTOS python training/run_stages.py --config configs/mini/stages.yaml
 """
@@ -26,17 +26,17 @@ class StagesConfig(ProgramConfig):
     """Options of this program."""
 
     stages: tuple[str, ...]
-    """Commands in their order, each the name of a program in training/, its config, and flags if any."""
+    """Commands in order: the name of a program in training/, its config, and flags if any."""
     accelerate_config: str | None = None
-    """File for `accelerate launch` of the stages that train (train_*); None runs them in one process."""
+    """Config file of `accelerate launch`, for the stages that train (train_*); None runs them in one process."""
 
 
 def main(config: StagesConfig) -> None:
-    """Run every stage that is not finished, as output_dir/stages.json has it with its options and seconds.
+    """Run every stage that output_dir/stages.json does not record as finished with the same options.
 
-    A stage that was interrupted is called again, and resumes by itself if it trains. One whose options were changed
-    since begins anew, and all that come after it; what they had trained is put away under another name. Raises
-    ConfigError for a stage that is no program or has no config, StableSRKitError when one fails.
+    A stage that was interrupted is run again, and resumes by itself if it trains. If the options of a stage have
+    changed, it and all later stages start again; what they had trained is kept under another name. Raises ConfigError
+    for an unknown program or a missing config, StableSRKitError if a stage fails.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     stages = [read(stage) for stage in config.stages]
@@ -66,7 +66,7 @@ def main(config: StagesConfig) -> None:
 
 
 def read(stage: str) -> Stage:
-    """The stage's program and options. Raises ConfigError if it cannot be called: before hours are spent on others."""
+    """The program and options of a stage. Raises ConfigError if it cannot run, before hours are spent on others."""
     words = shlex.split(stage)
     program, file = [*words, "", ""][:2]
     if not program_file(program).is_file():
@@ -80,7 +80,7 @@ def read(stage: str) -> Stage:
 
 
 def command(stage: str, config: StagesConfig) -> list[str]:
-    """What starts the stage."""
+    """The command that runs the stage."""
     program, file, *flags = shlex.split(stage)
     launcher = [sys.executable]
     if config.accelerate_config is not None and program.startswith("train_"):

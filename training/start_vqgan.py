@@ -1,5 +1,7 @@
-"""Start a narrow VQGAN from a trained autoencoder: only the levels between its latent and the codes are trained, on
-features of the faces that are computed once. A tenth of the work of stage I, which goes on from here.
+"""Start a narrow VQGAN from a trained autoencoder. Only the levels between its latent and the codes are trained.
+
+The features of the faces are computed once, so that this takes a tenth of the time of stage I, which continues from the
+result.
 
 accelerate launch training/start_vqgan.py --config configs/mini_faces/start.yaml --train_data_dir '[FACES]'
 """
@@ -26,7 +28,7 @@ from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small import GraftedVQGAN, target_features
 
 FEATURE_BATCH = 8
-"""Crops whose features are computed at once, and by whose features all are normalised, whatever the batch of a step."""
+"""Crops per batch when features are computed. All features are normalised by the statistics of the first batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +36,25 @@ class StartConfig(CodebookOptions, PhotoOptions, RunConfig):
     """Options of this program."""
 
     pretrained_model: str = "mini"
-    """Pipeline whose autoencoder is taken: mini or a folder."""
+    """Pipeline to take the autoencoder from: mini, or a folder."""
     image_size: int | None = None
-    """Side in px of the pictures the VQGAN is for, where crops are smaller; None: the resolution."""
+    """Side in px of the pictures that the VQGAN is for, if the crops are smaller; None: resolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 6, 8)
-    """Widths of the levels in units of the autoencoder's first; the first ones are those of the autoencoder."""
+    """Widths of the levels, in units of the autoencoder's first width; the first levels are the autoencoder's own."""
     codebook_size: int = 512
     """Number of codes."""
     code_channels: int = 64
     """Width of a code."""
     cached_crops: int = 1000
-    """Crops whose features are kept in memory, 1.6 MB each at 256 px, and drawn from."""
+    """Number of crops to train on; their features are kept in memory, 1.6 MB each at 256 px."""
     quantization_start: int = 100
-    """Steps before the latent is replaced by codes."""
+    """Steps without quantisation at the start."""
     codebook_weight: float = 0.25
     """Weight of the quantiser's loss."""
 
 
 class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
-    """Features before and behind the inner levels, as bfloat16; item i is drawn by (seed, i) alone."""
+    """Input and target of the inner levels, as bfloat16; item i depends on seed and i only."""
 
     def __init__(self, given: Tensor, wanted: Tensor, seed: int) -> None:
         self.given = given
@@ -101,7 +103,7 @@ def main(config: StartConfig) -> None:
         output, quantized = reconstruct(given.to(memory_format=torch.channels_last), is_quantized)
         output = (output.float() - mean) / std
         feature = F.l1_loss(output, wanted) + 0.5 * F.mse_loss(F.avg_pool2d(output, 4), F.avg_pool2d(wanted, 4))
-        # before codes are used, their loss would only hold the latent back
+        # without quantisation, the quantiser's loss would only restrain the latent
         loss = feature + (config.codebook_weight if is_quantized else 0.0) * quantized.loss
         run.backward(loss)
         run.update(feature=feature, codebook=quantized.loss, perplexity=quantized.perplexity)
@@ -114,7 +116,7 @@ def main(config: StartConfig) -> None:
 def cache_features(
     run: TrainingRun, graft: GraftedVQGAN, vae: AutoencoderKL, images: RandomCrops, config: StartConfig
 ) -> tuple[CachedFeatures, Tensor, Tensor]:
-    """Features of the first crops, and mean and deviation, (1, C, 1, 1), by which the wanted ones are normalised."""
+    """Features of the first crops, and mean and deviation (1, C, 1, 1) that normalise the targets."""
     given, wanted = [], []
     count, batch = config.cached_crops, FEATURE_BATCH
     for first in tqdm(range(0, count, batch), desc="features", disable=not run.is_main, mininterval=5):

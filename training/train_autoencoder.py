@@ -35,18 +35,18 @@ class AutoencoderConfig(PhotoValidationOptions, PhotoOptions, RunConfig):
     latent_channels: int = 4
     """Channels of the latent of an untrained autoencoder."""
     kl_weight: float = 1e-3
-    """Weight of the posterior's divergence from a unit normal, a mean over latent elements."""
+    """Weight of the KL divergence of the posterior from a unit normal, averaged over latent elements."""
 
 
 class Reconstruction(nn.Module):
-    """An autoencoder, there and back through a sampled latent."""
+    """An autoencoder that reconstructs from a sampled latent."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction (B, 3, H, W), and the posterior's divergence from a unit normal, a mean over latent elements.
+        """Reconstruction (B, 3, H, W), and the KL divergence of the posterior, averaged over latent elements.
 
         image: (B, 3, H, W) in [-1, 1]; noise: standard normal, (B, C, h, w).
         """
@@ -86,7 +86,7 @@ def main(config: AutoencoderConfig) -> None:
 
     report_skipped(crops, run.accelerator)
 
-    # the result: averaged weights whose latents have mean 0 and deviation 1
+    # the result: averaged weights, rescaled so that latents have mean 0 and deviation 1
     vae = run.averaged("vae")
     if run.is_main:
         fold_latent_statistics(vae, *latent_statistics(vae, images, count=256))

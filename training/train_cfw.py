@@ -35,7 +35,7 @@ class CFWConfig(AdversarialOptions, InterpolationOptions, PictureLossOptions, Va
     samples: str
     """File written by generate_cfw_data.py."""
     validation_samples: str | None = None
-    """Another one, of photographs that are not trained on: what validation decodes, at full weight."""
+    """The same of photographs that are not trained on, for validation; they are decoded with w = 1."""
     resolution: int = 64
     """Side of the square crops in px."""
     pretrained_vae: str
@@ -47,12 +47,12 @@ class CFWConfig(AdversarialOptions, InterpolationOptions, PictureLossOptions, Va
     growth_channels: int = 16
     """Growth of the dense blocks of untrained fusion layers."""
     pixel_loss: PixelLoss = "reconstruction"
-    """Loss between pictures; reconstruction also weighs gradients, colour and brightness of areas. StableSR: l1."""
+    """Loss between pictures; reconstruction also compares gradients, colours and mean brightness. StableSR: l1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.trained_share < 1 and self.pretrained_cfw is None:
-            raise ConfigError(f"trained_share={self.trained_share} needs pretrained_cfw, which has the other share")
+            raise ConfigError(f"trained_share={self.trained_share} needs pretrained_cfw, which the rest is taken from")
 
 
 class FusedDecoding(nn.Module):
@@ -102,7 +102,7 @@ def main(config: CFWConfig) -> None:
     for _, (lq, latent, hq) in run.batches(crops):
         lq, hq = lq.to(memory_format=torch.channels_last), hq.to(memory_format=torch.channels_last)
 
-        # decode the sample with the low-quality picture's features at full weight
+        # decode the sample with features of the LQ picture, w = 1
         with torch.no_grad(), run.accelerator.autocast():
             _, features = encode_with_features(vae, lq, levels)
         z = from_latent(latent, vae).to(memory_format=torch.channels_last)

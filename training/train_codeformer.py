@@ -1,6 +1,6 @@
 """Train CodeFormer's stages II and III, inpainting and colorization (Zhou et al. 2022, sec. 3.2 and 3.3).
 
-Quantiser and decoder stay those of the VQGAN of stage I; its codes of the HQ face are the targets.
+Quantiser and decoder are those of the VQGAN of stage I, and stay frozen. The targets are its codes of the HQ face.
 
 accelerate launch training/train_codeformer.py --config configs/official/codeformer_stage2.yaml --train_data_dir FACES
 """
@@ -38,11 +38,11 @@ class CodeFormerConfig(
     """Options of this program."""
 
     pretrained_vqgan: str
-    """Folder of the trained VQGAN: its codes of the HQ face are the targets."""
+    """Folder of the trained VQGAN, whose codes of the HQ face are the targets."""
     codes: str | None = None
-    """File of generate_codes.py with the codes of the faces in train_data_dir; None computes them in every step."""
+    """File from generate_codes.py with the codes of the faces in train_data_dir; None computes codes in every step."""
     pretrained_codeformer: str | None = None
-    """Folder of a CodeFormer to start from, that of stage II for stage III; None builds one around the VQGAN."""
+    """Folder of a CodeFormer to start from (for stage III that of stage II); None builds one around the VQGAN."""
     dim: int = 512
     """Width of an untrained transformer."""
     num_heads: int = 8
@@ -50,26 +50,26 @@ class CodeFormerConfig(
     num_layers: int = 9
     """Its layers."""
     fuse_sizes: tuple[int, ...] = (32, 64, 128, 256)
-    """Sizes in px at which features of the input are fused into an untrained CodeFormer's decoder."""
+    """Sizes in px of the feature maps that are fused into the decoder of an untrained CodeFormer."""
     w: float = 0.0
-    """Weight of the fused features when faces are decoded; 0: only codes are trained, fusion layers are not."""
+    """Weight of the fused features. 0 trains the prediction of codes only, and no fusion layers."""
     late_w: float | None = None
-    """Weight from late_w_start on; None: the same."""
+    """Another w from step late_w_start on; None: the same."""
     late_w_start: int = 0
-    """First step at late_w."""
+    """First step with late_w."""
     w_spread: float = 0.0
-    """Each face is decoded with a weight drawn between w - w_spread and w, so that all of them are trained."""
+    """The weight of each face is drawn between w - w_spread and w, so that the model learns a range of weights."""
     mild_degradations: Mapping[str, float] = field(default_factory=dict)
-    """Degradations of the faces that are decoded; those of `degradations` are for predicting codes only. Empty: the
-    same face serves both."""
+    """Degradations of the faces that are decoded; `degradations` is then for predicting codes only. Empty: the
+    same degraded face is used for both."""
     codes_only_start: int | None = None
-    """From this step on, codes are predicted only; None: every step decodes."""
+    """From this step on, only codes are predicted; None: every step also decodes."""
     alternation_start: int | None = None
-    """From this step on, every decoding_interval-th step decodes again."""
+    """From this step on, every decoding_interval-th step decodes as well; None: none does."""
     decoding_interval: int = 15
     """See alternation_start."""
     feature_weight: float = 1.0
-    """Weight of the distance between the input's latent and the codes of the HQ face."""
+    """Weight of the distance between the latent of the LQ face and the codes of the HQ face."""
     token_weight: float = 0.5
     """Weight of the cross-entropy of the predicted codes."""
 
@@ -79,7 +79,7 @@ class CodeFormerConfig(
             raise ConfigError(f"w_spread={self.w_spread} must lie between 0 and w={self.w}")
 
     def fidelity(self, step: int) -> float:
-        """The weight of the fused features at a step; 0 where codes are predicted only."""
+        """w of a step; 0 if only codes are predicted."""
         if self.codes_only_start is not None and step >= self.codes_only_start:
             is_alternating = self.alternation_start is not None and step >= self.alternation_start
             if not is_alternating or (step + 1) % self.decoding_interval:
@@ -89,7 +89,7 @@ class CodeFormerConfig(
 
 def main(config: CodeFormerConfig) -> None:
     """Train, write checkpoints, and save averaged weights to output_dir/codeformer, the discriminator beside them."""
-    # codes of an untrained VQGAN would teach nothing, so there must be a trained one
+    # codes of an untrained VQGAN would be meaningless, so a trained one is required
     vqgan = load_network(VQGAN, config.pretrained_vqgan, "pretrained_vqgan").eval().requires_grad_(False)
     run = TrainingRun(config, some_rest=config.codes_only_start is not None)
     crops = PhotoCrops(config, config.seed, run.share)
@@ -128,7 +128,7 @@ def main(config: CodeFormerConfig) -> None:
         lq = (mild if w > 0 else strong).to(memory_format=torch.channels_last)
         hq = hq.to(memory_format=torch.channels_last)
 
-        # the codes of the good face, from the damaged one
+        # predict the codes of the HQ face from the LQ face
         with torch.no_grad(), run.accelerator.autocast():
             if stored is None:
                 targets = vqgan.quantizer.nearest(vqgan.encoder(hq)[0])
@@ -141,7 +141,7 @@ def main(config: CodeFormerConfig) -> None:
         accuracy = (output.indices == targets).float().mean()
         terms = {"feature": feature, "token": token, "accuracy": accuracy}
 
-        # the good face itself, with features of the damaged one
+        # reconstruct the HQ face with features of the LQ face
         if w > 0:
             fake = output.image.float()
             image_loss, image_terms = picture_loss(fake, hq)
@@ -158,7 +158,7 @@ def main(config: CodeFormerConfig) -> None:
 
 
 def load_codeformer(config: CodeFormerConfig, vqgan: VQGAN) -> CodeFormer:
-    """The CodeFormer to start from. Raises ConfigError where it does not belong to the VQGAN."""
+    """The CodeFormer to start from. Raises ConfigError if its codebook is not that of the VQGAN."""
     if config.pretrained_codeformer is None:
         return CodeFormer.from_vqgan(vqgan, config.dim, config.num_heads, config.num_layers, config.fuse_sizes)
     codeformer = load_network(CodeFormer, config.pretrained_codeformer, "pretrained_codeformer")

@@ -29,11 +29,11 @@ class DecoderConfig(AdversarialOptions, InterpolationOptions, PhotoValidationOpt
     pretrained_vae: str
     """Folder of the autoencoder to start from."""
     latent_noise: float = 0.0
-    """Deviation of noise added to the latents, since those of a diffusion model are not exact."""
+    """Largest standard deviation of noise added to the latents, since sampled latents are not exact."""
     adversarial_weight: float = 0.02
-    """Weight of the generator's loss against the discriminator."""
+    """Weight of the adversarial loss."""
     feature_matching_weight: float = 0.5
-    """Weight of the difference between the discriminator's features of both pictures."""
+    """Weight of the feature matching loss: the difference of the discriminator's features."""
 
 
 class Decoding(nn.Module):
@@ -70,13 +70,13 @@ def main(config: DecoderConfig) -> None:
     for draws, image in run.batches(images):
         image = image.to(memory_format=torch.channels_last)
 
-        # reconstruct from a latent that is slightly off
+        # reconstruct from a latent with noise
         with torch.no_grad(), run.accelerator.autocast():
             z = vae.encode(image).latent_dist.mean
         amount = config.latent_noise * draws.uniform().to(z)[:, None, None, None]
         fake = decode(z + amount * draws.normal(z)).float()
 
-        # close to the photograph in pixels and to the discriminator's eye
+        # reconstruction loss and adversarial loss
         pixel = reconstruction_loss(fake, image)
         adversarial, terms = adversary.judge(fake, image)
         run.backward(pixel + adversarial)
@@ -84,7 +84,7 @@ def main(config: DecoderConfig) -> None:
 
     report_skipped(crops, run.accelerator)
 
-    # the result: the averaged decoder, mixed with the first one, beside the encoder it belongs to
+    # the result: encoder and averaged decoder, which is interpolated with the one it started from
     vae = run.averaged("vae")
     if run.is_main:
         interpolate(vae, load_network(AutoencoderKL, config.pretrained_vae, "pretrained_vae"), config)

@@ -1,9 +1,9 @@
-"""Train a StableSR of one, two or four steps: through its steps and its decoder, by losses on pictures and on scores.
+"""Train a StableSR that needs one, two or four steps, with losses on pictures and on scores.
 
     accelerate launch training/train_few_step.py --config configs/mini/few_step.yaml
 
-The student starts as the pipeline it is made from and runs as every pipeline does: from the noised low-quality latent
-down evenly spread timesteps, each a step of DDIM. What comes out is that pipeline, with fewer steps by default.
+The student starts as a copy of the pipeline and runs like it: from the noised LQ latent through evenly spaced DDIM
+steps, and through the decoder. The result is the same kind of pipeline, with fewer steps by default.
 """
 
 import copy
@@ -52,59 +52,59 @@ Part = Literal["unet", "adapter", "decoder", "cfw"]
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 LORA_TARGETS += ["conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv"]
-"""What of a UNet gets LoRA: all but what embeds the timestep (Wu et al. 2024, OSEDiff)."""
+"""Layers of a UNet that get LoRA: all but the time embedding (Wu et al. 2024, OSEDiff)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewStepConfig(
     AdversarialOptions, PictureLossOptions, DenoisingOptions, PairOptions, RestorationValidationOptions, RunConfig
 ):
-    """Options of this program. Two weights in one option are those at w = 0 and w = 1; in between they are mixed."""
+    """Options of this program. Two weights in one option are for w = 0 and w = 1, with linear interpolation between."""
 
     pretrained_model: str
-    """Folder of the StableSR pipeline to start from, which is also the teacher."""
+    """Folder of the StableSR pipeline to start from, and to learn from (the teacher)."""
     trained_parts: tuple[Part, ...] = ("unet", "adapter", "decoder", "cfw")
-    """What is trained. The encoder and its latents stay."""
+    """Networks that are trained. The encoder is always frozen."""
     lora_rank: int | None = None
-    """Rank of the LoRA that is trained in place of the UNet, and merged at the end; None trains all of the UNet."""
+    """Rank of the LoRA that is trained instead of the UNet and merged at the end; None trains the whole UNet."""
     cfw_rrdbs: int | None = None
-    """RRDBs that the fusion layers grow to, starting as what they were; None keeps those they have."""
+    """Number of RRDBs that the fusion layers grow to, without changing the result at first; None: no growth."""
     student_steps: tuple[Literal[1, 2, 4], ...] = (1,)
-    """Numbers of steps, one drawn for every step of the training; the result takes the first by default."""
+    """Numbers of denoising steps, one drawn per training step; the first is the default of the result."""
     w: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """Weights of the fusion layers, one drawn for every step of the training."""
+    """Weights of the fusion layers (CFW), one drawn per training step."""
     pairs: str | None = None
     """File written by cache_pairs.py; None degrades photographs on the fly."""
     pixel_weight: float = 1.0
-    """How much the pixel loss counts; where no loss on pictures counts, nothing is decoded."""
+    """Weight of the pixel loss. If all losses on pictures have weight 0, nothing is decoded."""
     perceptual_shift_px: int = 0
-    """The perceptual loss sees a part of the pictures that is smaller by so much, at a random place and flipped at
-    random, so that no pattern can hide from it."""
+    """The perceptual loss sees crops that are smaller by this much, shifted and flipped at random, so that it sees
+    periodic patterns at every phase."""
     flat_weights: tuple[float, float] = (0.0, 0.0)
-    """Weights of the loss that holds patterns down where the photograph is flat."""
+    """Weights of the loss against patterns in flat areas of the photograph."""
     lattice_weights: tuple[float, float] = (0.0, 0.0)
-    """Weights of the loss against patterns that repeat every 4 pixels, as decoders paint them. It pools what a process
-    sees at once, so it depends on how a step is split into batches."""
+    """Weights of the loss against patterns with a period of 4 pixels, which decoders tend to paint. It pools over the
+    batch of a process, so it depends on how a step is split into batches."""
     perceptual_fade: tuple[float, float] = (1.0, 1.0)
-    """What the perceptual loss is multiplied by."""
+    """Factors of the perceptual loss."""
     latent_weight: float = 0.0
-    """Weight of the mean squared difference from the good latent."""
+    """Weight of the mean squared difference from the HQ latent."""
     adversarial_fade: tuple[float, float] = (1.0, 1.0)
-    """What the loss against the discriminator is multiplied by."""
+    """Factors of the adversarial loss."""
     adversarial_shift_px: int = 0
-    """As perceptual_shift_px, for what the discriminator sees: its layers of stride 2 have a pattern of their own."""
+    """As perceptual_shift_px, for the discriminator, whose layers of stride 2 have a periodic pattern themselves."""
     distribution_weight: float = 0.0
-    """Weight of distribution matching: the score of the student's latents, learned beside it, is to become the
-    teacher's (Yin et al. 2024, DMD2)."""
+    """Weight of distribution matching: a second network learns the score of the student's latents, and the student
+    is trained until it equals the teacher's score (Yin et al. 2024, DMD2)."""
     fake_learning_rate: float = 5e-5
-    """Constant learning rate of the score of the student's latents."""
+    """Constant learning rate of that second network."""
     student_every: int = 1
-    """The student is trained every so many steps, the score of its latents in all of them (DMD2: 5 or 10)."""
+    """The student is trained in every n-th step, the second network in all (DMD2: 5 or 10)."""
     consistency_weight: float = 0.0
-    """Weight of latent consistency distillation from the teacher's 50 steps of DDIM (Luo et al. 2023, LCM)."""
+    """Weight of latent consistency distillation from the teacher with 50 DDIM steps (Luo et al. 2023, LCM)."""
     velocity_every: int = 0
-    """Every so many steps the UNet learns to denoise at a random timestep instead, in turn with and without the
-    adapter, so that it stays a prior and other numbers of steps work; 0: never."""
+    """Every n-th step is plain denoising at a random timestep, alternately with and without the adapter, so that the
+    UNet remains a diffusion model and other numbers of steps keep working; 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,10 +114,10 @@ class FewStepConfig(
         if min(self.w) < 0:
             raise ConfigError(f"w={list(self.w)} must be numbers of at least 0")
         if self.cfw_rrdbs is not None and "cfw" not in self.trained_parts:
-            raise ConfigError("cfw_rrdbs needs cfw among trained_parts; leave it out without")
+            raise ConfigError("cfw_rrdbs needs cfw among trained_parts; add it, or leave cfw_rrdbs out")
         for name in ("distribution_weight", "consistency_weight", "velocity_every"):
             if getattr(self, name) and not {"unet", "adapter"} <= set(self.trained_parts):
-                raise ConfigError(f"{name} needs unet and adapter among trained_parts; set it to 0 without")
+                raise ConfigError(f"{name} needs unet and adapter among trained_parts; add them, or set it to 0")
         if self.student_every < 1 or (self.student_every > 1 and not self.distribution_weight):
             raise ConfigError(
                 f"student_every={self.student_every} must be 1 without distribution_weight, else 1 or more"
@@ -174,13 +174,13 @@ def main(config: FewStepConfig) -> None:
             context = no_text.expand(len(x), -1, -1)
             return unet(x, timestep, context, timestep_cond=sft, return_dict=False)[0].float()
 
-    # the teacher, and the score of the student's latents beside it: LoRA on one base, or copies of the whole
+    # the teacher, and the network for the score of the student's latents: LoRA on one base, or whole copies
     teacher: tuple[Any, Any] = (unet, adapter)
     if config.distribution_weight or config.consistency_weight or config.lora_rank is not None:
         teacher = (branch(unet, config), copy.deepcopy(adapter))
     fake = (branch(unet, config), copy.deepcopy(adapter)) if config.distribution_weight else teacher
 
-    # the student: the chosen parts are trained
+    # the student: train the chosen parts
     parts = []
     student: tuple[Any, Any] = (unet, adapter)
     if "unet" in config.trained_parts:
@@ -246,7 +246,7 @@ def main(config: FewStepConfig) -> None:
         is_velocity_step = config.velocity_every > 0 and run.step % config.velocity_every == 0
         is_student_step = run.step % config.student_every == 0
 
-        # both pictures as latents, and what the fusion layers take from the bad one
+        # latents of both pictures, and features of the LQ picture for the fusion layers
         lq, hq = (image.contiguous(memory_format=torch.channels_last) for image in (lq, hq))
         with torch.no_grad(), run.accelerator.autocast():
             posterior, features = encode_with_features(vae, lq, levels)
@@ -255,7 +255,7 @@ def main(config: FewStepConfig) -> None:
         lq_latent = to_latent(mean + std * draws.normal(mean), vae).contiguous(memory_format=torch.channels_last)
 
         if is_velocity_step:
-            # remain a prior: hide the good latent under noise, and find it again
+            # plain denoising of the HQ latent, so that the UNet remains a diffusion model
             task = denoising_task(hq_latent, draws, schedule, config)
             is_unconditional = run.step // config.velocity_every % 2 == 1
             sft = None if is_unconditional else student[1](lq_latent, task.timestep)
@@ -265,7 +265,7 @@ def main(config: FewStepConfig) -> None:
             run.update(**{"unconditional" if is_unconditional else "conditional": loss})
             continue
 
-        # down the steps from the noised low-quality latent; one of them, drawn at random, is trained
+        # run the steps from the noised LQ latent; one of them, drawn at random, is trained
         trained = int(chosen.integers(steps))
         x0, noise = lq_latent, draws.normal(lq_latent)
         for i, t in enumerate(few_timesteps(steps)[: trained + 1]):
@@ -277,7 +277,7 @@ def main(config: FewStepConfig) -> None:
         terms = {"latent": F.mse_loss(x0, hq_latent)}
         loss = config.latent_weight * terms["latent"]
         if decodes and is_student_step:
-            # the picture should look like the photograph
+            # losses on the decoded picture
             with run.accelerator.autocast():
                 z = from_latent(x0, vae).contiguous(memory_format=torch.channels_last)
                 fake_image = decode(z, features, w).float()
@@ -294,7 +294,7 @@ def main(config: FewStepConfig) -> None:
                 adversarial, judged = adversary.judge(*pictures)
                 loss, terms = loss + between(config.adversarial_fade, w) * adversarial, terms | judged
         if config.distribution_weight and is_student_step:
-            # what the student makes should look to its own score as it does to the teacher's
+            # distribution matching: the score of the student's latents against the teacher's
             timestep = (20 + 960 * draws.uniform()).long().to(device)
             x = schedule.add_noise(x0.detach(), draws.normal(x0), timestep)
             with torch.no_grad():
@@ -305,7 +305,7 @@ def main(config: FewStepConfig) -> None:
             terms["distribution"] = distribution_matching_loss(x0, fake_x0, real_x0)
             loss = loss + config.distribution_weight * terms["distribution"]
         if config.consistency_weight:
-            # from anywhere on the teacher's way, find what is found from the step before
+            # consistency: two neighbouring points of the teacher's path give the same result
             way = consistency_task(hq_latent, draws, schedule, partial(predict, *teacher, lq_latent=lq_latent))
             with torch.no_grad():
                 prediction = predict(*student, way.x_before, way.timestep_before, lq_latent)
@@ -319,7 +319,7 @@ def main(config: FewStepConfig) -> None:
         terms = {f"{name}_w{w:g}": value for name, value in terms.items()}
 
         if config.distribution_weight:
-            # the score of the student's latents, as they are now
+            # train the network for the score of the student's latents
             task = denoising_task(x0.detach(), draws, schedule, config)
             terms["score"] = task.loss(predict(*fake, task.x, task.timestep, lq_latent))
             run.backward(terms["score"])
@@ -332,20 +332,20 @@ def main(config: FewStepConfig) -> None:
 
 
 def open_data(config: FewStepConfig, run: TrainingRun) -> Any:
-    """Pairs (lq, hq) of pictures, cached or degraded as they are drawn."""
+    """Pairs (lq, hq) of pictures, cached or degraded on the fly."""
     if config.pairs is not None:
         return CachedPairs(config.pairs, config.resolution, config.seed)
     return open_pairs(config, config.seed, run.share)
 
 
 def branch(unet: UNet2DConditionModel, config: FewStepConfig) -> UNet2DConditionModel:
-    """A copy that is trained on its own; where LoRA is what is trained, both keep the same weights in memory."""
+    """A copy to train separately. With LoRA both share the frozen weights in memory."""
     shared = {} if config.lora_rank is None else {id(weight): weight for weight in unet.parameters()}
     return copy.deepcopy(unet, shared)
 
 
 def make_trainable(unet: UNet2DConditionModel, config: FewStepConfig) -> UNet2DConditionModel:
-    """The UNet with gradients for all of its weights, or with LoRA. Raises ConfigError where peft is missing."""
+    """The UNet with gradients for all of its weights, or with LoRA. Raises ConfigError if peft is missing."""
     if config.lora_rank is None:
         return unet.requires_grad_(True).train()
     try:
@@ -370,7 +370,7 @@ def merged(base: UNet2DConditionModel, lora: Weights, config: FewStepConfig) -> 
 
 
 def between(weights: tuple[float, float], w: float) -> float:
-    """The weight at w, of those at 0 and at 1."""
+    """The weight at w, interpolated from the weights at 0 and at 1."""
     return weights[0] + w * (weights[1] - weights[0])
 
 

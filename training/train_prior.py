@@ -1,9 +1,8 @@
-"""Train a small latent diffusion prior together with the adapter that steers it, from cached latents.
+"""Train a small latent diffusion prior, together with the adapter that steers it, on cached latents.
 
     accelerate launch training/train_prior.py --config configs/mini/prior.yaml
 
-A share of the steps leaves the adapter out, so that the UNet remains a prior of its own; train_stablesr.py then
-freezes it.
+Some steps leave the adapter out, so that the UNet also works without it; train_stablesr.py then freezes the UNet.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class PriorConfig(DenoisingOptions, RunConfig):
     latent_crop: int = 32
     """Side of the square latents in a batch."""
     unconditional_every: int = 5
-    """Every so many steps the adapter is left out."""
+    """Every n-th step leaves the adapter out."""
     pretrained_unet: str | None = None
     """Folder of a UNet to start from; None builds an untrained one."""
     pretrained_adapter: str | None = None
@@ -68,7 +67,7 @@ def main(config: PriorConfig) -> None:
     adapt = run.train(adapter, {"adapter": ""})
 
     for draws, (lq, hq) in run.batches(pairs):
-        # hide the good latent under noise, and find it again with the degraded one or, every few steps, without
+        # denoise the HQ latent, given the LQ latent; some steps go without the adapter
         task = denoising_task(hq, draws, schedule, config)
         is_unconditional = run.step % config.unconditional_every == 0
         sft = None if is_unconditional else adapt(lq.to(memory_format=torch.channels_last), task.timestep)

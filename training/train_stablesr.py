@@ -2,7 +2,7 @@
 
     accelerate launch training/train_stablesr.py --config configs/official/stablesr_512.yaml --train_data_dir DATA
 
-Pairs are degraded on the fly from photographs and encoded, or read from the latents of cache_latents.py.
+The pairs are photographs that are degraded and encoded on the fly, or latents from cache_latents.py.
 """
 
 from dataclasses import dataclass
@@ -40,21 +40,21 @@ class StableSRConfig(DenoisingOptions, PairQueueOptions, RestorationValidationOp
     """Options of this program."""
 
     pretrained_model: str | None = None
-    """Folder of a Stable Diffusion pipeline: its UNet, autoencoder, empty prompt and prediction type are used."""
+    """Folder of a Stable Diffusion pipeline, which gives UNet, autoencoder, empty prompt and prediction type."""
     pretrained_unet: str | None = None
-    """Folder of the UNet, where there is no pretrained_model."""
+    """Folder of the UNet, instead of pretrained_model."""
     pretrained_vae: str | None = None
-    """Folder of the autoencoder, where there is no pretrained_model; cached latents need none."""
+    """Folder of the autoencoder, instead of pretrained_model; not needed with cached latents."""
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
     """What the UNet of pretrained_unet predicts."""
     pretrained_adapter: str | None = None
     """Folder of an adapter to start from; None builds an untrained one."""
     adapter_channels: tuple[int, ...] | None = (64, 96, 128)
-    """Widths of an untrained small adapter's encoder; None builds the published one."""
+    """Widths of the encoder of an untrained small adapter; None builds the published size."""
     latents: str | None = None
     """File written by cache_latents.py; None degrades and encodes photographs on the fly."""
     latent_crop: int = 32
-    """Side of the square latents of a batch, when they are cached."""
+    """Side of the square crops of cached latents."""
     validation_inference_steps: int = 50
     """Denoising steps of a validation picture."""
 
@@ -127,7 +127,7 @@ def main(config: StableSRConfig) -> None:
             noise = torch.cat([draws.normal(part) for part in mean.chunk(2)])
             lq, hq = to_latent(mean + std * noise, vae).chunk(2)
 
-        # hide the good latent under noise, and find it again with the degraded one
+        # denoise the HQ latent, given the LQ latent
         task = denoising_task(hq, draws, schedule, config)
         sft = adapt(lq.to(memory_format=torch.channels_last), task.timestep).to(unet.dtype)
         with run.accelerator.autocast():
@@ -144,7 +144,7 @@ def main(config: StableSRConfig) -> None:
 
 
 def frozen_parts(config: StableSRConfig) -> tuple[UNet2DConditionModel, AutoencoderKL | None, Any, Any]:
-    """UNet, autoencoder, noise schedule, and the empty prompt's embedding where a text encoder makes one."""
+    """UNet, autoencoder, noise schedule, and the embedding of the empty prompt if there is a text encoder."""
     if config.pretrained_model is not None:
         base = base_of_folder(Path(config.pretrained_model), torch.float32)
         assert base.prediction is not None  # a folder has a scheduler
@@ -152,7 +152,7 @@ def frozen_parts(config: StableSRConfig) -> tuple[UNet2DConditionModel, Autoenco
         if base.text_encoder is not None:
             no_text = embed_empty_prompt(base.text_encoder, base.tokenizer)
         return base.unet, base.vae, noise_schedule(base.prediction.type), no_text
-    assert config.pretrained_unet is not None  # the options see to it
+    assert config.pretrained_unet is not None  # checked in __post_init__
     unet = load_network(UNet2DConditionModel, config.pretrained_unet, "pretrained_unet")
     vae = None
     if config.pretrained_vae is not None:
@@ -161,13 +161,15 @@ def frozen_parts(config: StableSRConfig) -> tuple[UNet2DConditionModel, Autoenco
 
 
 def open_data(config: StableSRConfig, share: Share) -> CachedLatents | DegradedCrops | PairedCrops | RandomCrops:
-    """Pairs (lq, hq) of latents or of pictures; for the pair queue, which degrades by itself, good crops alone."""
+    """Pairs (lq, hq) of latents or of pictures; for the pair queue, which degrades by itself, HQ crops only."""
     if config.latents is not None:
         return CachedLatents(config.latents, config.latent_crop, config.seed)
     if config.pair_queue_size:
         crops = PhotoCrops(config, config.seed, share)
         if crops.source.is_paired:
-            raise ConfigError("pair_queue_size mixes what is degraded together; leave it out for pairs as they come")
+            raise ConfigError(
+                "pair_queue_size is for photographs that are degraded on the fly; leave it out for given pairs"
+            )
         return RandomCrops(crops)
     return open_pairs(config, config.seed, share)
 

@@ -31,9 +31,9 @@ class VQGANConfig(
     """Options of this program."""
 
     image_size: int | None = None
-    """Side in px of the pictures the VQGAN is for, where crops are smaller; None: the resolution."""
+    """Side in px of the pictures that the VQGAN is for, if the crops are smaller; None: resolution."""
     pretrained_vqgan: str | None = None
-    """Folder of a VQGAN to start from; None builds an untrained one by the options below."""
+    """Folder of a VQGAN to start from; None builds an untrained one from the options below."""
     base_channels: int = 64
     """Width of its first convolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 4, 8)
@@ -41,15 +41,15 @@ class VQGANConfig(
     layers_per_block: int = 2
     """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Sizes in px of the levels with attention."""
+    """Sizes in px of the feature maps with attention."""
     norm_num_groups: int = 32
-    """Groups of its group norms; narrow networks need few, or brightness and colour are lost."""
+    """Groups of its group norms; narrow networks need few, since more of them lose brightness and colour."""
     codebook_size: int = 1024
     """Number of codes."""
     code_channels: int = 256
     """Width of a code."""
     quantization: Literal["nearest", "gumbel"] = "nearest"
-    """How codes are chosen."""
+    """How a code is chosen: the nearest one, or sampled by Gumbel softmax."""
     gumbel_annealing_steps: int = 160_000
     """Steps over which Gumbel's temperature falls from 1 towards 0, at least 1/16."""
     codebook_weight: float = 1.0
@@ -112,13 +112,13 @@ def main(config: VQGANConfig) -> None:
 
 
 def reconstructed(vqgan: VQGAN, example: Example) -> Tensor:
-    """What a VQGAN makes of an example through its nearest codes."""
+    """An example, reconstructed from its nearest codes."""
     indices = vqgan.quantizer.nearest(vqgan.encoder(example.lq)[0])
     return vqgan.decode(vqgan.quantizer.lookup(indices))
 
 
 def build_vqgan(config: VQGANConfig) -> VQGAN:
-    """Untrained, by the options."""
+    """An untrained VQGAN as the options describe it."""
     return VQGAN(
         image_size=config.image_size or config.resolution,
         base_channels=config.base_channels,

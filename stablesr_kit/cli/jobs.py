@@ -1,4 +1,4 @@
-"""Pictures and folders in, results out: which picture becomes which file, and what every command does alike."""
+"""Pictures and folders in, results out: the names of results, and what all commands have in common."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from stablesr_kit.imaging.writing import check_output, left_out, output_format
 
 HUGE_ADVICE = "give --huge if you trust the file, or scale or crop it first"
 LONGEST_NAME = 255
-"""Bytes of a file's name at most, on nearly every system."""
+"""Longest file name in bytes, on nearly every system."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One picture: where it is, where the result goes, and where what belongs to it goes (None: nowhere).
+    """One picture: its file, the file of its result, and a second file beside the result (None: there is none).
 
-    folder: of all results, in or below which the target is.
+    folder: for all results; the target is in or below it.
     """
 
     source: Path
@@ -41,12 +41,12 @@ class Job:
 
     @property
     def results(self) -> list[Path]:
-        """All it should write."""
+        """All files that it writes."""
         return [path for path in (self.target, self.companion) if path]
 
 
 class Told(NamedTuple):
-    """What there is to say of a picture that is done: lines for people, and the same as plain values."""
+    """What is reported about a finished picture: lines for people, and the same as plain values."""
 
     lines: list[str]
     values: dict[str, Any]
@@ -54,9 +54,9 @@ class Told(NamedTuple):
 
 @dataclass
 class Report:
-    """What became of the pictures; `done` is the word for what the command does to them.
+    """Results and failures of a command. done: what it does to a picture, such as "restored".
 
-    is_json: stdout gets an object for each picture, and nothing else.
+    is_json: print an object for each picture to stdout, and nothing else.
     """
 
     done: str
@@ -66,7 +66,7 @@ class Report:
     failed: int = 0
 
     def finish(self, job: Job, told: Told | None = None, seconds: float | None = None) -> None:
-        """Counts a picture that is done, and tells what there is to say of it, above the progress bars."""
+        """Count a finished picture, and report it above the progress bars."""
         self.written.append(job.target)
         lines, values = told or Told([], {})
         if seconds is not None:
@@ -76,12 +76,12 @@ class Report:
             tqdm.write(line)
 
     def skip(self, job: Job) -> None:
-        """Counts a picture whose result is there."""
+        """Count a picture whose result exists already."""
         self.skipped += 1
         self._tell({"source": str(job.source), "result": str(job.target), "status": "already there"})
 
     def fail(self, error: StableSRKitError, source: Path | None = None) -> None:
-        """Counts a failure and tells it in one line, above the progress bars."""
+        """Count a failure, and report it in one line above the progress bars."""
         self.failed += 1
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         given = None if source is None else str(source)
@@ -92,7 +92,7 @@ class Report:
             tqdm.write(json.dumps(values, default=float))  # of numpy
 
     def summary(self) -> str:
-        """How many were done and where they are."""
+        """The numbers of pictures, and where the results are."""
         counts = [f"{len(self.written)} {self.done}"]
         counts += [f"{self.skipped} already there"] if self.skipped else []
         counts += [f"{self.failed} failed"] if self.failed else []
@@ -103,12 +103,12 @@ class Report:
 
 
 def plan(inputs: list[Path], output: Path, companion: str | None, report: Report) -> list[Job]:
-    """One job for each picture that is there; each input without a picture is reported as a failure.
+    """One job for each picture; each input without a picture is reported as a failure.
 
-    Sub-folders are mirrored. Two results that would have one name, on any system, get different ones.
+    Sub-folders are mirrored. Results whose names would be equal on some system get different ones.
 
-    companion: the end of the name of a second file beside each result, such as "_compare"; None: there is none.
-    Ends the command if a result would overwrite an input, or the output cannot be what the inputs need.
+    companion: suffix of a second file beside each result, such as "_compare"; None: there is none. Ends the command if
+    a result would overwrite an input, or if the output is a file but must be a folder.
     """
     is_file = len(inputs) == 1 and not inputs[0].is_dir() and bool(output.suffix) and not output.is_dir()
     if is_file:
@@ -141,7 +141,7 @@ def plan(inputs: list[Path], output: Path, companion: str | None, report: Report
 
 
 def _sources(inputs: list[Path], output: Path, report: Report) -> dict[Path, Path]:
-    """Each picture once, with its name below the folder that was given; what was passed over is told in one line."""
+    """Each picture once, with its path below the given folder; files that are no pictures are reported in one line."""
     sources: dict[Path, Path] = {}
     places: set[Path] = set()
     passed_over: list[Path] = []
@@ -173,11 +173,11 @@ def _sources(inputs: list[Path], output: Path, report: Report) -> dict[Path, Pat
 
 
 def _result_names(sources: dict[Path, Path], companion: str | None) -> dict[Path, Path]:
-    """The name below the results' folder for each picture, in their order.
+    """The name of each result below the folder of results, in order.
 
-    It is that of the picture. Where several pictures would share it, all of them are told apart by their endings
-    (a_jpg.png, a_tif.png), or else by the folders they are from (one/a.png, two/a.png), or else by number. Names that
-    differ in capitals or in how accents are coded are the same on some systems, and so they are here.
+    It is the picture's name. If several pictures would share it, all of them get their endings (a_jpg.png, a_tif.png),
+    or else their folders (one/a.png, two/a.png), or else a number. Names that differ only in upper case or in the
+    encoding of accents count as equal, since they are equal on some systems.
     """
 
     def key(name: Path) -> str:
@@ -216,7 +216,7 @@ def _result_names(sources: dict[Path, Path], companion: str | None) -> dict[Path
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of the results, so that a place that cannot be written shows before any work. OutputError."""
+    """Make the folder for the results, and check that it is writable before any work. Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -231,7 +231,7 @@ def make_folder(folder: Path) -> None:
 
 
 def run(jobs: list[Job], work: Callable[[Job], Told | None], report: Report) -> None:
-    """One picture after the other, with a bar over them on a terminal; after a failure the next one follows."""
+    """Do the jobs one after the other, with a progress bar on a terminal; a failure does not stop the others."""
     for job in tqdm(jobs, unit="picture", leave=False, disable=not sys.stderr.isatty() or len(jobs) == 1):
         began = time.perf_counter()
         try:
@@ -244,7 +244,7 @@ def run(jobs: list[Job], work: Callable[[Job], Told | None], report: Report) -> 
 
 
 def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Picture:
-    """The job's picture, not decoded yet, whose result can be written. Raises StableSRKitError."""
+    """The job's picture, not decoded yet; checks that its result can be written. Raises StableSRKitError."""
     from stablesr_kit.pipelines.pictures import result_size
 
     picture = open_picture(
@@ -258,7 +258,7 @@ def open_job(job: Job, is_huge_allowed: bool = False, scale: float = 1) -> Pictu
 
 
 def read_job(job: Job) -> Picture:
-    """The job's picture, with a line for what reading converts and for what writing leaves out. StableSRKitError."""
+    """The job's picture; reports what reading converts and writing leaves out. Raises StableSRKitError."""
     picture = read_picture(job.source)
     check_output(job.target, picture)
     tell_changes(job, picture)
@@ -266,7 +266,7 @@ def read_job(job: Job) -> Picture:
 
 
 def tell_changes(job: Job, picture: Picture) -> None:
-    """A line for each thing that reading converts, and one for what the result's file cannot hold."""
+    """Print a line for each conversion on reading, and one for what the result's format cannot hold."""
     notes = list(picture.notes)
     if lost := left_out(job.target, picture):
         notes.append(f"{output_format(job.target).name} cannot hold and leaves out: {', '.join(lost)}")
@@ -275,19 +275,19 @@ def tell_changes(job: Job, picture: Picture) -> None:
 
 
 def check_result(job: Job, pixels: float, most: float, advice: str) -> None:
-    """Raise ImageError if the result would have more pixels than can be made here; advice: what to do."""
+    """Raise ImageError if the result would have too many pixels. advice: what to do."""
     if pixels > most:
         raise ImageError(
-            f"{job.source}: the result would have {pixels / 1e6:,.0f} million pixels, more than the {most / 1e6:,.0f} "
-            f"million that can be made here; {advice}"
+            f"{job.source}: the result would have {pixels / 1e6:,.0f} million pixels, more than the limit of "
+            f"{most / 1e6:,.0f} million; {advice}"
         )
 
 
 @contextmanager
 def naming(job: Job, less: str) -> Iterator[None]:
-    """Turns what models meet on some pictures into a StableSRKitError that begins with the file.
+    """Turn errors of models into a StableSRKitError that begins with the file.
 
-    less: what to change where memory does not suffice, such as "restore with a smaller --scale".
+    less: what to change if memory runs out, such as "restore with a smaller --scale".
     """
     try:
         with noting(job.source):
@@ -296,7 +296,7 @@ def naming(job: Job, less: str) -> Iterator[None]:
         if any(str(path) in str(error) for path in (job.source, *job.results)):
             raise
         raise type(error)(f"{job.source}: {error}") from error
-    # Sizes they cannot take, overflow, and torch's RuntimeError for lack of memory.
+    # Impossible sizes, overflow, and torch's RuntimeError for lack of memory.
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason, advice = str(error).partition("\n")[0], ""
         if is_out_of_memory(error):
@@ -305,7 +305,7 @@ def naming(job: Job, less: str) -> Iterator[None]:
 
 
 def finish(report: Report) -> None:
-    """Say what was done by all processes; ends the command of each with exit status 1 if something failed in any."""
+    """Print the summary of all processes; each exits with status 1 if anything failed in any of them."""
     reports = gathered(report)
     whole = Report(report.done)
     for part in reports:

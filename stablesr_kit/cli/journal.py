@@ -1,8 +1,8 @@
-"""What became of which picture, so that a stopped run is continued and not repeated.
+"""The journal of a run, so that a stopped run continues instead of starting again.
 
-While there is unfinished work, a folder of results holds a folder `.stablesr`: the journal, one line of JSON per
-finished result, and for each result in progress a lock and the state it can be continued from. When all is done it is
-gone, and a result is known by the provenance that is written in its file.
+During a run the folder of results contains a folder `.stablesr`: the journal, with one line of JSON per finished
+result, and a lock and a state for each result in progress. It is deleted when everything is finished; afterwards
+results are recognised by the provenance that is written into their files.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from stablesr_kit.imaging.reading import MAX_STREAMED_PIXELS, open_picture
 from stablesr_kit.storage import replacing_file, sha256
 
 JOBS_FOLDER = ".stablesr"
-LONGEST_STATE_NAME = 240  # of the 255 bytes that a name may have
+LONGEST_STATE_NAME = 240  # file names have at most 255 bytes
 
 Settings = Mapping[str, str | float | int | bool | None]
 
@@ -31,11 +31,11 @@ class Journal:
     """The finished results of one folder; any number of processes may add to it.
 
     Args:
-        folder: where the results are.
-        settings: all that decides, together with the picture, what a result looks like.
+        folder: of the results.
+        settings: everything besides the picture that determines a result.
 
     Raises:
-        JobError: there is a journal that cannot be read.
+        JobError: the journal cannot be read.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
@@ -46,12 +46,13 @@ class Journal:
         self._finished = {tuple(record["results"]): record for record in _read_records(self.path)}
 
     def is_finished(self, source: Path, results: Sequence[Path]) -> bool:
-        """Whether the results are there, made of the source as it is now.
+        """Whether the results exist and were made from the source as it is now.
 
-        They are, if they are byte by byte what the journal says, or if that is written in them and all of them decodes.
+        The journal has hashes of results and source. Without a record, the provenance in the results is compared, and
+        they must decode completely.
 
         Raises:
-            JobError: they are, but were made with other settings.
+            JobError: they exist, but were made with other settings.
         """
         if not all(path.is_file() for path in results):
             return False
@@ -66,7 +67,7 @@ class Journal:
             made = [read_provenance(path) or {} for path in results]
             if any("source" not in one for one in made) or any(one["source"] != sha256(source) for one in made):
                 return False
-        except OSError:  # what cannot be read says so where it is restored
+        except OSError:  # restoring the picture reports the error
             return False
         if not all(map(_is_whole, results)):
             return False
@@ -76,7 +77,7 @@ class Journal:
         return True
 
     def provenance(self, source: Path) -> dict[str, Any]:
-        """What is written in a result, by which it is known again."""
+        """What is written into a result, to recognise it later."""
         return {**self.settings, "source": sha256(source)}
 
     def finish(self, source: Path, results: Sequence[Path]) -> None:
@@ -95,30 +96,30 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(
-                f"{self.path}: cannot be written ({error.strerror}); the result is there, but --resume will repeat it"
+                f"{self.path}: cannot be written ({error.strerror}); the result is complete, but --resume repeats it"
             ) from error
 
     def close(self) -> None:
-        """Remove what is not needed when all is done; the work of other processes in this folder stays."""
+        """Remove the journal if no work is left; the work of other processes in this folder stays."""
         with suppress(OSError):
             if all(path == self.path for path in self.jobs_folder.iterdir()):
                 self.path.unlink(missing_ok=True)
                 self.jobs_folder.rmdir()
 
     def remove_stale_locks(self) -> None:
-        """Delete the locks of processes that were killed; those of running processes stay."""
+        """Delete locks of killed processes; locks of running processes stay."""
         for path in self.jobs_folder.glob("*.lock"):
             with suppress(Timeout, OSError), FileLock(path, blocking=False):
                 path.unlink(missing_ok=True)
 
     @contextmanager
     def in_progress(self, source: Path, result: Path, resume: bool = False) -> Iterator[Path]:
-        """The folder for the state of one result, which belongs to this process while the block runs.
+        """A folder for the state of one result, locked by this process while the block runs.
 
-        The state is deleted when the block ends without an exception, and before it begins unless `resume`.
+        The state is deleted when the block ends without an exception. An old state is deleted first unless `resume`.
 
         Raises:
-            JobError: another process has it, or the state to resume is of another picture or of other settings.
+            JobError: another process has locked it, or the state to resume is of another picture or other settings.
         """
         name = self._name(result)
         if os.sep in name or len(os.fsencode(name)) > LONGEST_STATE_NAME:
@@ -138,21 +139,21 @@ class Journal:
             yield state
             shutil.rmtree(state, ignore_errors=True)
         finally:
-            path.unlink(missing_ok=True)  # before the release: afterwards it may be another's
+            path.unlink(missing_ok=True)  # before the release: afterwards it may belong to another process
             lock.release()
 
     def _name(self, result: Path) -> str:
-        """Of a result in or below the folder, whatever the folder is called by another process."""
+        """Name of a result: its path relative to the folder, equal in all processes."""
         return os.path.relpath(result, self.folder)
 
     def _open_state(self, state: Path, source: Path, result: Path, resume: bool) -> None:
-        """Make the folder of a state, or check that it is of this picture and these settings."""
+        """Make the folder of a state, or check that it belongs to this picture and these settings."""
         path = state / "job.json"
         try:
             made_from = {"picture": sha256(source), **self.settings}
             if resume and path.exists():
                 refuse_other_settings(result, json.loads(path.read_bytes()), made_from)
-                for part in state.glob(".*"):  # of a process that was killed while it wrote
+                for part in state.glob(".*"):  # half-written by a killed process
                     part.unlink()
                 return
             shutil.rmtree(state, ignore_errors=True)
@@ -168,7 +169,7 @@ class Journal:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all of a result decodes."""
+    """Whether a result decodes completely."""
     try:
         for _ in open_picture(path, max_pixels=MAX_STREAMED_PIXELS).bands():
             pass
@@ -178,7 +179,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) -> None:
-    """Raise JobError, naming what differs, unless the settings are the same."""
+    """Raise JobError with the differences unless the settings are equal."""
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if differing:
         listed = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in differing)
@@ -186,7 +187,7 @@ def refuse_other_settings(result: Path, then: Mapping[str, Any], now: Settings) 
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole records of a journal; a line that was cut off while it was written is left out."""
+    """The complete records of a journal; lines that were cut off are left out."""
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:

@@ -1,11 +1,11 @@
-"""What a picture's file says besides its pixels: read from every format, put into the files that are written.
+"""Metadata of pictures: reading them from every format, and writing them into results.
 
-Carried over are the colour profile, EXIF (what the photo says of itself: camera, date, place, author; not what is no
-longer true of the result: orientation, sizes, thumbnail, maker notes), XMP, IPTC, text of PNG files, the comment, and
-the resolution, whose number stays the same: four times the pixels are four times the print.
+The following is carried over: the colour profile, EXIF (camera, date, place, author; but not orientation, sizes,
+thumbnail and maker notes, which do not fit the result), XMP, IPTC, text of PNG files, the comment, and the resolution
+in pixels per inch, which stays the same, so that a four times larger picture prints four times larger.
 
-Pillow reads and writes the contents; the blocks they lie in are put into files that libvips has encoded, since what
-libvips itself writes is not what it was given (texts lose their accents, a resolution is invented, TIFF has no EXIF).
+Pillow parses and writes the contents. The blocks are inserted into files that libvips has encoded, since libvips itself
+does not preserve them (texts lose their accents, a resolution is invented, TIFF has no EXIF).
 
 Colour profiles are at the end: matching them to pixels, making them from gamma and chromaticities, conversion to sRGB.
 """
@@ -89,10 +89,10 @@ _PER_INCH, _PER_CENTIMETRE = 2, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What is carried over from a picture's file to the file of the result."""
+    """Metadata that is carried over from a picture's file to its result."""
 
     icc_profile: bytes | None = None
-    """Of the pixels; None stands for sRGB."""
+    """Profile of the pixels; None is sRGB."""
     exif: bytes | None = None
     """As a TIFF block."""
     xmp: bytes | None = None
@@ -104,9 +104,9 @@ class Metadata:
     """Pixels per inch across and down."""
 
     def with_provenance(self, provenance: Mapping[str, Any] | None, path: Path) -> "Metadata":
-        """With a line of JSON on how the result was made; as text in PNG files, in XMP elsewhere. None leaves it out.
+        """The same with a line of JSON on how the result was made: text in PNG files, XMP in others; None: no line.
 
-        What an earlier restoration left there is replaced.
+        The line of an earlier restoration is removed.
         """
         text = tuple(pair for pair in self.text if pair[0] != PROVENANCE)
         xmp = None if self.xmp is None else _XMP_PROVENANCE.sub(b"", self.xmp)
@@ -120,18 +120,18 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Described:
-    """What was read of a file's metadata, and what reading found besides."""
+    """The metadata of a file, and what else reading has found."""
 
     metadata: Metadata
     orientation: int = 1
-    """Of EXIF, 1 to 8; 1 is upright."""
+    """EXIF orientation, 1 to 8; 1 is upright."""
     tags: Mapping[int, Any] | None = None
     """Of a TIFF file's first directory."""
     notes: tuple[str, ...] = ()
 
 
 def read_metadata(file: IO[bytes], kind: str, is_grey: bool) -> Described:
-    """What a file of a kind (PNG, JPEG, TIFF ...) says; a file whose metadata cannot be read gives a note instead."""
+    """Metadata of a file of a kind (PNG, JPEG, TIFF ...); unreadable metadata gives a note instead."""
     try:
         if kind == "TIFF":
             return _of_tiff(file)
@@ -144,12 +144,12 @@ def read_metadata(file: IO[bytes], kind: str, is_grey: bool) -> Described:
 
 
 def describe(image: Image.Image, is_grey: bool) -> Described:
-    """What a Pillow image carries of its file; nothing is decoded. Raises what Pillow's parsers raise."""
+    """Metadata in a Pillow image, without decoding pixels. Raises what Pillow's parsers raise."""
     info, notes = image.info, []
     try:
         exif = Image.Image.getexif(image)  # a PNG's own decodes the pixels
         orientation = exif.get(ExifTags.Base.Orientation, 1)
-        # Pillow gives a JPEG file that says nothing 72.
+        # Pillow reports 72 for JPEG files without a resolution.
         is_said = "dpi" in info and (not isinstance(image, JpegImagePlugin.JpegImageFile) or info.get("jfif_unit"))
         dpi = _checked_dpi(info["dpi"]) if is_said else _tiff_dpi(exif)
         kept = descriptive_exif(exif)
@@ -184,12 +184,12 @@ def describe(image: Image.Image, is_grey: bool) -> Described:
 
 
 def descriptive_exif(given: Image.Exif) -> bytes | None:
-    """What is carried over of EXIF, as a TIFF block; None if that is nothing."""
+    """The EXIF to carry over, as a TIFF block; None if there is none."""
     kept = Image.Exif()
     for tag in _KEPT_EXIF:
         if tag in given:
             value = given[tag]
-            # Pillow reads strings as Latin-1 and writes ASCII; bytes it leaves as they are.
+            # Pillow reads strings as Latin-1 and writes ASCII; it keeps bytes unchanged.
             kept[tag] = value if not isinstance(value, str) or value.isascii() else value.encode("latin-1")
     for directory in _INNER_DIRECTORIES:
         entries = {tag: value for tag, value in given.get_ifd(directory).items() if tag not in _DROPPED_EXIF}
@@ -199,7 +199,7 @@ def descriptive_exif(given: Image.Exif) -> bytes | None:
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """How the result in a file was made; None if that is not written in it, or the file cannot be read."""
+    """The provenance of a result; None if there is none, or the file cannot be read."""
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a broken file can make Pillow warn
@@ -220,7 +220,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 
 
 def lost_in(kind: str, metadata: Metadata) -> list[str]:
-    """What a file of this kind cannot hold, in words; an empty list if it holds all."""
+    """Names of the metadata that a file of this kind cannot hold; empty if it holds everything."""
     exif, xmp, iptc = (len(block or b"") for block in (metadata.exif, metadata.xmp, metadata.iptc))
     has_no = {
         "text": metadata.text and kind != "PNG",
@@ -319,7 +319,7 @@ def _webp_size(start: bytes) -> bytes:
 
 
 def _add_to_tiff(source: IO[bytes], copy: IO[bytes], metadata: Metadata) -> None:
-    """The first directory anew at the end of the file; libvips has written tiles, to which it points as before."""
+    """Write the first directory again at the end of the file; it points to the same tiles."""
     copyfileobj(source, copy)
     directory = _tiff_directory(copy)
     for resolution in (ExifTags.Base.XResolution, ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit):
@@ -361,7 +361,7 @@ def _tiff_directory(file: IO[bytes]) -> TiffImagePlugin.ImageFileDirectory_v2:
     directory, offset, _ = _tiff_start(file)
     file.seek(offset)
     directory.load(file)
-    for tag in list(directory):  # what is decoded is written again
+    for tag in list(directory):  # only decoded tags are written again
         directory[tag]
     return directory
 
@@ -420,7 +420,7 @@ def _tiff_dpi(tags: Mapping[int, Any]) -> tuple[float, float] | None:
 
 
 def _checked_dpi(dpi: Any) -> tuple[float, float] | None:
-    """The resolution if it can be one; whole numbers that a file's unit has blurred are whole again."""
+    """The resolution if it is plausible; numbers that are nearly whole, because of a file's unit, are rounded."""
     try:
         across, down = (float(number) for number in dpi)
     except (TypeError, ValueError, ZeroDivisionError):
@@ -487,14 +487,14 @@ _XMP_EMPTY = (
 
 
 def _truthful(xmp: Any) -> bytes | None:
-    """XMP whose orientation is upright and which says no size: the result has another one."""
+    """XMP with upright orientation and without sizes, since the result has another size."""
     if not isinstance(xmp, bytes) or not xmp:
         return None
     return _XMP_SIZE.sub(b"", _XMP_ORIENTATION.sub(rb"\g<1>1", xmp))
 
 
 def _with_property(xmp: bytes | None, line: str) -> bytes:
-    """XMP with the line as a property; XMP that is no RDF is replaced."""
+    """XMP with the line as a property; XMP without RDF is replaced."""
     if xmp is None or not _XMP_END.search(xmp):
         xmp = _XMP_EMPTY
     end = list(_XMP_END.finditer(xmp))[-1].start()
@@ -511,7 +511,7 @@ def _unquoted(value: bytes) -> str:
 
 
 def _without_pixels(file: IO[bytes]) -> IO[bytes]:
-    """A PNG file of all but the pixels, for a parser that stops at them; descriptions may follow them."""
+    """A PNG file without its pixels: Pillow's parser stops at the pixels, but metadata may follow them."""
     file.seek(0)
     copy = BytesIO()
     copy.write(file.read(len(_PNG_SIGNATURE)))

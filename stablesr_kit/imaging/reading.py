@@ -1,14 +1,14 @@
-"""Pictures out of files: one reader for every format, depth and layout, of any size.
+"""Reading pictures: one reader for every format, depth and layout, of any size.
 
 libvips decodes, a band of rows at a time: PNG, JPEG, TIFF, WebP, GIF and AVIF, and JPEG XL and JPEG 2000 where the
-libvips of this machine has them. What it lacks, Pillow decodes whole: BMP, PNM, JPEG 2000, 8-bit CIELAB, and HEIC and
-JPEG XL with extra `formats`. What a picture is, is read off what the file holds and never off its name.
+libvips of this machine supports them. Pillow decodes the rest, as a whole: BMP, PNM, JPEG 2000, 8-bit CIELAB, and HEIC
+and JPEG XL with extra `formats`. The format is detected from the content of a file, never from its name.
 
 Files are untrusted. Only these raster formats are opened (nothing that runs a program), sizes are limited before pixels
-are decoded, and whatever goes wrong is one ImageError with a one-line message.
+are decoded, and every failure is one ImageError with a one-line message.
 
-Pixels are upright RGB of 8 or 16 bits; all that a file has beyond that is kept beside them: alpha, metadata, and
-whether the file is grey. What is converted or left out is said in `Picture.notes`.
+Pixels are upright RGB of 8 or 16 bits. Alpha, metadata, and whether the file is grey, are kept beside them.
+`Picture.notes` says what was converted or left out.
 """
 
 import warnings
@@ -41,7 +41,7 @@ from stablesr_kit.imaging.metadata import (
 )
 
 MAX_PIXELS = 100_000_000
-"""Of a picture from anywhere: a larger one can be an attack on memory and disk."""
+"""Limit for pictures of unknown origin: larger ones may be an attack on memory and disk."""
 MAX_STREAMED_PIXELS = 2**32
 BAND_ROWS = 256
 
@@ -66,26 +66,26 @@ _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES, _RAW_VERSION = 254, 258, 262
 _SAMPLES, _PLANES, _INK_SET, _NUMBER_KIND = 277, 284, 332, 339
 _WHITE_IS_ZERO, _SEPARATED, _CIELAB, _COLOUR_FILTER_ARRAY, _LINEAR_RAW = 0, 5, 8, 32803, 34892
 
-# Files may change while a program runs: no result of an earlier load is taken for that of a later one.
+# No caching of loaded files: a file may change while a program runs.
 pyvips.cache_set_max(0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """A picture, upright: what is known of it without decoding, and its pixels by bands of rows."""
+    """A picture, upright: what is known without decoding, and its pixels in bands of rows."""
 
     height: int
     width: int
     dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
-    """Numbers of the bands; white is their largest."""
+    """Dtype of the bands; white is its largest value."""
     has_alpha: bool
     is_grey: bool
-    """True if the file has one colour channel: the bands repeat it in three, and the result's file has one, too."""
+    """True if the file has one colour channel: bands repeat it three times, and the result's file has one, too."""
     metadata: Metadata
     notes: tuple[str, ...] = ()
-    """What was converted or left out on reading, one phrase each; for the user to see."""
+    """What was converted or left out on reading, one phrase each, for the user."""
     decode: Callable[[int], Iterator[Pixels]]
-    """Bands of as many rows from top to bottom, see `bands`."""
+    """Number of rows -> bands of that many rows, from top to bottom; see `bands`."""
 
     def bands(self, rows: int = BAND_ROWS) -> Iterator[Pixels]:
         """RGB, or RGBA if `has_alpha`, from top to bottom: (rows, width, 3 or 4) each, the last one maybe fewer rows.
@@ -95,12 +95,12 @@ class Picture:
         return self.decode(rows)
 
     def holding(self, pixels: Pixels) -> "Picture":
-        """The same with pixels (height, width, 3 or 4) in memory, its own or a part of them."""
+        """The same picture with other pixels (height, width, 3 or 4), which are in memory."""
         return replace(self, height=pixels.shape[0], width=pixels.shape[1], decode=lambda rows: _rows_of(pixels, rows))
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All of it, (height, width, 3 or 4). Raises ImageError as `bands`."""
+        """All pixels, (height, width, 3 or 4). Raises ImageError as `bands`."""
         return np.concatenate(list(self.bands()))
 
     @cached_property
@@ -133,7 +133,7 @@ def open_picture(
     """
     name = "" if isinstance(source, bytes) else f"{source}: "
     with _in_one_line(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a broken file can make Pillow warn; the user gets our one line
+        warnings.simplefilter("ignore")  # Pillow may warn about a broken file; the user gets our one line
         kind, limit = _kind(source), _Limit(max_pixels, advice)
         if kind == "TIFF" or _has_loader(kind):
             opened = _open_with_vips(source, kind, limit, name)
@@ -157,7 +157,7 @@ def as_picture(image: Image.Image) -> Picture:
         notes.append("only its first frame or page is used")
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be read says nothing of orientation
+    except Exception:  # unreadable EXIF has no orientation
         pass
     metadata = described.metadata
     pixels: Pixels
@@ -182,7 +182,7 @@ class _Limit(NamedTuple):
     advice: str
 
     def check(self, width: int, height: int) -> None:
-        """Raise ImageError for a size that no picture has, or a larger one than is allowed."""
+        """Raise ImageError for an empty picture, or one that is larger than allowed."""
         if width < 1 or height < 1:
             raise ImageError(f"{width}x{height} pixels; a picture has at least one")
         if width * height > self.max_pixels:
@@ -193,7 +193,7 @@ class _Limit(NamedTuple):
 
 
 def _open_with_vips(source: Path | bytes, kind: str, limit: _Limit, name: str) -> Picture | None:
-    """The picture as libvips will decode it; None if it is of a kind that Pillow alone reads."""
+    """The picture, to be decoded by libvips; None if only Pillow reads this kind."""
     described = _describe(source, kind, is_grey=False)
     tags = described.tags or {}
     if tags:
@@ -257,13 +257,13 @@ class _Colours(NamedTuple):
     channels: int
     """Of the file, that are colours or inks; what follows them may be alpha."""
     kept: int
-    """As many of them are left by `convert`."""
+    """Number of channels that are passed to `convert`."""
     to_rgb: Callable[[Pixels], Pixels]
     """From a band (rows, width, kept) to (rows, width, 3)."""
     convert: Callable[[pyvips.Image], pyvips.Image] = lambda image: image
     """What libvips does first."""
     is_converted: bool = False
-    """Whether the pixels leave the file's colour space, and its profile."""
+    """Whether the pixels are converted to another colour space, so that the profile no longer applies."""
     note: str | None = None
 
 
@@ -278,7 +278,7 @@ def _colours(header: pyvips.Image, tags: Mapping[int, Any], profile: bytes | Non
         )
     note = _REDUCED.get(header.format)
     if header.bands < 3 and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and header.format in ("int", "float"):
-        return _Colours(1, 1, lambda band: 65535 - band.repeat(3, axis=2), note=note)  # libvips turns the others round
+        return _Colours(1, 1, lambda band: 65535 - band.repeat(3, axis=2), note=note)  # libvips inverts the others
     if header.bands < 3:
         return _Colours(1, 1, lambda band: band.repeat(3, axis=2), note=note)
     return _Colours(3, 3, lambda band: band, note=note)
@@ -307,7 +307,7 @@ def _inks(header: pyvips.Image, tags: Mapping[int, Any], profile: bytes | None) 
 
 
 def _from_lab(image: pyvips.Image) -> pyvips.Image:
-    """16-bit sRGB of CIELAB (D50), with what follows the three channels as it was."""
+    """16-bit sRGB of CIELAB (D50); further channels stay unchanged."""
     lab = (
         image.extract_band(0, n=3).copy(interpretation="lab" if image.format == "float" else "labs").colourspace("lab")
     )
@@ -316,7 +316,7 @@ def _from_lab(image: pyvips.Image) -> pyvips.Image:
 
 
 def _open_with_pillow(source: Path | bytes, kind: str, limit: _Limit) -> Picture:
-    """The picture as Pillow has decoded it."""
+    """The picture, decoded by Pillow."""
     plugin = _PLUGINS.get(kind)
     if kind not in _PILLOW_NAMES or (plugin is not None and find_spec(plugin) is None):
         raise ImageError(f"{kind} is not read here; pip install 'stablesr-kit[formats]', or convert it to PNG or TIFF")
@@ -419,7 +419,7 @@ def _in_memory(
 
 
 def _with_own_profile(metadata: Metadata, is_grey: bool, is_converted: bool) -> tuple[Metadata, tuple[str, ...]]:
-    """The metadata without a profile that is not of these pixels, and what to say of it."""
+    """The metadata without a profile that does not fit the pixels, and notes about it."""
     profile = metadata.icc_profile
     if is_converted:
         return replace(metadata, icc_profile=None), ()
@@ -434,7 +434,7 @@ def _describe(source: Path | bytes, kind: str, is_grey: bool) -> Described:
 
 
 def _loaded(source: Path | bytes, kind: str, is_upright: bool) -> pyvips.Image:
-    """The stored picture, of which no pixel is decoded yet; by rows if it need not be turned."""
+    """The stored picture, not decoded yet; it can be read in rows if it is not turned."""
     options = {"access": "sequential" if is_upright else "random", "fail_on": "error"}
     if isinstance(source, bytes):
         return getattr(pyvips.Image, f"{_LOADERS[kind]}_buffer")(source, **options)
@@ -465,7 +465,7 @@ def _file(source: Path | bytes) -> IO[bytes]:
 
 
 def _refuse_raw(tags: Mapping[int, Any]) -> None:
-    """Raise ImageError for camera files, whose first picture is a thumbnail or not yet developed."""
+    """Raise ImageError for raw camera files, whose first picture is a thumbnail or not developed."""
     is_undeveloped = tags.get(_PHOTOMETRIC) in (_COLOUR_FILTER_ARRAY, _LINEAR_RAW)
     if _RAW_VERSION in tags or is_undeveloped:
         raise ImageError("a camera's raw file, not a developed picture; develop it to TIFF or JPEG first")
@@ -490,7 +490,7 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 @contextmanager
 def _in_one_line(name: str) -> Iterator[None]:
-    """Turns whatever decoders meet in broken files into an ImageError that begins with the name."""
+    """Turn all errors of decoders into an ImageError that begins with the name."""
     try:
         yield
     except ImageError as error:
@@ -515,7 +515,7 @@ def _in_one_line(name: str) -> Iterator[None]:
         raise ImageError(f"{name}truncated or damaged ({reason}); get a whole copy of it") from error
 
 
-# What libvips says of whole files that it does not read.
+# Messages of libvips for intact files that it does not support.
 _UNSUPPORTED = {
     "tiled separate planes": "its colours lie in separate planes of tiles",
     "not a whole number of bytes": "its numbers are of a depth that is not read",

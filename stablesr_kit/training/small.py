@@ -1,6 +1,6 @@
-"""Small networks that train in minutes: how they are initialised, and what they take from networks trained before.
+"""Small networks that train in minutes: their initialisation, and reuse of trained layers.
 
-Autoencoder: with three channels per group, group normalisation erases the brightness and colour that it must keep. One
+Autoencoder: with three channels per group, group normalisation erases brightness and colour. One
 group per layer, residual branches that start at zero, nearly linear outputs and a constant pilot signal that dominates
 the statistics of the output norms avoid that.
 
@@ -23,7 +23,7 @@ from stablesr_kit.models.time_aware_encoder import StableSRAdapter
 from stablesr_kit.models.vqgan import VQGAN, Quantized
 
 PILOT = 3.0
-"""Size of the constant added to half of the channels, subtracted from the others, before an output norm."""
+"""Constant that is added to half of the channels and subtracted from the others, before an output norm."""
 
 
 def build_small_autoencoder(
@@ -51,7 +51,7 @@ def build_small_autoencoder(
             _bias(module).data.zero_()
     _start_output_linear(vae.encoder.mid_block.resnets[-1].conv2, vae.encoder.conv_norm_out)
     _start_output_linear(vae.decoder.up_blocks[-1].resnets[-1].conv2, vae.decoder.conv_norm_out)
-    with torch.no_grad():  # a posterior that is narrow from the start; near one, half of the channels collapse
+    with torch.no_grad():  # a narrow posterior from the start; with a wide one half of the channels collapse
         vae.quant_conv.weight[latent_channels:] *= 0.05
         vae.quant_conv.bias[latent_channels:] = -6.0
     return vae
@@ -69,9 +69,9 @@ def _start_output_linear(conv: nn.Conv2d, norm: nn.GroupNorm) -> None:
 
 @torch.no_grad()
 def fold_latent_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Change the 1x1 convolutions around the latent so that it has mean 0 and deviation 1 per channel.
+    """Change the 1x1 convolutions around the latent so that it has mean 0 and standard deviation 1 per channel.
 
-    mean, std: (C,), of the latent so far. Reconstructions stay the same, and scaling_factor is 1 afterwards. The
+    mean, std: (C,), of the latent before. Reconstructions stay the same, and scaling_factor is 1 afterwards. The
     posterior's log-variance is shifted by -2 log(std).
     """
     channels = mean.numel()
@@ -84,7 +84,7 @@ def fold_latent_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> Non
 
 
 def start_fusion_silent(cfw: ControllableFeatureWrapping) -> None:
-    """Initialise fusion layers so that they add almost nothing and training starts from the plain decode."""
+    """Initialise fusion layers to add almost nothing, so that training starts from the plain decoder."""
     for name, module in cfw.named_modules():
         if isinstance(module, nn.Conv2d) and name.endswith(("merge.conv2", "merge.conv_shortcut", "refine.conv2")):
             _zero(module)
@@ -135,7 +135,7 @@ def build_small_adapter(unet: UNet2DConditionModel, block_out_channels: tuple[in
 
 
 def build_small_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with the few steps spread evenly down from the last."""
+    """DDIM with Stable Diffusion's noise schedule, and steps spaced evenly from the last timestep down."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

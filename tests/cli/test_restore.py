@@ -236,8 +236,7 @@ def test_what_only_one_picture_cannot_have_fails_that_picture(model: Path, photo
     assert result.exit_code == 1
     lines = error_lines(result)
     assert [line.partition("png: ")[2] for line in lines] == [
-        f"the result would have {millions} million pixels, more than the 4,295 million that can be made here; "
-        "give a smaller --scale"
+        f"the result would have {millions} million pixels, more than the limit of 4,295 million; give a smaller --scale"
         for millions in ("400,000,000", "1,300,000")
     ]
 

@@ -78,7 +78,7 @@ def test_the_pair_queue_is_refused_for_pairs_as_they_come(tmp_path: Path, capsys
     networks = ["--pretrained_unet", "none", "--pretrained_vae", "none", "--max_train_steps", "1"]
     with pytest.raises(SystemExit, match="2"):
         run_program("train_stablesr", *flags, *networks, "--output_dir", str(tmp_path / "run"))
-    assert "pair_queue_size mixes what is degraded together" in capsys.readouterr().err
+    assert "pair_queue_size is for photographs that are degraded on the fly" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")

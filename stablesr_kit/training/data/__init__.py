@@ -1,1 +1,1 @@
-"""What training runs learn from: photographs, their damaged versions, and what is computed beforehand."""
+"""Training data: photographs, their degraded versions, and data that is computed beforehand."""

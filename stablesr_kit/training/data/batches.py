@@ -1,5 +1,7 @@
-"""Batches of samples that are numbered from the start of the run: resuming is counting on, and noise can be drawn
-per sample, so that neither the number of processes nor the size of a batch changes what a sample meets."""
+"""Batches of samples that are numbered from the start of the run.
+
+A resumed run continues the numbers. Noise is drawn per number, so that it depends neither on the number of processes
+nor on the batch size."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from stablesr_kit.seeds import torch_stream
 
 
 class Share(NamedTuple):
-    """How the indices of a run are dealt out: batch after batch, to each process in turn."""
+    """How the indices of a run are distributed: batch after batch, to each process in turn."""
 
     batch_size: int = 1
     processes: int = 1
@@ -29,7 +31,7 @@ class Numbered(Dataset[tuple[int, Any]]):
 
 
 class SharedBatches(Sampler[list[int]]):
-    """Indices of the batches first, ..., stop - 1 of a run, as one of its processes sees them.
+    """Indices of the batches first, ..., stop - 1 of a run, for one of its processes.
 
     The processes take `batch_size` successive samples each, in turn: batch i of all of them together holds samples
     i * processes * batch_size and on.
@@ -52,7 +54,7 @@ class SharedBatches(Sampler[list[int]]):
 
 
 def make_loader(dataset: Dataset[Any], batches: Iterable[list[int]], workers: int = 0) -> DataLoader[Any]:
-    """Loader of (indices, batch) pairs; item i of the dataset must be a function of its seed and of i alone.
+    """Loader of (indices, batch) pairs; item i of the dataset must depend on its seed and i only.
 
     batches: the indices of each batch. workers: processes that prepare batches; 0 prepares them in this one.
     """
@@ -62,12 +64,12 @@ def make_loader(dataset: Dataset[Any], batches: Iterable[list[int]], workers: in
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # of its own: otherwise starting the loader would move the global one
+        generator=torch.Generator(),  # otherwise starting the loader would advance the global one
     )
 
 
 class SampleDraws:
-    """Random numbers of the samples of a batch, a stream per sample that is a function of (seed, index) alone.
+    """Random numbers for the samples of a batch: one stream per sample, which depends on (seed, index) only.
 
     seed: of the run; indices: (B,) numbers of the samples; samples_per_step: how many samples an optimizer step
     takes, in all processes together.
@@ -88,8 +90,8 @@ class SampleDraws:
         return torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
 
     def timesteps(self, train_timesteps: int, *, stratified: bool) -> Tensor:
-        """Whole numbers below `train_timesteps`, (B,), on the CPU; stratified, one from each equal part of the schedule
-        over the samples of a step: less noise in the loss than chance."""
+        """Whole numbers below `train_timesteps`, (B,), on the CPU. They are stratified: one from each equal part of the
+        schedule, over the samples of a step, so that the loss has less noise."""
         position = self.uniform().double()
         if stratified:
             position = (self.indices % self.samples_per_step + position) / self.samples_per_step

@@ -23,9 +23,9 @@ from stablesr_kit.training.run.config import ProgramConfig
 
 
 class CachedLatents(Dataset[Pair]):
-    """Random square parts of the latent pairs that cache_latents.py has written.
+    """Random square crops of the latent pairs in a file from cache_latents.py.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached,
+    Item i depends on (seed, i) only. Raises ConfigError if the crops are larger than the cached latents,
     CheckpointError for another file.
     """
 
@@ -46,9 +46,9 @@ class CachedLatents(Dataset[Pair]):
 
 
 class CachedPairs(Dataset[Pair]):
-    """Random square parts of the pairs of pictures that cache_pairs.py has written, (3, crop_px, crop_px) in [-1, 1].
+    """Random square crops (3, crop_px, crop_px), in [-1, 1], of the pairs in a file from cache_pairs.py.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError when the parts are larger than what was cached,
+    Item i depends on (seed, i) only. Raises ConfigError if the crops are larger than the cached pairs,
     CheckpointError for another file.
     """
 
@@ -70,7 +70,7 @@ class CachedPairs(Dataset[Pair]):
 
 
 class RestoredCrop(NamedTuple):
-    """Training sample for CFW: pictures (3, crop_px, crop_px) in [-1, 1], and the sampled latent (C, h, w)."""
+    """Training sample for CFW: pictures (3, crop_px, crop_px) in [-1, 1], and the restored latent (C, h, w)."""
 
     lq: Tensor
     latent: Tensor
@@ -78,9 +78,9 @@ class RestoredCrop(NamedTuple):
 
 
 class RestoredCrops(Dataset[RestoredCrop]):
-    """Random square parts of the samples that generate_cfw_data.py has written.
+    """Random square crops of the samples in a file from generate_cfw_data.py.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError when the parts do not fit the samples,
+    Item i depends on (seed, i) only. Raises ConfigError if the crops do not fit the samples,
     CheckpointError for another file.
     """
 
@@ -108,7 +108,7 @@ class RestoredCrops(Dataset[RestoredCrop]):
 
 
 def read_tensors(file: str | Path, *names: str) -> list[Tensor]:
-    """The tensors of these names in a weight file. Raises CheckpointError if one is missing, or the file."""
+    """The tensors of these names in a weight file. Raises CheckpointError if one, or the file, is missing."""
     content = read_checkpoint(file).content
     tensors = [tensor for tensor in map(content.get, names) if isinstance(tensor, Tensor)]
     if len(tensors) < len(names):
@@ -123,12 +123,10 @@ ORIGIN = "origin.json"
 
 
 class TensorParts:
-    """The parts of a file of tensors, kept in a folder beside it until all are there.
+    """The parts of a file of tensors, kept in a folder beside it until all are complete.
 
-    Raises OutputError where there is no room for them.
-
-    file: what `join` writes. Parts that an interrupted call left are used if they have the same origin: these options,
-    and the same files in the folder `model`, None where there is none; others are deleted.
+    file: written by `join`. Parts of an interrupted call are used if they were made with the same options and the same
+    files in the folder `model` (None if no model is used); others are deleted. Raises OutputError if the disk is full.
     """
 
     def __init__(self, file: Path, config: ProgramConfig, model: Path | None) -> None:
@@ -145,15 +143,15 @@ class TensorParts:
         note.write_text(origin)
 
     def __contains__(self, number: int) -> bool:
-        """Whether this part is there."""
+        """Whether this part exists."""
         return self._path(number).exists()
 
     def add(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a part; it appears whole."""
+        """Write a part atomically."""
         _save(tensors, self._path(number))
 
     def join(self, count: int) -> dict[str, Tensor]:
-        """Write parts 0, ..., count - 1 as one file, concatenated along their first dimension; what is in it."""
+        """Write parts 0, ..., count - 1 as one file, concatenated along their first dimension; returns its tensors."""
         parts = [load_file(self._path(number)) for number in range(count)]
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         _save(whole, self.file)

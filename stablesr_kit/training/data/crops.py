@@ -1,7 +1,7 @@
-"""Crops of photographs, wherever they come from; item i of a set of crops is a function of its seed and i alone.
+"""Random crops of photographs; item i depends on the seed and i only.
 
-So a run that was interrupted goes on at the exact crop, whatever its number of workers. Photographs are decoded when
-they are drawn. Those that cannot be used are replaced by others, counted, and named at the end of the run.
+A run that was interrupted therefore resumes at the exact crop, with any number of workers. Photographs are decoded when
+they are drawn. Unusable ones are replaced by others, counted, and listed at the end of the run.
 """
 
 import logging
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 Chosen_co = TypeVar("Chosen_co", bound=PhotoOptions, covariant=True)
 
 CHECKED_AT_START = 64
-"""Photographs of which one must be usable for a run to begin."""
+"""At least one of the first photographs, this many, must be usable."""
 
 MOST_REDRAWS = 1000
-"""Photographs that may be unusable one after the other."""
+"""Most unusable photographs in a row."""
 
 
 class Purpose(IntEnum):
-    """What is drawn at random for an item: every purpose has its own numbers, so that none shifts those of another."""
+    """What random numbers are for: each purpose has a stream of its own, independent of the others."""
 
     GROUPS = 0
     MEMBERS = 1
@@ -65,21 +65,21 @@ FAULTS = {
 
 
 class Crop(NamedTuple):
-    """Pixels of a square crop (resolution, resolution, 3) and of its damaged version, which may be smaller."""
+    """Pixels of a square crop (resolution, resolution, 3), and of its LQ version, which may be smaller."""
 
     hq: np.ndarray
     lq: np.ndarray | None
     number: int | None = None
-    """Which photograph of the source it is of; None: not told."""
+    """Number of its photograph in the source; None: unknown."""
     is_mirrored: bool = False
     is_whole: bool = True
-    """Whether it is all of the photograph, and upright."""
+    """Whether it is the whole photograph, not turned."""
 
 
 class PhotoCrops(Generic[Chosen_co]):
     """Random square crops of the photographs that the options name.
 
-    `draw(i)` depends on seed and i alone. Raises ConfigError or ImageError where no photograph can be used.
+    `draw(i)` depends on seed and i only. Raises ConfigError or ImageError if no photograph can be used.
     """
 
     def __init__(self, options: Chosen_co, seed: int, share: Share | None = None) -> None:
@@ -87,7 +87,7 @@ class PhotoCrops(Generic[Chosen_co]):
         self.seed = seed
         self.source = open_source(options)
         self.order = EpochOrder(self.source.group_sizes, seed, share or Share())
-        # one byte per photograph, which the processes of a loader write and the main process reads
+        # one byte per photograph: loader processes write it, the main process reads it
         self.faults = torch.zeros(sum(self.source.group_sizes), dtype=torch.uint8).share_memory_()
         self.cache: OrderedDict[int, Crop] = OrderedDict()
         self.cached_bytes = 0
@@ -95,11 +95,11 @@ class PhotoCrops(Generic[Chosen_co]):
             raise ImageError(f"no photograph can be used: {describe_faults(self.source, self.faults)}")
 
     def __len__(self) -> int:
-        """The number of photographs, each counted once per scale."""
+        """Number of photographs; each counts once per scale."""
         return len(self.faults)
 
     def draw(self, index: int) -> Crop:
-        """The crop of an index, from another photograph where the one at this index cannot be used."""
+        """The crop of an index; if its photograph cannot be used, a crop of another one."""
         random = stream(self.seed, index, purpose=Purpose.CROP)
         number = self.order[index]
         for _ in range(MOST_REDRAWS):
@@ -113,7 +113,7 @@ class PhotoCrops(Generic[Chosen_co]):
         raise ImageError(f"{MOST_REDRAWS} photographs in turn cannot be used, the last is {self.source.name(number)}")
 
     def _photo(self, number: int) -> Crop | None:
-        """The whole photograph; None, and its fault noted, if it cannot be used."""
+        """The whole photograph; None if it cannot be used, and its fault is recorded."""
         if number in self.cache:
             self.cache.move_to_end(number)
             return self.cache[number]
@@ -154,9 +154,9 @@ class PhotoCrops(Generic[Chosen_co]):
 
 
 def cut(photo: Crop, options: PhotoOptions, random: np.random.Generator) -> Crop:
-    """A random square of the photograph and the same part of its damaged version, mirrored and turned alike.
+    """A random square of the photograph and the same square of its LQ version, mirrored and turned alike.
 
-    What is smaller is first continued to the right and below by reflection.
+    A smaller photograph is first continued by reflection to the right and below.
     """
     factor = 1 if photo.lq is None else photo.hq.shape[0] // photo.lq.shape[0]
     side = options.resolution // factor
@@ -177,27 +177,27 @@ def cut(photo: Crop, options: PhotoOptions, random: np.random.Generator) -> Crop
 
 
 def continued(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Pixels (H, W, 3) with at least `side` rows and columns, by reflection without repeating the edge."""
+    """Pixels (H, W, 3), padded to at least `side` rows and columns by reflection without repeating the edge."""
     missing = [(0, max(0, side - length)) for length in pixels.shape[:2]]
     return np.pad(pixels, [*missing, (0, 0)], mode="reflect") if any(after for _, after in missing) else pixels
 
 
 def size_of(photo: Crop) -> int:
-    """Bytes that a decoded photograph takes."""
+    """Size of a decoded photograph, in bytes."""
     return photo.hq.nbytes + (0 if photo.lq is None else photo.lq.nbytes)
 
 
 def describe_faults(source: PhotoSource, faults: Tensor) -> str:
-    """Which photographs were not used and why, on one line; empty where all were. faults: (photographs,), uint8."""
+    """Which photographs were not used, and why, on one line; empty if all were. faults: (photographs,), uint8."""
     numbers = sorted(faults.nonzero().flatten().tolist(), key=lambda number: int(faults[number]))
     told = [f"{source.name(number)} ({FAULTS[Fault(int(faults[number]))]})" for number in numbers]
     return some_of(told)
 
 
 def report_skipped(crops: PhotoCrops[PhotoOptions], accelerator: Accelerator | None = None) -> None:
-    """Say in the log, on one line, which photographs any process has skipped so far and why. All processes call it.
+    """Log, on one line, which photographs any process has skipped so far, and why. All processes must call it.
 
-    accelerator: of the run; None in a program of one process.
+    accelerator: of the run; None in a program with a single process.
     """
     faults = crops.faults
     if accelerator is not None:
@@ -220,10 +220,11 @@ class RandomCrops(Dataset[Tensor]):
 
 
 class EpochOrder:
-    """Which photograph stands at which index: each once per epoch, in an order drawn anew for every epoch.
+    """The photograph at each index: each occurs once per epoch, and every epoch has another random order.
 
-    The photographs of a group stay together. Where there is a group for each process, processes have groups of their
-    own, and an epoch takes from each the mean number of photographs: some are repeated or left to another epoch.
+    The photographs of a group stay together. If there are at least as many groups as processes, each process has its
+    own groups; an epoch then takes the same number of photographs from each process, so some are repeated or left to
+    another epoch.
     """
 
     def __init__(self, group_sizes: Sequence[int], seed: int, share: Share) -> None:
@@ -243,7 +244,7 @@ class EpochOrder:
         return int(self.drawn[epoch, process][position])
 
     def group_of(self, number: int) -> range:
-        """The numbers of the group that a photograph belongs to."""
+        """Numbers of all photographs in the group of a photograph."""
         group = int(np.searchsorted(self.starts, number, side="right")) - 1
         return range(int(self.starts[group]), int(self.starts[group] + self.group_sizes[group]))
 

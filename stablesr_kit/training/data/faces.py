@@ -1,4 +1,4 @@
-"""Faces with two LQ versions: one to predict codes from, a milder one for fusion; and their codes, if stored."""
+"""Faces with two LQ versions, one to predict codes from and a milder one for fusion, and stored codes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +38,7 @@ class StoredCodes:
         if not isinstance(crops.source, FolderPhotos) or len(options.train_data_dir) != 1:
             raise ConfigError("codes belong to the faces of one folder; give it alone as train_data_dir")
         if options.random_rotation or options.photo_scales != (1.0,):
-            raise ConfigError("codes belong to faces as they are; leave out random_rotation and photo_scales")
+            raise ConfigError("codes are of unchanged faces; leave out random_rotation and photo_scales")
         try:
             self.codes = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -49,7 +49,7 @@ class StoredCodes:
         """Codes (h, w), int64, of a crop. Raises ConfigError for a part of a face, or a face without stored codes."""
         assert crop.number is not None  # it was drawn
         path = self.photos[crop.number].hq
-        assert isinstance(path, Path)  # as all photographs of a folder
+        assert isinstance(path, Path)  # photographs of a folder are files
         if not crop.is_whole:
             raise ConfigError(f"{path} has another size than resolution, but codes={self.path} are of whole faces")
         key = codes_key(path, self.folder, crop.is_mirrored)
@@ -63,7 +63,7 @@ class StoredCodes:
         image = pixels_to_image(crop.hq).to(vqgan.device)
         found = vqgan.quantizer.nearest(vqgan.encoder(image)[0])[0].cpu()
         stored = self.of(crop)
-        # Another machine rounds otherwise, and a latent between two codes may go to either.
+        # Rounding differs between machines, and may decide between two codes.
         if stored.shape != found.shape or (stored != found).float().mean() > 0.02:
             raise ConfigError(f"codes={self.path} are not those of pretrained_vqgan; run generate_codes.py with it")
 
@@ -75,14 +75,14 @@ class TwiceDegraded(NamedTuple):
     mild: Tensor
     hq: Tensor
     codes: Tensor
-    """Empty if they are not stored."""
+    """Empty if no codes are stored."""
 
 
 class TwiceDegradedFaces(Dataset[TwiceDegraded]):
-    """Faces degraded by the options' degradations and, independently, by `mild_degradations`; empty: once for both.
+    """Faces degraded by the options' degradations and, independently, by `mild_degradations`; empty: one for both.
 
-    Item i is a function of (seed, i) alone. Raises ConfigError if codes are stored but a degradation changes the HQ
-    face, so that the codes would not be its own.
+    Item i depends on (seed, i) only. Raises ConfigError if codes are stored but a degradation changes the HQ face, so
+    that they do not fit.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TwiceDegradedFaces(Dataset[TwiceDegraded]):
 
         changing = [preset for preset in self.strong.presets if preset.sharpen_target or is_recoloured(preset)]
         if stored is not None and changing:
-            raise ConfigError("codes are of faces as they are, but a degradation changes its target; leave out codes")
+            raise ConfigError("codes are of unchanged faces, but a degradation changes its target; leave out codes")
 
     def __getitem__(self, index: int) -> TwiceDegraded:
         crop = self.crops.draw(index)
@@ -112,5 +112,5 @@ class TwiceDegradedFaces(Dataset[TwiceDegraded]):
 
 
 def is_recoloured(preset: DegradationConfig) -> bool:
-    """Whether the HQ picture loses its colour with the LQ one."""
+    """Whether a grey LQ picture gets a grey HQ picture."""
     return isinstance(preset, ClassicalConfig) and preset.grey_target and preset.grey_probability > 0

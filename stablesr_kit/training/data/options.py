@@ -1,4 +1,4 @@
-"""Options of programs that train on photographs, and the source of photographs that they name."""
+"""Options of programs that train on photographs, and the source of photographs they describe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from stablesr_kit.training.run.config import CheckedOptions
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoOptions(CheckedOptions):
-    """Options of programs that train on photographs: where they are, which are used, how crops are cut.
+    """Options of programs that train on photographs: source, selection and crops.
 
     Exactly one of train_data_dir, dataset_name and shards must be given.
     """
@@ -21,33 +21,33 @@ class PhotoOptions(CheckedOptions):
     dataset_name: str | None = None
     """Hugging Face dataset: a folder of save_to_disk, a folder of pictures or parquet files, or a repository."""
     dataset_config_name: str | None = None
-    """Configuration of that dataset; None for its only one."""
+    """Configuration of that dataset; None if it has only one."""
     dataset_split: str = "train"
     """Split of that dataset."""
     image_column: str = "image"
     """Column of the photographs in that dataset."""
     shards: str | None = None
-    """WebDataset shards: `set-*.tar`, `set-{000..127}.tar`, or the JSON index of shards that may lie elsewhere."""
+    """WebDataset shards: `set-*.tar`, `set-{000..127}.tar`, or a JSON index of local or remote shards."""
     photo_scales: tuple[float, ...] = (1.0,)
-    """Photographs of folders are used once at each of these scales; smaller scales hide their compression."""
+    """Photographs in folders are used once at each of these scales; smaller scales hide compression artefacts."""
     favourite_photos: tuple[str, ...] = ()
-    """Patterns of file names, in folders, that are drawn twice as often."""
+    """Patterns of file names in folders; these photographs are drawn twice as often."""
     excluded_photos: tuple[str, ...] = ()
-    """Patterns of file names, in folders, that are left out."""
+    """Patterns of file names in folders; these photographs are left out."""
     min_photo_area_px: int = 0
-    """Smaller photographs, in pixels, are skipped; StableSR: 147456, which is 384 x 384."""
+    """Photographs with fewer pixels are skipped; StableSR: 147456, which is 384 x 384."""
     min_photo_bytes: int = 0
-    """Photographs in smaller files, in bytes, are skipped as too compressed; StableSR: 102400."""
+    """Photographs whose files have fewer bytes are skipped as too compressed; StableSR: 102400."""
     resolution: int = 512
     """Side of the square crops in px."""
     small_photos: Literal["skip", "pad"] = "skip"
-    """What happens to photographs smaller than a crop; pad reflects them, as StableSR does."""
+    """How photographs smaller than a crop are used; pad continues them by reflection, as StableSR does."""
     random_flip: bool = True
     """Whether crops are mirrored at random."""
     random_rotation: bool = False
     """Whether crops are turned by a random multiple of 90 degrees; not for faces."""
     photo_cache_mb: int = 1024
-    """Memory per loader process for decoded photographs; small sets are then decoded once."""
+    """Memory per loader process for decoded photographs, so that small sets are decoded only once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,12 +71,12 @@ class DegradedPhotoOptions(PhotoOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(DegradedPhotoOptions):
-    """Options of programs that train on LQ-HQ pairs, given ones or photographs degraded on the fly."""
+    """Options of programs that train on LQ-HQ pairs, which are given or degraded on the fly."""
 
     lq_data_dir: str | None = None
     """Folder of the LQ versions, under the same relative names; None degrades the photographs instead."""
     lq_name_ending: str = ""
-    """Ending of the names in lq_data_dir, such as x4 where 0001x4.png belongs to 0001.png."""
+    """Suffix of the names in lq_data_dir, such as x4 if 0001x4.png belongs to 0001.png."""
     conditioning_image_column: str | None = None
     """Column of the LQ versions; None degrades the photographs instead."""
 
@@ -87,7 +87,7 @@ class PairOptions(DegradedPhotoOptions):
 
 
 def open_source(options: PhotoOptions) -> PhotoSource:
-    """The photographs that the options name, with their LQ versions if they come in pairs.
+    """The photographs of the options, with their LQ versions if they come in pairs.
 
     Raises ConfigError or ImageError if there are none.
     """

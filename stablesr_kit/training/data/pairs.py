@@ -1,4 +1,4 @@
-"""LQ-HQ pairs of crops of photographs: given ones, or degraded when they are drawn."""
+"""LQ-HQ pairs of crops: given, or degraded on the fly."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +24,9 @@ from stablesr_kit.training.data.options import DegradedPhotoOptions, PairOptions
 def open_pairs(
     options: PairOptions, seed: int, share: Share | None = None, versions: int = 1
 ) -> "DegradedCrops | PairedCrops":
-    """Pairs from the photographs that the options name: given pairs, or crops and their degraded versions.
+    """Pairs from the photographs of the options: given pairs, or crops and their degraded versions.
 
-    share: how the run deals out samples, so that its processes read different shards. versions: degraded versions of
+    share: how samples are distributed, so that processes read different shards. versions: degraded versions of
     each crop. Raises ConfigError or ImageError if no photograph can be used.
     """
     crops = PhotoCrops(options, seed, share)
@@ -40,8 +40,8 @@ def open_pairs(
 class DegradedCrops(Dataset[Pair]):
     """Pairs (lq, hq), each (3, resolution, resolution) in [-1, 1], lq enlarged to the size of hq.
 
-    For each a degradation is drawn by the options' weights; if its result is not finite, lq is hq. Item i is a function
-    of (seed, i) alone. `versions` successive items share the crop and differ in the degradation.
+    The degradation of each is drawn with the options' weights; if its result is not finite, lq is hq. Item i depends on
+    (seed, i) only. `versions` successive items have the same crop and different degradations.
     """
 
     def __init__(self, crops: PhotoCrops[DegradedPhotoOptions], versions: int = 1) -> None:
@@ -57,7 +57,7 @@ class DegradedCrops(Dataset[Pair]):
 
 
 class Mixture:
-    """The degradations of the options, drawn by their weights."""
+    """The degradations of the options, drawn with their weights."""
 
     def __init__(self, options: DegradedPhotoOptions) -> None:
         overridden: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class Mixture:
 class PairedCrops(Dataset[Pair]):
     """Given pairs (lq, hq), each (3, resolution, resolution) in [-1, 1]; a smaller lq is enlarged bicubically.
 
-    Item i is a function of (seed, i) alone.
+    Item i depends on (seed, i) only.
     """
 
     def __init__(self, crops: PhotoCrops[PairOptions]) -> None:
@@ -101,8 +101,8 @@ class PairQueueOptions(PairOptions):
     """StableSR's queue of pairs."""
 
     pair_queue_size: int = 0
-    """Pairs in the queue, which mixes batches (StableSR: 180). Pictures are then degraded in batches on the device of
-    the run, and a batch shares some random draws. 0: no queue, pictures are degraded one by one in the loader."""
+    """Pairs in a queue that mixes batches (StableSR: 180). Pictures are then degraded in batches on the device of the
+    run, and share some random draws within a batch. 0: no queue; the loader degrades pictures one by one."""
 
 
 class PairQueue:
@@ -146,7 +146,7 @@ class PairQueue:
         return older
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State for `load_state_dict` to continue exactly; the generator belongs to the caller."""
+        """State for `load_state_dict`, without that of the generator."""
         return {"lq": self.lq, "hq": self.hq, "filled": torch.tensor(self.filled)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -179,7 +179,7 @@ class QueuedDegradation:
         accelerator.register_load_state_pre_hook(self._load)
 
     def __call__(self, hq: Tensor) -> Pair:
-        """The pairs to train on in place of the crops hq (B, 3, H, W) in [-1, 1]."""
+        """Pairs to train on, in exchange for the crops hq (B, 3, H, W) in [-1, 1]."""
         draws = stream(self.seed, self.process, self.batches, purpose=Purpose.BATCH)
         self.batches += 1
         lq, target = self.mixture.pair(hq, draws)

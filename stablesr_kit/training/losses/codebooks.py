@@ -1,6 +1,6 @@
-"""Codebooks: the losses of predicting codes, and how all codes are kept in use.
+"""Codebooks: losses of predicting codes, and how all codes are kept in use.
 
-A code that no latent is near never learns, and most codes of a random codebook are such."""
+A code that is the nearest one of no latent is never trained, and most codes of a random codebook are like that."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ class CodebookOptions:
     """How the codebook is kept in use."""
 
     codebook_fit_steps: tuple[int, ...] = ()
-    """Steps before which the codebook is fitted to latents of the data by k-means."""
+    """Before these steps the codebook is fitted to latents of the data by k-means."""
     codebook_revival_steps: int = 0
-    """Codes that stand for nothing move onto latents of the data every so many steps; 0: never."""
+    """Every n-th step, unused codes are replaced by latents of the data; 0: never."""
     codebook_revival_until: int = 0
-    """Last step of that."""
+    """Last step at which unused codes are replaced."""
     codebook_fit_samples: int = 64
-    """Pictures whose latents are used for both."""
+    """Number of pictures whose latents are used for k-means and replacement."""
 
 
 @torch.no_grad()
 def refresh_codebook(
     options: CodebookOptions, codebook: nn.Embedding, step: int, find_latents: Callable[[int], Tensor]
 ) -> None:
-    """Where the options say so, fit the codebook to latents, or move its dead codes onto them.
+    """If due at this step, fit the codebook to latents, or replace unused codes by latents.
 
-    find_latents: latents (N, C) of a number of pictures. What happens is a function of them, the codebook and the step,
-    so that processes that are given the same do the same. Raises ConfigError where FSDP shards the codebook.
+    find_latents: number of pictures -> their latents (N, C). The result depends on latents, codebook and step only, so
+    that all processes compute the same. Raises ConfigError if FSDP shards the codebook.
     """
     if isinstance(codebook.weight, DTensor) and (options.codebook_fit_steps or options.codebook_revival_steps):
         raise ConfigError(
@@ -58,7 +58,7 @@ def refresh_codebook(
 def fit_codes(latents: Tensor, count: int, generator: Generator, iterations: int = 20) -> Tensor:
     """`count` centres (count, C) of latents (N, C) by k-means (Lloyd 1982), starting from latents drawn at random.
 
-    A centre that is left without latents moves onto one drawn at random.
+    A centre without latents is replaced by a random latent.
     """
     places = torch.randint(len(latents), (count,), generator=generator).to(latents.device)
     centres = latents[places]
@@ -72,19 +72,19 @@ def fit_codes(latents: Tensor, count: int, generator: Generator, iterations: int
 
 
 def revive_codes(codes: Tensor, counts: Tensor, latents: Tensor, generator: Generator) -> Tensor:
-    """Codes (K, C), those whose counts (K,) are zero replaced by latents (N, C) drawn at random."""
+    """Codes (K, C); those with a count (K,) of zero are replaced by random latents (N, C)."""
     places = torch.randint(len(latents), (len(codes),), generator=generator).to(latents.device)
     return torch.where(counts[:, None] > 0, codes, latents[places].to(codes.dtype))
 
 
 def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
-    """Mean squared distance ``|z - sg(codes)|^2`` of features and codes (B, C, h, w), which moves only the features.
+    """Mean squared distance ``|z - sg(codes)|^2`` of features and codes (B, C, h, w); only z gets a gradient.
 
-    z are features of the damaged picture, codes the codebook's entries that stand for the good one.
+    z: features of the LQ picture. codes: of the HQ picture.
     """
     return F.mse_loss(z, codes.detach())
 
 
 def code_token_loss(logits: Tensor, indices: Tensor) -> Tensor:
-    """Mean cross-entropy of the codes' numbers, indices (B, tokens), under logits (B, tokens, codebook size)."""
+    """Mean cross-entropy of logits (B, tokens, codebook size) for the indices of codes (B, tokens)."""
     return F.cross_entropy(rearrange(logits.float(), "b tokens codes -> b codes tokens"), indices)

@@ -1,4 +1,4 @@
-"""Training a denoiser: noised latents, what the network should predict for them, and the loss."""
+"""Training a denoiser: noised latents, prediction targets, and the loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Noised(NamedTuple):
 
 
 def hide_in_noise(x0: Tensor, noise: Tensor, timestep: Tensor, scheduler: SchedulerMixin) -> Noised:
-    """The latent x0 (B, C, h, w) under noise at timestep (B,), and the target that the prediction type asks for.
+    """The latent x0 (B, C, h, w), noised to timestep (B,), and the target of the prediction type.
 
     The target is the noise for "epsilon" and sqrt(a) noise - sqrt(1 - a) x0 for "v_prediction" (Salimans and Ho 2022).
     Raises ConfigError for another prediction type.
@@ -42,7 +42,7 @@ def denoising_loss(
     """Mean squared difference in float32 of prediction and target (B, C, h, w), a scalar.
 
     snr_gamma: samples count min(snr, gamma) / snr (epsilon) or min(snr, gamma) / (snr + 1) (v_prediction), where snr
-    is the signal-to-noise ratio at their timestep (B,) (Hang et al. 2023, Min-SNR; 5 is usual); None counts all alike.
+    is the signal-to-noise ratio at their timestep (B,) (Hang et al. 2023, Min-SNR; 5 is usual); None: equal weights.
     """
     squares = F.mse_loss(prediction.float(), target.float(), reduction="none")
     if snr_gamma is None:
@@ -58,30 +58,29 @@ class DenoisingOptions:
     """Noise and loss of a diffusion model."""
 
     stratified_timesteps: bool = True
-    """Draw one timestep from each of as many equal parts of the schedule as a step has samples: less noise in the loss
-    than with timesteps drawn independently."""
+    """Divide the schedule into as many equal parts as a step has samples, and draw one timestep from each; the loss has
+    less noise than with independent timesteps."""
     snr_gamma: float | None = None
-    """Weigh a sample's loss by min(SNR, gamma) in units of the prediction's own (Hang et al. 2023); 5 is usual; None
-    weighs all alike."""
+    """Min-SNR weighting of the loss (Hang et al. 2023) with this gamma; 5 is usual; None: no weighting."""
     enable_xformers_memory_efficient_attention: bool = False
-    """Compute attention with xformers, on GPUs; torch's own is as lean wherever it has a kernel for the GPU."""
+    """Compute attention with xformers, on GPUs; torch's own attention usually needs no more memory."""
 
 
 def enable_xformers(options: DenoisingOptions, *networks: ModelMixin) -> None:
-    """Switch the attention of networks that are built to xformers if the options say so.
+    """Switch the attention of networks to xformers if the options say so.
 
-    Raises ConfigError where it is not installed or there is no GPU.
+    Raises ConfigError if it is not installed or there is no GPU.
     """
     if not options.enable_xformers_memory_efficient_attention:
         return
     for network in networks:
         try:
             network.enable_xformers_memory_efficient_attention()
-        # Not installed; without a GPU; without a kernel for this GPU.
+        # Not installed; no GPU; no kernel for this GPU.
         except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
             raise ConfigError(
                 f"enable_xformers_memory_efficient_attention=true: {str(error).splitlines()[0]}; "
-                "it needs a GPU and `pip install 'stablesr-kit[xformers]'`; leave it out without"
+                "it needs a GPU and `pip install 'stablesr-kit[xformers]'`; otherwise leave it out"
             ) from error
 
 
@@ -105,7 +104,7 @@ class DenoisingTask(NamedTuple):
     timestep: Tensor
     """(B,), whole numbers."""
     target: Tensor
-    """The noise or the velocity, (B, C, h, w)."""
+    """Noise or velocity, (B, C, h, w)."""
     schedule: DDPMScheduler
     options: DenoisingOptions
 
@@ -115,7 +114,7 @@ class DenoisingTask(NamedTuple):
 
 
 def denoising_task(x0: Tensor, draws: SampleDraws, schedule: DDPMScheduler, options: DenoisingOptions) -> DenoisingTask:
-    """The latents (B, C, h, w) under the noise of their samples, at random timesteps of the schedule."""
+    """The latents (B, C, h, w), noised to random timesteps of the schedule."""
     timestep = draws.timesteps(schedule.config.num_train_timesteps, stratified=options.stratified_timesteps)
     timestep = timestep.to(x0.device)
     x, target = hide_in_noise(x0, draws.normal(x0), timestep, schedule)

@@ -1,4 +1,4 @@
-"""What a student of few steps learns from: its own steps, taken apart, and two scores that disagree."""
+"""Losses and tasks for distilling a model of few steps: distribution matching and latent consistency."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from stablesr_kit.training.data.batches import SampleDraws
 
 
 class Found(NamedTuple):
-    """The two parts of a noised latent as a network sees them, both (B, C, h, w)."""
+    """Latent and noise that a network predicts from a noised latent, both (B, C, h, w)."""
 
     x0: Tensor
     noise: Tensor
 
 
 def take_apart(x: Tensor, prediction: Tensor, timestep: Tensor, scheduler: SchedulerMixin) -> Found:
-    """Latent and noise in x (B, C, h, w) at timestep (B,), by the network's prediction of the schedule's type."""
+    """Latent and noise of x (B, C, h, w) at timestep (B,), from a prediction of the scheduler's type."""
     alpha = scheduler.alphas_cumprod.to(x.device)[timestep].view(-1, 1, 1, 1)
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     if scheduler.config.prediction_type == "epsilon":
@@ -33,11 +33,11 @@ def few_timesteps(steps: int) -> list[int]:
 
 
 def distribution_matching_loss(z: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
-    """A scalar whose gradient moves the latents z (B, C, h, w) from what the fake score sees in them to the real one's.
+    """A scalar whose gradient moves the latents z (B, C, h, w) from the fake score's result to the real score's.
 
-    x0_fake, x0_real: what both networks find in z under the same noise. The gradient of a sample is
-    ``(x0_fake - x0_real) / mean |z - x0_real|`` (Yin et al. 2024, DMD, eq. 7 and 8), times 2 / elements of z;
-    none where the two agree.
+    x0_fake, x0_real: predictions of both networks from z with the same noise. The gradient of a sample is
+    ``(x0_fake - x0_real) / mean |z - x0_real|`` (Yin et al. 2024, DMD, eq. 7 and 8), times 2 / elements of z; it is
+    zero if both agree.
     """
     with torch.no_grad():
         size = (z - x0_real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
@@ -46,23 +46,23 @@ def distribution_matching_loss(z: Tensor, x0_fake: Tensor, x0_real: Tensor) -> T
 
 
 class ConsistencyTask(NamedTuple):
-    """Two latents on one way of the teacher, (B, C, h, w), and their timesteps, (B,)."""
+    """Two neighbouring latents on a path of the teacher, (B, C, h, w), and their timesteps, (B,)."""
 
     x: Tensor
     timestep: Tensor
     x_before: Tensor
-    """One step of DDIM further down, where less noise is left."""
+    """The latent one DDIM step later, with less noise."""
     timestep_before: Tensor
     is_first: Tensor
-    """(B, 1, 1, 1): no noise is left in x_before, and timestep_before is 0 in place of -1."""
+    """(B, 1, 1, 1): x_before has no noise; timestep_before is then 0 instead of -1."""
 
 
 def consistency_task(
     x0: Tensor, draws: SampleDraws, scheduler: SchedulerMixin, teacher: Callable[[Tensor, Tensor], Tensor]
 ) -> ConsistencyTask:
-    """The latents x0 (B, C, h, w) under noise, and after one of the teacher's 50 steps (Luo et al. 2023, LCM).
+    """The latents x0 (B, C, h, w), noised, and the same after one of the teacher's 50 steps (Luo et al. 2023, LCM).
 
-    teacher: its prediction of x at a timestep.
+    teacher: (x, timestep) -> prediction.
     """
     timestep = ((draws.uniform() * 50).long() * 20 + 19).to(x0.device)
     x = scheduler.add_noise(x0, draws.normal(x0), timestep)

@@ -1,4 +1,4 @@
-"""Perceptual losses: how differently a classifier sees two pictures. They are never built on random weights."""
+"""Perceptual losses: distances of two pictures in the features of a classifier; never with random weights."""
 
 import logging
 from collections.abc import Sequence
@@ -30,14 +30,13 @@ class PerceptualOptions:
     perceptual_weights: str | None = None
     """File of VGG-16's ImageNet weights as torchvision saves them; None takes torchvision's cache, or fetches it."""
     perceptual_factor: float = 1.0
-    """How many times the perceptual loss counts beside the pixel loss."""
+    """Weight of the perceptual loss; the pixel loss has weight 1."""
 
 
 def load_perceptual_loss(options: PerceptualOptions) -> "FeatureReconstruction | LPIPS | None":
-    """The frozen network of the options, whose call (image, target) gives a scalar; None for "none". The log says so.
+    """The frozen network of the options, whose call (image, target) gives a scalar; None for "none". It is logged.
 
-    Raises ConfigError where torchvision or lpips is missing, CheckpointError where the real
-    weights cannot be had.
+    Raises ConfigError if torchvision or lpips is missing, CheckpointError if the real weights are not available.
     """
     if options.perceptual == "none":
         logger.info("trains without a perceptual loss (perceptual: none)")
@@ -49,7 +48,7 @@ def load_perceptual_loss(options: PerceptualOptions) -> "FeatureReconstruction |
 
 
 class VGG16Weights(NamedTuple):
-    """Weights of the convolutions under torchvision's names without `features.`, and where they are from."""
+    """Weights of the convolutions, named as in torchvision without `features.`, and their origin."""
 
     state: dict[str, Tensor]
     origin: str
@@ -58,7 +57,7 @@ class VGG16Weights(NamedTuple):
 def read_vgg16(file: str | Path | None) -> VGG16Weights:
     """ImageNet weights of VGG-16's convolutions from a file, or, for None, from torchvision's cache or its server.
 
-    Raises CheckpointError where they cannot be had, ConfigError where torchvision is missing.
+    Raises CheckpointError if they are not available, ConfigError if torchvision is missing.
     """
     if file is not None:
         content, origin = read_checkpoint(file).content, str(file)
@@ -67,7 +66,7 @@ def read_vgg16(file: str | Path | None) -> VGG16Weights:
         origin = str(Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name)
         try:
             content = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, no room, or a hash that does not match
+        except (OSError, RuntimeError) as error:  # no connection, full disk, or a wrong hash
             raise CheckpointError(
                 f"VGG-16's weights are not at {origin} and cannot be fetched ({error}); "
                 "put them there, give perceptual_weights, or train without: perceptual none"
@@ -112,7 +111,7 @@ class FeatureReconstruction(nn.Module):
         x = imagenet_normalised(image)
         described = []
         for number, layer in enumerate(self.features):
-            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)  # not in place: the output may be one we keep
+            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)  # not in place: the input may be kept
             if number in self.layers:
                 described.append(x)
         return described
@@ -145,10 +144,10 @@ class LPIPS(nn.Module):
 
 
 def shifted(pictures: Sequence[Tensor], draws: SampleDraws, most_px: int) -> list[Tensor]:
-    """The same part of every picture (B, 3, H, W), smaller by most_px, from a random place and flipped at random.
+    """The same crop of every picture (B, 3, H, W), smaller by most_px, shifted and flipped at random.
 
-    A network that halves its input four times sees patterns of few pixels differently at each place: what is to look
-    right at every place cannot hide one from it.
+    A network that halves its input several times responds to small periodic patterns differently at each shift. With
+    random shifts it sees them at every phase.
     """
     tops, lefts = ((draws.uniform() * (most_px + 1)).int().tolist() for _ in range(2))
     flips = [
@@ -169,7 +168,7 @@ def shifted(pictures: Sequence[Tensor], draws: SampleDraws, most_px: int) -> lis
 
 
 def imagenet_normalised(image: Tensor) -> Tensor:
-    """A picture (B, 3, H, W) in [-1, 1] with the mean and deviation that ImageNet classifiers expect."""
+    """Pictures (B, 3, H, W) in [-1, 1], normalised for ImageNet classifiers."""
     mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     return (image_to_unit(image) - mean) / deviation
 

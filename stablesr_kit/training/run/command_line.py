@@ -30,7 +30,7 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 
     Errors that a user can cause end the program with one line on stderr: exit status 2 for options, 1 for others.
     """
-    logging.getLogger("pyvips").setLevel(logging.WARNING)  # it tells of every pool of threads
+    logging.getLogger("pyvips").setLevel(logging.WARNING)  # it logs every thread pool
     try:
         main(load_config(kind, sys.argv[1:], sys.modules[main.__module__].__doc__))
     except ConfigError as error:
@@ -42,8 +42,8 @@ def launch(main: Callable[[Config], None], kind: type[Config]) -> None:
 def load_config(kind: type[Config], arguments: Sequence[str], description: str | None = None) -> Config:
     """Options of a program from its command line `--config FILE [--key value ...]`; a flag overrides the file.
 
-    Values are YAML, as in the file; a list of one may be given as its value. Environment variables (`$DATA/photos`)
-    and `~` are expanded. description: first text of `--help`. Raises ConfigError.
+    Values are YAML, as in the file; a list with one item may be given as that item. Environment variables
+    (`$DATA/photos`) and `~` are expanded. description: first text of `--help`. Raises ConfigError.
     """
     file, flags = _split(arguments)
     fields = {field.name for field in dataclasses.fields(kind)}
@@ -62,7 +62,7 @@ def load_config(kind: type[Config], arguments: Sequence[str], description: str |
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that file and flags give, unconverted. Raises ConfigError."""
+    """The options that are given by file and flags, before conversion. Raises ConfigError."""
     file, flags = _split(arguments)
     content = {} if file is None else _read(file)
     parser = _plain_parser()
@@ -86,7 +86,7 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file that --config names, and the other words."""
+    """The value of --config, and all other words."""
     parser = _plain_parser()
     parser.add_argument("--config")
     found, rest = _parse_known(parser, arguments)
@@ -117,7 +117,7 @@ def _parser(kind: type[ProgramConfig], file: str | None, description: str | None
         allow_abbrev=False,
         default_config_files=[] if file is None else [glob.escape(file)],
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override what it says")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options; flags override it")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for owner in kind.__mro__:
@@ -132,7 +132,7 @@ def _parser(kind: type[ProgramConfig], file: str | None, description: str | None
             extra: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
             hint = hints[field.name]
             if not {bool, Literal} & {typing.get_origin(kind) or kind for kind in _alternatives(hint)}:
-                extra["metavar"] = "VALUE"  # of the others, all possible values are shown
+                extra["metavar"] = "VALUE"  # flags with few possible values show these instead
             group.add_argument(f"--{field.name}", type=_accepted(hint), help=told.get(field.name), **extra)
     return parser
 
@@ -147,7 +147,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _accepted(hint: Any) -> Any:
-    """The type of a flag: a list of one may be given as its value."""
+    """The type of a flag; a list with one item may be given as that item."""
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is tuple:
             hint |= typing.get_args(kind)[0]
@@ -155,14 +155,14 @@ def _accepted(hint: Any) -> Any:
 
 
 def _expanded(value: Any, hint: Any) -> Any:
-    """A parsed value in the form of its field."""
+    """A parsed value, converted to the type of its field."""
     value = expand_variables(value)
     is_listed = any(typing.get_origin(kind) is tuple for kind in _alternatives(hint))
     return (value,) if is_listed and value is not None and not isinstance(value, tuple) else value
 
 
 def expand_variables(value: Any) -> Any:
-    """A value of YAML with environment variables and `~` replaced in all its texts."""
+    """A YAML value with environment variables and `~` expanded in all strings."""
     if isinstance(value, str):
         return os.path.expanduser(os.path.expandvars(value))
     if isinstance(value, list | tuple):
@@ -173,18 +173,18 @@ def expand_variables(value: Any) -> Any:
 
 
 def _explained(error: str, kind: type[ProgramConfig]) -> str:
-    """The parser's error message, which has several lines, as one line."""
+    """The parser's error message on one line; it has several."""
     if wrong := re.match(r'Parser key "(\w+)".*(?:Got|Given) value: ([^\n]*)', error, re.DOTALL):
         key, value = wrong.groups()
         return f"{key}={value} must be {_name(typing.get_type_hints(kind)[key])}"
     if missing := re.match(r"the following arguments are required: (.*)", error):
         first = missing[1].split(",")[0]
         return f"{missing[1]} must be given, in --config FILE or as --{first} VALUE"
-    return f"{' '.join(error.split())}; give --key value, and --help lists the keys"
+    return f"{' '.join(error.split())}; give --key value; --help lists the keys"
 
 
 def _name(hint: Any) -> str:
-    """A type as the command line names it."""
+    """A type, as named in messages."""
     names: list[str] = []
     for kind in _alternatives(hint):
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -201,6 +201,6 @@ def _name(hint: Any) -> str:
 
 
 def _end(error: StableSRKitError, status: int) -> NoReturn:
-    traceback.clear_frames(error.__traceback__)  # ends the loop that was running, and with it its progress bar
+    traceback.clear_frames(error.__traceback__)  # ends the running loop and its progress bar
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     raise SystemExit(status)

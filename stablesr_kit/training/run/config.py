@@ -9,7 +9,7 @@ import yaml
 
 from stablesr_kit.errors import ConfigError
 
-if TYPE_CHECKING:  # torch takes seconds to load, which programs that train nothing need not wait
+if TYPE_CHECKING:  # torch takes seconds to load, and some programs do not need it
     import torch
 
 WARMUP_PLATEAU_COSINE = "warmup_plateau_cosine"
@@ -25,7 +25,7 @@ class CheckedOptions:
     """A group of options. A class that checks its options in __post_init__ also calls super().__post_init__()."""
 
     def __post_init__(self) -> None:
-        """End of the chain of checks."""
+        """The last check of the chain, which checks nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class ProgramConfig(CheckedOptions):
     """Options of every program."""
 
     output_dir: str
-    """Folder for everything the program writes, including its resolved options, config.yaml."""
+    """Folder for all results, with the resolved options in config.yaml."""
     seed: int = 0
-    """Seed of the initial weights, of the crops and of the noise."""
+    """Seed of initial weights, crops and noise."""
 
     def save(self, path: Path) -> None:
-        """Write every option, the defaults too, as YAML."""
+        """Write all options, including defaults, as YAML."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
@@ -56,8 +56,8 @@ class PrecisionOptions(CheckedOptions):
     """Precision of the arithmetic."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Precision of the networks' arithmetic under autocast; the weights stay in float32. auto is bf16 if the
-    device supports it, else no (float32), since emulated bf16 is several times slower."""
+    """Precision of the networks under autocast; the weights stay in float32. auto is bf16 if the device supports it,
+    else no (float32), since emulated bf16 is several times slower."""
 
     def precision_on(self, device: "torch.device") -> Literal["no", "fp16", "bf16"]:
         """The precision on this device."""
@@ -68,7 +68,7 @@ class PrecisionOptions(CheckedOptions):
         return self.mixed_precision
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
-        """Context in which networks compute in that precision."""
+        """Autocast to that precision."""
         import torch
 
         name = self.precision_on(device)
@@ -86,7 +86,7 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third slower."""
     max_train_steps: int
-    """Optimizer steps of the whole run, and length of the learning rate's schedule."""
+    """Optimizer steps of the whole run; also the length of the learning-rate schedule."""
     learning_rate: float = 1e-4
     """Highest learning rate."""
     scale_lr: bool = False
@@ -98,7 +98,7 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     final_learning_rate: float = 0.0
     """Learning rate that warmup_plateau_cosine ends at."""
     lr_decay_fraction: float = 1.0
-    """Last fraction of the run, in which warmup_plateau_cosine falls; 1: from the warm-up on."""
+    """Fraction of the run, at its end, in which warmup_plateau_cosine falls; 1: from the warm-up on."""
     lr_milestones: tuple[int, ...] = ()
     """Steps at which multistep halves the learning rate."""
     lr_num_cycles: int = 1
@@ -118,17 +118,17 @@ class RunConfig(PrecisionOptions, LoaderOptions, ProgramConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this total norm."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights (EMA), which is the result; 0: no average, the weights themselves."""
+    """Decay of the exponential moving average of the weights (EMA), which becomes the result; 0: no average."""
     checkpointing_steps: int = 1000
     """Steps between checkpoints; one more is written at the end."""
     checkpoints_total_limit: int | None = 2
-    """Number of checkpoints that are kept, the newest ones; None keeps all."""
+    """Number of checkpoints to keep; older ones are deleted. None keeps all."""
     resume_from_checkpoint: str | None = "latest"
     """Checkpoint folder to resume from; latest: the newest complete one; None: start from the beginning."""
     logging_steps: int = 50
     """Steps over which the logged loss is averaged."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    """Where losses, learning rate, samples per second and validation pictures are shown; tensorboard's files are in
+    """Tracker for losses, learning rate, samples per second and validation pictures; tensorboard writes to
     output_dir/logs."""
     tracker_project_name: str = "stablesr-kit"
     """Project name in the tracker."""

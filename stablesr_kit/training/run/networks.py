@@ -1,4 +1,4 @@
-"""Networks in training: saved as diffusers folders, averaged and loaded, also under FSDP."""
+"""Networks in training: saving as diffusers folders, averaging and loading, also under FSDP."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     with replacing_folder(folder) as part:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
-                component.half()  # to() of diffusers' models warns of modules there are none of
+                component.half()  # to() of diffusers' models warns even if nothing is wrong
         pipeline.save_pretrained(part)
         for file in part.glob("*/config.json"):
             options = json.loads(file.read_text())
@@ -151,7 +151,7 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_network(kind: type[Network], folder: str, option: str) -> Network:
-    """The network of this class in a folder that an option names. Raises ConfigError if there is none."""
+    """The network of this class in the folder of an option. Raises ConfigError if there is none."""
     file = Path(folder) / "config.json"
     name = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
     if name != kind.__name__:

@@ -49,7 +49,7 @@ def _adamw_8bit() -> Callable[..., Optimizer]:
 
 
 def learning_rate_schedule(config: RunConfig, peak: float) -> Callable[[int], float]:
-    """A function from step, from 0, to learning rate; `peak` is the highest.
+    """A function from step (0 is the first) to learning rate; `peak` is the highest.
 
     config.lr_scheduler: warmup_plateau_cosine or multistep, which are ours, or a name of diffusers.get_scheduler.
     Raises ConfigError for an unknown name.
@@ -62,7 +62,7 @@ def learning_rate_schedule(config: RunConfig, peak: float) -> Callable[[int], fl
     if config.lr_scheduler not in names:
         known = ", ".join([WARMUP_PLATEAU_COSINE, MULTISTEP, *names])
         raise ConfigError(f"lr_scheduler={config.lr_scheduler!r} is unknown; use one of {known}")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)  # the schedule wants to see one
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)  # get_scheduler needs one
     factor = get_scheduler(
         config.lr_scheduler,
         optimizer,

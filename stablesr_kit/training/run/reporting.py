@@ -1,4 +1,4 @@
-"""What others see of a run: its records, trackers, model card, and the upload to the Hugging Face hub."""
+"""Reports on a run: records, trackers, model card, and the upload to the Hugging Face hub."""
 
 import dataclasses
 import importlib.util
@@ -28,8 +28,8 @@ from stablesr_kit.version import __version__
 class StepRecords:
     """Appends {"step": 1, NAME: ...} per step to a file.
 
-    step: the last one that is behind the run; records of later steps, left by a run that was killed, are forgotten.
-    Raises OutputError where it cannot be written.
+    step: the last one that is done; records of later steps, left by a killed run, are removed. Raises OutputError if
+    the file cannot be written.
     """
 
     def __init__(self, file: Path, step: int) -> None:
@@ -38,7 +38,7 @@ class StepRecords:
         with writing(file):
             with replacing_file(file) as part:
                 part.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-            # without a buffer, in which what cannot be written would wait and fail once more
+            # unbuffered: a failed write would stay in a buffer and fail again
             self.stream = FileIO(file, "a")
         self.file = file
         self.recent: list[dict[str, float]] = []
@@ -62,7 +62,7 @@ class StepRecords:
 
 
 def read_records(file: Path) -> list[dict[str, float]]:
-    """What was recorded, step by step; nothing where there is no file."""
+    """All records, step by step; none if there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -76,7 +76,7 @@ def means_of(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def find_trackers(report_to: str) -> list[str]:
-    """The trackers that the option names. Raises ConfigError where one is not installed."""
+    """The trackers of the option report_to. Raises ConfigError if one is not installed."""
     names = {"none": [], "all": list(TRACKERS)}.get(report_to, [report_to])
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ConfigError(
@@ -88,9 +88,9 @@ def find_trackers(report_to: str) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, step: int) -> None:
-    """Start the trackers' run, or resume it after a step; what it holds of later steps is replaced.
+    """Start the trackers, or resume them after a step; their values of later steps are replaced.
 
-    Raises ConfigError where a tracker cannot start.
+    Raises ConfigError if a tracker cannot start.
     """
     folder = Path(config.output_dir) / "logs"
     own: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1 if step else 0}}
@@ -100,7 +100,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, step: int) -> No
     options = {name: _plain(value) for name, value in dataclasses.asdict(config).items()} if step == 0 else None
     try:
         accelerator.init_trackers(config.tracker_project_name, options, own)
-    except Exception as error:  # of the tracker's own classes, such as a login that is missing
+    except Exception as error:  # trackers raise classes of their own, for instance if nobody is logged in
         raise ConfigError(
             f"report_to={config.report_to} cannot start: {error}; "
             "log in (`wandb login`), set WANDB_MODE=offline, or use report_to=tensorboard"
@@ -108,7 +108,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, step: int) -> No
 
 
 def show_pictures(accelerator: Accelerator, pictures: dict[str, np.ndarray], step: int) -> None:
-    """Hand pictures (H, W, 3) uint8 by name to every tracker. Call it on the main process."""
+    """Send pictures (H, W, 3) uint8, by name, to every tracker; for the main process."""
     for tracker in accelerator.trackers:
         for name, pixels in pictures.items():
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -116,7 +116,7 @@ def show_pictures(accelerator: Accelerator, pictures: dict[str, np.ndarray], ste
 
 
 def _wandb_id(folder: Path, step: int) -> str:
-    """The id of the run, the one it had where it is resumed."""
+    """The id of the run; a resumed run keeps its id."""
     file = folder / "wandb_id"
     if step > 0 and file.exists():
         return file.read_text().strip()
@@ -126,21 +126,21 @@ def _wandb_id(folder: Path, step: int) -> str:
 
 
 def _plain(value: Any) -> int | float | str:
-    """The value as a table of hyperparameters can hold it."""
+    """The value for a table of hyperparameters, which holds numbers and strings."""
     return value if isinstance(value, int | float | str) else str(value)
 
 
 DATA = ("train_data_dir", "lq_data_dir", "dataset_name", "shards", "latents", "samples", "pairs")
-"""Options that name what was trained on."""
+"""Options that name training data."""
 
 
 def model_card(
     config: RunConfig, results: dict[str, str], *, processes: int, samples: int, seconds: float
 ) -> ModelCard:
-    """The card of a finished run, from its options and from the records in its output_dir.
+    """The model card of a finished run, from its options and the records in its output_dir.
 
-    results: the class of each result by its folder. processes: of the last call. samples: per step. seconds: of all
-    calls together.
+    results: folder of each result -> class. processes: number in the last call. samples: per step. seconds: total of
+    all calls.
     """
     program, folder = Path(sys.argv[0]).stem, Path(config.output_dir)
     options = dataclasses.asdict(config)
@@ -152,17 +152,17 @@ def model_card(
         f"---\n{metadata.to_yaml()}\n---",
         f"# {folder.resolve().name}",
         f"Trained by `{program}` of stablesr-kit {__version__}. "
-        "The licences of the data and of what it started from hold for it.",
+        "The licences of the data and of the weights it started from apply.",
         _table(["folder", "class"], results.items()),
-        f"Started from {_listed(origins) or 'nothing'}; trained on {_listed(data) or 'no data that an option names'}.",
+        f"Started from {_listed(origins) or 'nothing'}; trained on {_listed(data) or 'data that no option names'}.",
         f"{config.max_train_steps} steps of {samples} samples in {seconds:.0f} s, at the end with {processes} "
         f"process{'es' if processes > 1 else ''}:",
         f"    accelerate launch {shlex.join(sys.argv)}",
-        f"## Losses\n\nMeans over the last {len(last)} steps; those of all steps are in losses.jsonl.",
+        f"## Losses\n\nMeans over the last {len(last)} steps; losses.jsonl has every step.",
         _table(["loss", "mean"], (item for item in means_of(last).items() if item[0] not in ("step", "learning_rate"))),
     ]
     if validations := read_records(folder / "validation" / "metrics.jsonl"):
-        names = [name for name in validations[-1] if "/" not in name]  # the others are those of single pictures
+        names = [name for name in validations[-1] if "/" not in name]  # names with a slash are of single pictures
         rows = [[line.get(name, "") for name in names] for line in validations]
         paragraphs += ["## Validation\n\nMeans over the pictures in the folder validation.", _table(names, rows)]
     paragraphs.append(f"## Options\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```")
@@ -176,7 +176,7 @@ def _listed(options: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: Any) -> str:
-    """A table in Markdown; numbers with five digits."""
+    """A Markdown table; numbers have five digits."""
     lines = [head, ["---"] * len(head), *rows]
     cells = [[f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -187,9 +187,9 @@ LEFT_OUT = ("checkpoint-*", "diverged-*", "logs/wandb*", ".*")
 
 
 def open_repository(config: RunConfig) -> str:
-    """OWNER/NAME of the repository that the options name; it is created if it does not exist.
+    """OWNER/NAME of the repository for the results; it is created if it does not exist.
 
-    Raises ConfigError where nobody is logged in, or the hub cannot be reached or refuses.
+    Raises ConfigError if nobody is logged in, or the hub cannot be reached or refuses.
     """
     api = HfApi()
     try:
@@ -200,7 +200,7 @@ def open_repository(config: RunConfig) -> str:
         raise ConfigError(
             "push_to_hub needs a login to the Hugging Face hub; run `hf auth login`, set HF_TOKEN, or leave it out"
         ) from error
-    except Exception as error:  # the client's own, and those of the libraries below it
+    except Exception as error:  # the client and the libraries below it raise many classes
         raise ConfigError(
             f"push_to_hub cannot make the repository at {api.endpoint}: {error}; "
             "check the connection, the login and hub_model_id, or leave push_to_hub out"
@@ -208,15 +208,15 @@ def open_repository(config: RunConfig) -> str:
 
 
 def upload(output_dir: Path, repository: str, message: str) -> str:
-    """Upload the results, the model card and the records; the address of the commit.
+    """Upload results, model card and records; returns the address of the commit.
 
-    Raises OutputError where that fails: everything is still in output_dir.
+    Raises OutputError if that fails; everything is still in output_dir.
     """
     try:
         commit = HfApi().upload_folder(
             repo_id=repository, folder_path=output_dir, commit_message=message, ignore_patterns=list(LEFT_OUT)
         )
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         raise OutputError(
             f"{output_dir} is finished, but cannot be uploaded to {repository}: {error}; "
             f"upload it with `hf upload {repository} {output_dir}`"

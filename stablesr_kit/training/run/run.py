@@ -1,4 +1,4 @@
-"""What every training run does around its loop: processes, optimizers, averages, checkpoints, records."""
+"""Everything around a training loop: processes, optimizers, weight averages, checkpoints, records."""
 
 import logging
 import math
@@ -60,19 +60,19 @@ logger = logging.getLogger(__name__)
 
 
 class LogFile(logging.FileHandler):
-    """A log that ends the run with OutputError when it cannot be written."""
+    """A log file; the run ends with OutputError if it cannot be written."""
 
     def handleError(self, _record: logging.LogRecord) -> None:
-        """Raise OutputError in place of the error that is being handled."""
+        """Raise OutputError instead of the current error."""
         error = sys.exc_info()[1]
-        assert error is not None  # logging calls this while it handles one
+        assert error is not None  # logging calls this in an except block
         raise storage.unwritable(Path(self.baseFilename), error, RESUMES) from error
 
 
 class TrainingRun:
-    """A run of `config.max_train_steps` steps that continues by itself where it was interrupted.
+    """A run of `config.max_train_steps` steps that resumes by itself.
 
-    In this order: `train` every network, loop over `batches`, in it `backward` every loss and `update`; then `finish`::
+    First `train` every network; then loop over `batches`, with `backward` and `update`; at the end `finish`::
 
         run = TrainingRun(config)
         network = run.train(network, {"vae": ""})
@@ -82,11 +82,11 @@ class TrainingRun:
             run.update(pixel=loss)
         run.finish({"vae": run.averaged("vae")})
 
-    some_rest: whether there are steps that some trained parameters take no part in.
+    some_rest: whether some trained parameters get no gradient in some steps.
 
     Attributes:
-        accelerator: of the run; `accelerator.autocast()` is the chosen precision.
-        step: optimizer steps behind the run.
+        accelerator: its `autocast()` has the chosen precision.
+        step: number of optimizer steps done.
     """
 
     def __init__(self, config: RunConfig, *, some_rest: bool = False) -> None:
@@ -96,11 +96,11 @@ class TrainingRun:
         gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.precision = config.precision_on(gpu or torch.device("cpu"))
         self.zero_stage = zero_stage(self.precision)
-        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # which is used without accelerate, see zero.py
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # zero.py does it instead
             self.accelerator = Accelerator(
-                cpu=gpu is None,  # said aloud, so that several processes find each other there
+                cpu=gpu is None,  # explicitly, so that several processes can communicate on the CPU
                 mixed_precision=self.precision,
-                # as a plugin, or a value in the environment, which accelerate's configs set, would count instead
+                # as a plugin: otherwise environment variables, which accelerate's configs set, would override it
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
                 log_with=find_trackers(config.report_to) or None,
                 project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.output_dir / "logs")),
@@ -126,30 +126,30 @@ class TrainingRun:
                     handlers=[logging.StreamHandler(), LogFile(self.output_dir / "log.txt")],
                 )
         self.repository = open_repository(config) if config.push_to_hub and self.is_main else None
-        self.seconds = 0.0  # of the calls before this one
-        if config.allow_tf32:  # otherwise torch's own choice, which takes it for convolutions
+        self.seconds = 0.0  # of earlier calls
+        if config.allow_tf32:  # torch's default is TF32 for convolutions only
             torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(config.seed)
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of an optimizer step, in all processes and accumulated batches together."""
+        """Samples per optimizer step, over all processes and accumulated batches."""
         batches = self.config.gradient_accumulation_steps * self.accelerator.num_processes
         return self.config.train_batch_size * batches
 
     @property
     def share(self) -> Share:
-        """How the samples are dealt out to the processes."""
+        """How samples are distributed over the processes."""
         return Share(self.config.train_batch_size, self.accelerator.num_processes)
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Precision of the weights of networks that are not trained."""
+        """Precision for the weights of frozen networks."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.float32)
 
     @property
     def is_first_batch_of_step(self) -> bool:
-        """Whether no batch is accumulated yet."""
+        """Whether the coming batch is the first one of an optimizer step."""
         return not self.losses
 
     def train(
@@ -164,15 +164,15 @@ class TrainingRun:
         is_clipped: bool = True,
         average: bool = True,
     ) -> nn.Module:
-        """The network as the loop must call it; those of its parameters that require gradients are stepped.
+        """The network for the loop to call; its parameters that require gradients are trained.
 
-        A loop must not call a part of it past its forward: only what goes through there is reduced over processes, and
-        gathered where they share parameters.
+        Call the returned network itself, never a submodule: gradients are averaged, and sharded parameters gathered, in
+        its forward only.
 
-        parts: what of it checkpoints hold, folder name -> name of the submodule, "" for the network itself.
-        only_trained: whether they hold nothing but what is trained. learning_rate: a constant one; None takes the
-        schedule of the options. betas, weight_decay: None takes those of the options. is_clipped: whether max_grad_norm
-        holds for it. average: whether its moving average is kept.
+        parts: what checkpoints hold, folder name -> name of the submodule, "" for the network itself. only_trained:
+        save only trained weights. learning_rate: a constant one; None takes the schedule of the options. betas,
+        weight_decay: None takes the options' values. is_clipped: whether max_grad_norm applies. average: whether a
+        moving average is kept.
         """
         config = self.config
         peak = config.learning_rate * (self.samples_per_step if config.scale_lr else 1)
@@ -199,8 +199,8 @@ class TrainingRun:
             )
         )
         if average and config.ema_decay > 0:
-            # of the prepared parameters: those are what this process holds where parameters are sharded
-            foreach = not self.accelerator.is_fsdp2  # whose tensors cannot be copied so
+            # of the prepared parameters, which may be this process's shards
+            foreach = not self.accelerator.is_fsdp2  # its tensors do not support it
             ema = EMAModel(self.networks[-1].parameters(), decay=config.ema_decay, foreach=foreach)
             ema.to(self.accelerator.device)
             self.networks[-1].ema = ema
@@ -215,17 +215,18 @@ class TrainingRun:
         restore: Restore,
         measure: Measure,
     ) -> None:
-        """Have the averaged weights of a part, or of several, make and measure pictures when the options say so.
+        """Make and measure validation pictures with averaged weights, as often as the options say.
 
-        Arguments as `Validation`. The main process makes them, the others wait; what training draws is not touched.
+        Arguments as `Validation`. The main process makes them, the others wait. Training's random numbers stay the
+        same.
         """
         if options.validation_steps:
             self.validation = Validation(self.output_dir, options, part, examples, restore, measure)
 
     def batches(self, dataset: Dataset[Any]) -> Iterator[tuple[SampleDraws, Any]]:
-        """Every batch that is still to come, with the random numbers of its samples; resumes the run first.
+        """All remaining batches, with the random numbers of their samples; resumes the run first.
 
-        Item i of the dataset must be a function of its seed and of i alone.
+        Item i of the dataset must depend on its seed and i only.
         """
         self._resume()
         accelerator, config = self.accelerator, self.config
@@ -244,7 +245,7 @@ class TrainingRun:
         self.losses: list[dict[str, Tensor]] = []
         self.start = self.step_start = time.monotonic()
         if self.step == 0:
-            self._show()  # what cannot be shown fails before the training, not in its middle
+            self._show()  # fails now rather than in the middle of the training
         self.progress = tqdm(
             total=config.max_train_steps * self.samples_per_step,
             initial=self.step * self.samples_per_step,
@@ -268,18 +269,17 @@ class TrainingRun:
             optimizer.take_in()
 
     def update(self, **losses: Tensor) -> None:
-        """End a batch: once enough of them are accumulated, step every network, record the losses, validate and save
-        when due.
+        """End a batch. At the end of an optimizer step: step every network, record losses, validate and save if due.
 
-        losses: scalar tensors by name; recorded is their mean over the step's samples, in all processes. Raises
-        DivergenceError when one of them, or a gradient, is not finite; the networks are then as before the step.
+        losses: scalar tensors by name; their mean over the samples of the step, in all processes, is recorded. Raises
+        DivergenceError if a loss or a gradient is not finite; the networks are then as before the step.
         """
         self.losses.append({name: loss.detach().float() for name, loss in losses.items()})
         if not self.accelerator.sync_gradients:
             return
         values = self._mean_losses()
         norm = self._clip_gradients()
-        has_scaler = self.accelerator.scaler is not None  # which skips steps of infinite gradients by itself
+        has_scaler = self.accelerator.scaler is not None  # it skips steps with infinite gradients
         if not all(map(math.isfinite, values.values())) or not (has_scaler or math.isfinite(norm)):
             self._stop_diverged(values)
 
@@ -291,14 +291,14 @@ class TrainingRun:
         rate = self.networks[0].learning_rate(self.step)
         self.step += 1
         self._record(values, rate)
-        self._show()  # before the checkpoint, so that what is resumed has been shown
+        self._show()  # before the checkpoint: a resumed run does not repeat it
         if self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps:
             self.save()
 
     def save(self) -> None:
-        """Write output_dir/checkpoint-STEP beside its final name, rename it, and delete checkpoints beyond the limit.
+        """Write output_dir/checkpoint-STEP atomically, and delete checkpoints beyond the limit.
 
-        An old checkpoint makes room before, unless it is the only one.
+        The oldest is deleted before writing, to free space, unless it is the only one.
         """
         limit = self.config.checkpoints_total_limit
         if self.is_main and limit is not None:
@@ -308,18 +308,18 @@ class TrainingRun:
             prune(self.output_dir, limit)
 
     def averaged(self, name: str) -> Any:
-        """A copy of the part saved as `name`, with averaged weights where they are kept; None off the main process.
+        """A copy of the part saved as `name`, with averaged weights if they are kept; None outside the main process.
 
-        Every process must call it. The copy is in float32 on the device of the run.
+        Every process must call it. The copy is in float32, on the device of the run.
         """
         network = next(net for net in self.networks if any(part.name == name for part in net.parts))
         copied = network.averaged(name, self.accelerator)
         return None if copied is None else copied.to(self.accelerator.device).eval()
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write the results, networks by folder name, to output_dir with a model card, and upload them if asked to.
+        """Write the results (folder name -> network) and a model card to output_dir, and upload them if asked to.
 
-        The main process's are taken. Raises OutputError.
+        Only the main process writes. Raises OutputError.
         """
         if self.is_main:
             for name, network in results.items():
@@ -341,11 +341,11 @@ class TrainingRun:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the main process, which writes."""
         return bool(self.accelerator.is_main_process)
 
     def _seconds(self) -> float:
-        """How long the run has lasted, in all its calls up to the checkpoints they went on from."""
+        """Duration of the run, over all calls, without what was lost to interruptions."""
         return self.seconds + time.monotonic() - self.start
 
     def _resume(self) -> None:
@@ -361,11 +361,11 @@ class TrainingRun:
             logger.warning("%s was written with other options: %s", folder, "; ".join(changed))
         self.step, self.seconds = step_of(folder), seconds_of(folder)
         self.accelerator.load_state(str(folder))
-        self.accelerator.step = 0  # checkpoints lie between steps, so that accumulation starts anew
+        self.accelerator.step = 0  # checkpoints lie between optimizer steps
         logger.info("resumed %s of %d steps", folder, self.config.max_train_steps)
 
     def _write_state(self, folder: Path) -> None:
-        """The whole state as a folder that appears complete; every process must call it."""
+        """Write the whole state to a folder, atomically; every process must call it."""
         part = storage.part_of(folder)
         try:
             with writing(folder):
@@ -382,7 +382,7 @@ class TrainingRun:
     def _save_networks(self, _models: list[nn.Module], weights: list[Any], folder: str) -> None:
         for network in self.networks:
             network.save(Path(folder), self.accelerator)
-        weights.clear()  # accelerate's own copy of them
+        weights.clear()  # accelerate would write them as well
 
     def _load_networks(self, models: list[nn.Module], folder: str) -> None:
         for network in self.networks:
@@ -393,7 +393,7 @@ class TrainingRun:
         return [network.optimizer for network in self.networks if isinstance(network.optimizer, ZeroOptimizer)]
 
     def _clip_gradients(self) -> float:
-        """Scale the gradients of all networks that are clipped down to the total norm of the options; their norm."""
+        """Clip the gradients, of all networks with is_clipped together, to max_grad_norm; returns the norm before."""
         clipped = [network for network in self.networks if network.is_clipped]
         if self.zero_stage is not None:
             for optimizer in self._zero_optimizers():
@@ -402,12 +402,12 @@ class TrainingRun:
             return clip_shares(shared, self.config.max_grad_norm, self.accelerator)
         parameters = [parameter for network in clipped for parameter in network.parameters()]
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if isinstance(norm, DTensor):  # so far every process knows its own share
+        if isinstance(norm, DTensor):  # each process has a share
             norm = norm.full_tensor()
         return float(norm)
 
     def _mean_losses(self) -> dict[str, float]:
-        """Mean of each loss over the accumulated batches and the processes."""
+        """Mean of each loss over accumulated batches and processes."""
         names = list(self.losses[0])
         local = torch.stack([torch.stack([losses[name] for name in names]) for losses in self.losses]).mean(dim=0)
         self.losses = []
@@ -429,7 +429,7 @@ class TrainingRun:
             logger.info("step %d %s (%.0f s)", self.step, means, time.monotonic() - self.start)
 
     def _show(self) -> None:
-        """Make and measure the validation pictures of this step, if it has any."""
+        """Make and measure validation pictures, if due at this step."""
         if self.validation is None:
             return
         if self.step % self.validation.every and self.step != self.config.max_train_steps:

@@ -1,4 +1,4 @@
-"""Which stages of a chain of programs are finished, which go on, and which begin anew since they were changed."""
+"""Which stages of a chain of programs are finished, which resume, and which start again because of changed options."""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from stablesr_kit.training.run.command_line import expand_variables
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A program and the options it is called with, environment variables expanded."""
+    """A program and its options, with environment variables expanded."""
 
     program: str
     options: dict[str, Any]
 
     @classmethod
     def of(cls, program: str, options: dict[str, Any]) -> Self:
-        """options: as they are given, before defaults fill the rest."""
+        """options: the given ones, without defaults."""
         return cls(program=program, options=expand_variables(options))
 
     @property
@@ -36,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class BegunStage:
-    """A stage that was begun, as the journal has it."""
+    """A stage that was started, as recorded in the journal."""
 
     stage: Stage
     seconds: float | None
@@ -44,20 +44,20 @@ class BegunStage:
 
 
 class Continuation(NamedTuple):
-    """Which stages of a chain are skipped, resumed, or begin anew."""
+    """Which stages of a chain are skipped, resumed, or started again."""
 
     kept: list[BegunStage]
-    """The first stages: those that are finished, and perhaps one to resume."""
+    """The first stages: finished ones, and possibly one to resume."""
     reasons: dict[int, str]
-    """Why each stage that was begun before begins anew, by its place in the chain from 0."""
+    """Index of each stage that is started again -> the reason."""
     outdated: list[Path]
-    """Folders of checkpoints to rename first, or training would resume from them."""
+    """Folders of checkpoints to rename first; otherwise training would resume from them."""
 
 
 def find_continuation(stages: Sequence[Stage], records: Sequence[BegunStage]) -> Continuation:
-    """A stage begins anew when its options are others than when it was begun, and so do all that come after it.
+    """A stage starts again if its options have changed, and so do all later stages.
 
-    Training stages of one output_dir go on from each other, so that they begin anew together.
+    Training stages with the same output_dir continue each other, so they start again together.
     """
     known = min(len(stages), len(records))
     cause = first = next((i for i in range(known) if stages[i] != records[i].stage), known)
@@ -78,7 +78,7 @@ def find_continuation(stages: Sequence[Stage], records: Sequence[BegunStage]) ->
 
 
 def describe_difference(before: Stage, now: Stage) -> str:
-    """What is different, on one line."""
+    """The difference, on one line."""
     if before.program != now.program:
         return f"it is {now.program}, was {before.program}"
     names = [name for name in {**before.options, **now.options} if before.options.get(name) != now.options.get(name)]
@@ -87,7 +87,7 @@ def describe_difference(before: Stage, now: Stage) -> str:
 
 
 def read_journal(file: Path) -> list[BegunStage]:
-    """What was begun, in its order; nothing where there is no journal. Raises ConfigError for another file."""
+    """All started stages, in order; none if there is no journal. Raises ConfigError if the file is something else."""
     if not file.exists():
         return []
     try:
@@ -100,14 +100,14 @@ def read_journal(file: Path) -> list[BegunStage]:
 
 
 def write_journal(file: Path, records: Sequence[BegunStage]) -> None:
-    """Replace the journal; it appears whole. Raises OutputError."""
+    """Replace the journal atomically. Raises OutputError."""
     entries = [asdict(record.stage) | {"seconds": record.seconds} for record in records]
     with replacing_file(file) as part:
         part.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def put_away(folder: Path) -> Path:
-    """Rename a folder to the first free name of FOLDER.old-1, FOLDER.old-2, ...; that name."""
+    """Rename a folder to the first free name of FOLDER.old-1, FOLDER.old-2, ...; returns the new name."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: they appear whole or not at all, and a run goes on from the newest whole one."""
+"""Checkpoint folders of a run: they appear whole or not at all, and a run resumes from the newest complete one."""
 
 import dataclasses
 import json
@@ -17,29 +17,29 @@ from stablesr_kit.training.run.config import RunConfig
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-"""Written last into a checkpoint: its step, the seconds it took, and the size of every file."""
+"""The last file of a checkpoint: its step, the seconds of the run so far, and the size of every file."""
 
 OPTIONS = "config.yaml"
-"""The options that a checkpoint was written with."""
+"""Options of the run that wrote a checkpoint."""
 
 RESUMES = "free space or choose another place; the same command then goes on from the last whole checkpoint"
-"""What to do where a file of a run cannot be written."""
+"""Advice if a file of a run cannot be written."""
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """While `path` is written, raise OutputError in place of every error that says it cannot be."""
+    """Context that turns errors of writing `path` into OutputError."""
     return storage.writing(path, RESUMES)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after so many steps."""
+    """Folder of the checkpoint of a step."""
     return output_dir / f"checkpoint-{step}"
 
 
 def publish(part: Path, folder: Path, step: int, seconds: float) -> None:
-    """Give a checkpoint that is completely written its manifest and its final name, in place of what has that name.
+    """Add the manifest to a completely written checkpoint, and give it its final name, replacing an older folder.
 
-    step, seconds: how many are behind the run. Raises OutputError.
+    step, seconds: of the run so far. Raises OutputError.
     """
     files = sorted(path for path in part.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(part)): path.stat().st_size for path in files}
@@ -48,19 +48,19 @@ def publish(part: Path, folder: Path, step: int, seconds: float) -> None:
 
 
 def prune(output_dir: Path, keep: int) -> None:
-    """Delete the oldest whole checkpoints beyond `keep`."""
+    """Delete all but the newest `keep` complete checkpoints."""
     for folder in whole_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(folder)
 
 
 def whole_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders output_dir/checkpoint-STEP that hold everything their manifest names, oldest first."""
+    """Complete checkpoints output_dir/checkpoint-STEP, oldest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((folder for folder in folders if is_whole(folder)), key=step_of)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the manifest names is there at its full size."""
+    """Whether every file of the manifest exists and has its full size."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -69,20 +69,20 @@ def is_whole(folder: Path) -> bool:
 
 
 def step_of(folder: Path) -> int:
-    """Number of steps behind a checkpoint, from its name."""
+    """Step of a checkpoint, from its name."""
     return int(folder.name.rpartition("-")[2])
 
 
 def seconds_of(folder: Path) -> float:
-    """Seconds that the run had taken up to a whole checkpoint."""
+    """Seconds of the run up to a complete checkpoint."""
     return float(json.loads((folder / MANIFEST).read_text()).get("seconds", 0.0))
 
 
 def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
-    """The checkpoint to resume from, None to start afresh.
+    """The checkpoint to resume from; None starts from the beginning.
 
-    choice: None, a folder, or "latest": the newest whole one of output_dir; what was cut off while it was written is
-    named in the log. Raises ConfigError for a folder that is not a whole checkpoint.
+    choice: None, a folder, or "latest": the newest complete one in output_dir; incomplete ones are logged. Raises
+    ConfigError for a folder that is no complete checkpoint.
     """
     if choice is None:
         return None
@@ -101,9 +101,9 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
 
 
 def changed_options(config: RunConfig, file: Path) -> list[str]:
-    """How the options differ from those of a checkpoint, one text each; none where the checkpoint does not say.
+    """Differences between the options and those of a checkpoint, one text each; none if it has no options.
 
-    Left out is where the run lies and where it goes on.
+    output_dir and resume_from_checkpoint are not compared.
     """
     if not file.exists():
         return []

@@ -1,4 +1,4 @@
-"""Pictures made and measured during a run with the weights as they are, from the same noise every time."""
+"""Validation during a run: pictures from the current averaged weights, with the same noise every time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from stablesr_kit.training.run.config import CheckedOptions
 from stablesr_kit.training.run.reporting import StepRecords, means_of
 
 SMALLEST_PX = 32
-"""Side of the smallest picture that can be measured."""
+"""Smallest side of a picture that metrics accept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,13 @@ class ValidationOptions(CheckedOptions):
     """Validation while training."""
 
     validation_steps: int = 0
-    """Validation pictures are made with the averaged weights at the start, every so many steps, and at the end.
-    0: never."""
+    """Validation pictures are made with averaged weights at the start, at every n-th step, and at the end; 0: never."""
     num_validation_images: int = 4
-    """How many pictures are made, the first ones by name."""
+    """Number of validation pictures, the first ones by name."""
     niqe_statistics: str | None = None
-    """File niqe_pris_params.npz of NIQE's published implementation; None leaves NIQE out."""
+    """File niqe_pris_params.npz of the published NIQE; None: no NIQE."""
     metric_weights: str | None = None
-    """Folder of lpips_alex.safetensors, vgg16_fp16.safetensors and DISTS' weights; None leaves LPIPS and DISTS out."""
+    """Folder with lpips_alex.safetensors, vgg16_fp16.safetensors and the weights of DISTS; None: no LPIPS and DISTS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +65,7 @@ class RestorationValidationOptions(ValidationOptions):
     validation_lq_dir: str | None = None
     """Folder of damaged photographs."""
     validation_hq_dir: str | None = None
-    """Folder of their ground truth, under the same names; None: there is none."""
+    """Folder of their ground truth, with the same names; None: no ground truth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +88,7 @@ class Example(NamedTuple):
 def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Example]:
     """The first photographs, center-cropped to sides divisible by `multiple`; each is its own ground truth.
 
-    Raises ImageError where there are none, ConfigError for one that is too small.
+    Raises ImageError if there are none, ConfigError for one that is too small.
     """
     if not options.validation_steps:
         return []
@@ -106,9 +105,9 @@ def photo_examples(options: PhotoValidationOptions, multiple: int) -> list[Examp
 
 
 def restoration_examples(options: RestorationValidationOptions) -> list[Example]:
-    """The first damaged photographs, with their ground truth where it is given.
+    """The first damaged photographs, with their ground truth if it is given.
 
-    Raises ImageError where there are none, ConfigError for one that is too small.
+    Raises ImageError if there are none, ConfigError for one that is too small.
     """
     if not options.validation_steps:
         return []
@@ -124,7 +123,7 @@ def restoration_examples(options: RestorationValidationOptions) -> list[Example]
 
 
 def sample_examples(options: ValidationOptions, file: str | None) -> list[Example]:
-    """The first samples of a file that generate_cfw_data.py has written. Raises ConfigError where there is none."""
+    """The first samples of a file from generate_cfw_data.py. Raises ConfigError if it does not exist."""
     if not options.validation_steps:
         return []
     if file is None or not Path(file).is_file():
@@ -141,22 +140,22 @@ def sample_examples(options: ValidationOptions, file: str | None) -> list[Exampl
 
 
 def reconstructed(vae: AutoencoderKL, example: Example) -> Tensor:
-    """What an autoencoder makes of an example through the mean of its latent."""
+    """An example, reconstructed from the mean of its latent."""
     return vae.decode(vae.encode(example.lq).latent_dist.mean).sample
 
 
 Restore = Callable[[Any, Example], Tensor]
-"""A network in evaluation mode, on the device of the run, and an example: the image (1, 3, H, W) in [-1, 1]."""
+"""(network in evaluation mode, example on its device) -> image (1, 3, H, W) in [-1, 1]."""
 
 Measure = Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
-"""Pixels (H, W, 3), and those they should be if they are known: metrics by name."""
+"""(pixels (H, W, 3), ground truth or None) -> metrics by name."""
 
 
 class Validation:
     """Makes and measures the validation pictures of a run.
 
-    part: which of the networks, by the name it is saved under, makes them; `restore` gets several as a dictionary. They
-    are written to output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to
+    part: the network that makes them, by the name it is saved under; for several names `restore` gets a dictionary.
+    The pictures are written to output_dir/validation/step-NUMBER/NAME.png, the metrics of every step to
     output_dir/validation/metrics.jsonl.
     """
 
@@ -187,14 +186,14 @@ class Validation:
 
     @torch.no_grad()
     def show(self, network: Any, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Mean metrics, and the pictures (H, W, 3) uint8 by name, which are then written.
+        """Write the pictures; returns mean metrics, and the pictures (H, W, 3) uint8 by name.
 
-        Raises ConfigError for a result of another size than it should have, OutputError.
+        Raises ConfigError if a result has not the size of its ground truth, OutputError.
         """
         first = network if isinstance(network, nn.Module) else next(iter(network.values()))
         device = next(first.parameters()).device
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # whatever the network draws, training goes on as if it had not
+        with torch.random.fork_rng(devices):  # random numbers of training stay the same
             pictures = {example.name: self._restored(network, example, device) for example in self.examples}
         metrics = {example.name: self._measured(example, pictures[example.name]) for example in self.examples}
         with replacing_folder(self.folder / f"step-{step:06d}") as folder:
@@ -233,6 +232,6 @@ def _read(stored: Path | bytes, smallest: int = SMALLEST_PX) -> Tensor:
 
 
 def _name(photo: Path | bytes, folder: str) -> str:
-    """What to call the result of a photograph: its path in the folder, as one word."""
+    """Name of the result of a photograph: its path in the folder, with _ between the parts."""
     assert isinstance(photo, Path)  # it comes from a folder
     return "_".join(photo.relative_to(folder).with_suffix("").parts)

@@ -1,6 +1,7 @@
 """Optimizers that DeepSpeed shards over the processes (ZeRO 1 and 2), for several networks in one run.
 
-Accelerate's own use of DeepSpeed is not used: it steps one network within `backward`, and casts it to half precision.
+Accelerate's DeepSpeed integration is not used: it supports one network, steps it in `backward`, and casts it to half
+precision.
 """
 
 import os
@@ -18,16 +19,16 @@ from torch.optim import Optimizer
 from stablesr_kit.errors import CheckpointError, ConfigError
 
 LARGEST_BUCKET = 50_000_000
-"""Gradients that are averaged at once: DeepSpeed keeps room for them, 200 MB, whether a network has as many or not."""
+"""Gradients that are averaged at once; DeepSpeed always allocates this buffer, 200 MB."""
 
 SHARED_STATES = "optimizer_*_of_*.bin"
-"""Files of a checkpoint that hold the states, one for each network and process."""
+"""Files of a checkpoint with optimizer states, one per network and process."""
 
 
 def zero_stage(mixed_precision: str) -> int | None:
-    """The stage that accelerate's config asks DeepSpeed for; None without DeepSpeed.
+    """ZeRO stage of accelerate's config; None without DeepSpeed.
 
-    Raises ConfigError for what it cannot do, and where it is not installed.
+    Raises ConfigError for unsupported settings, or if DeepSpeed is not installed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
@@ -49,7 +50,7 @@ def zero_stage(mixed_precision: str) -> int | None:
 
 
 def resting_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters by the network's submodules: a group is stepped, or left alone, as a whole."""
+    """The trained parameters, grouped by submodule: each group is stepped, or left alone, as a whole."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     parts = groupby(trained, key=lambda named: named[0].split(".")[0])
     return [{"params": [parameter for _, parameter in named]} for _, named in parts]
@@ -58,10 +59,10 @@ def resting_groups(network: nn.Module) -> list[dict[str, Any]]:
 class ZeroOptimizer:
     """An optimizer whose states, and from stage 2 on gradients, are sharded over the processes.
 
-    Every process has the whole network, which is called as it is. In a step: any number of backward passes, each
-    followed by `take_in`; `finish`; perhaps `clip_shares`; `step`. What had no gradient in a step is left alone by it.
+    Every process has the whole network. A step consists of any number of backward passes, each followed by `take_in`;
+    then `finish`, optionally `clip_shares`, and `step`. Groups without gradients are not stepped.
 
-    network: on its device, with float32 parameters. optimizer: of its trained parameters.
+    network: on its device, with float32 parameters. optimizer: for its trained parameters.
     """
 
     def __init__(self, network: nn.Module, optimizer: Optimizer, stage: int, accelerator: Accelerator) -> None:
@@ -70,20 +71,20 @@ class ZeroOptimizer:
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         bucket = min(trained, LARGEST_BUCKET)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        network.to(memory_format=torch.contiguous_format)  # it is flattened
+        network.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens it
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # loops share out the samples and weigh the losses themselves
+                "train_micro_batch_size_per_gpu": 1,  # unused: the loops divide the samples themselves
                 "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "compute_grad_norm": False},
-                "gradient_clipping": 0.0,  # to 1 otherwise, and network by network
+                "gradient_clipping": 0.0,  # the default is 1, for each network by itself
                 "zero_allow_untested_optimizer": True,  # 8-bit AdamW
                 "steps_per_print": None,
             },
         )
         self._stage, self._accelerator = stage, accelerator
-        self._optimizer = optimizer  # from now on of this process's share of every group
+        self._optimizer = optimizer  # now has this process's share of every group
         self._shares = [group["params"][0] for group in optimizer.param_groups]
         self._active: set[int] = set()  # groups that have gradients
         optimizer.register_step_pre_hook(self._let_rest)
@@ -91,7 +92,7 @@ class ZeroOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Options of the steps, learning rates among them."""
+        """Options of the optimizer, such as learning rates."""
         return self._optimizer.param_groups
 
     def take_in(self) -> None:
@@ -120,7 +121,7 @@ class ZeroOptimizer:
     def step(self) -> None:
         """Step every parameter that had a gradient since the last step, in every process."""
         if self._active:
-            self._zero.refresh_fp32_params()  # its copy does not know what a loop wrote, as codes replaced
+            self._zero.refresh_fp32_params()  # its copy misses what a loop has written, such as replaced codes
             self._zero.step()
 
     def zero_grad(self) -> None:
@@ -133,7 +134,7 @@ class ZeroOptimizer:
         torch.save(self._optimizer.state_dict(), self._file(folder, name))
 
     def load(self, folder: Path, name: str) -> None:
-        """Load what `save` wrote. Raises CheckpointError if another number of processes wrote it."""
+        """Load the states. Raises CheckpointError if another number of processes has saved them."""
         file = self._file(folder, name)
         if not file.exists():
             raise CheckpointError(f"{file} is not there; resume as many processes by DeepSpeed as wrote the checkpoint")
@@ -145,14 +146,14 @@ class ZeroOptimizer:
         return folder / f"optimizer_{name}_{process + 1}_of_{processes}.bin"
 
     def _let_rest(self, *_: Any) -> None:
-        """Remove the zeros that DeepSpeed gives in place of missing gradients; momentum and decay would act on them."""
+        """Remove the zeros that DeepSpeed puts for missing gradients; otherwise momentum and weight decay would act."""
         for i, share in enumerate(self._shares):
             if i not in self._active:
                 share.grad = None
 
 
 def clip_shares(optimizers: Sequence[ZeroOptimizer], max_norm: float, accelerator: Accelerator) -> float:
-    """Scale all gradients of the optimizers down to a total norm; the norm before."""
+    """Clip all gradients of the optimizers to a total norm; returns the norm before."""
     gradients = [gradient for optimizer in optimizers for gradient in optimizer.gradients]
     squares = sum((gradient.square().sum() for gradient in gradients), torch.zeros((), device=accelerator.device))
     norm = accelerator.reduce(squares, reduction="sum").sqrt()
