@@ -1,131 +1,185 @@
-"""How steady a model's clips are on every rung of the ladder, beside frame by frame and bicubic, with the exact flow.
+"""How steady a model's clips are on every rung of the ladder, beside bicubic enlargement, with the exact flow.
 
-    python -m benchmarks.video --photos FOLDER --json
+    python -m benchmarks.video --json [--photos FILE_OR_FOLDER ...] [--weights FOLDER]
 
-Each clip pans and zooms over a photograph of FOLDER by a known path, is made small and damaged frame by frame, and is
+Each clip pans and zooms over a photograph of its own by a known path, is made small and damaged frame by frame, and is
 restored. E_warp is along the exact flow, times 1000 (Lai et al. 2018); a blurrier method wins it, so sharpness (mean
 gradient, in levels), PSNR and LPIPS (with --weights) stand beside it, and what the truth itself has: no method is
-steadier. --pictures writes a strip of frames and an x-t slice of every method.
+steadier. `default` says what the default rung changes against fresh noise for every frame, and whether that is what is
+asked of it. --pictures writes a strip of frames and an x-t slice of every method.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage import data
 from torch import Tensor
 
+from stablesr_kit.cli.restorer import load_pipeline
 from stablesr_kit.evaluation.metrics import LPIPS, Weights, psnr
 from stablesr_kit.imaging.degradations.draws import add_gaussian_noise
 from stablesr_kit.imaging.degradations.jpeg import jpeg
 from stablesr_kit.imaging.resizing import resize_bicubic
-from stablesr_kit.pipelines.stablesr import StableSRPipeline
-from stablesr_kit.pipelines.video import LADDER, StableSRVideo
+from stablesr_kit.pipelines.video import LADDER, StableSRVideo, Steadiness
 from stablesr_kit.spaces import image_to_pixels, image_to_unit, pixels_to_image, unit_to_image
 from stablesr_kit.video.motion import Motion, warping_error
 
 SPEEDS = {"slow": 0.3, "middle": 2.0, "fast": 9.0, "cut": 2.0}
-"""Clips by name: pixels of the result that they move per frame; the last one has a cut in the middle."""
+"""Kinds of clips: pixels of the result that they move per frame; the last one has a cut in the middle."""
 SCALE = 4
+BUNDLED = ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg")
+"""Photographs that come with scikit-image."""
+DEFAULT = next(name for name, steadiness in LADDER.items() if steadiness == Steadiness())
+ASKED = {"e_warp": -0.4, "sharpness": -0.03, "psnr": -0.1}
+"""Of the default against fresh noise: at most this change of E_warp, at least these of sharpness and PSNR (dB)."""
 
 
 @dataclass(frozen=True)
 class Clip:
     """truth: frames (3, H, W) in [-1, 1]; lq: the same, small and damaged; flows: exact, of each frame to the one
-    before; None for the first and at the cut."""
+    before; None for the first and at the cut; photos: names of the files."""
 
     truth: list[Tensor]
     lq: list[Tensor]
     flows: list[Tensor | None]
+    photos: list[str]
 
 
 def main() -> None:
     """Print one JSON object, or a table: clip -> method -> figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--photos", type=Path, required=True, help="folder of photographs, larger than the frames by the whole pan"
+        "--photos",
+        type=Path,
+        nargs="+",
+        default=None,
+        help="photographs, or folders of them: each clip takes the next ones that are larger than its pan; those of "
+        "scikit-image if not given",
     )
     parser.add_argument("--model", default="mini", help="name or folder of the pipeline")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; the model's own number if not given")
     parser.add_argument("--w", type=float, default=None, help="fidelity; the model's own if not given")
-    parser.add_argument("--frames", type=int, default=8, help="of each clip")
+    parser.add_argument("--frames", type=int, default=12, help="of each clip")
     parser.add_argument("--side", type=int, default=256, help="of the frames of the result, in pixels")
-    parser.add_argument(
-        "--margin", type=int, default=None, help="of the canvas, in pixels; the model's own if not given"
-    )
-    parser.add_argument("--clips", nargs="*", default=list(SPEEDS), choices=list(SPEEDS), help="which clips")
+    parser.add_argument("--clips", nargs="*", default=list(SPEEDS), choices=list(SPEEDS), help="which kinds of clips")
+    parser.add_argument("--rounds", type=int, default=1, help="clips of each kind")
     parser.add_argument("--rungs", nargs="*", default=list(LADDER), choices=list(LADDER), help="which rungs")
     parser.add_argument("--weights", type=Path, default=None, help="folder of the weights of LPIPS")
     parser.add_argument("--pictures", type=Path, default=None, help="folder for strips and x-t slices")
     parser.add_argument("--json", action="store_true", help="print JSON; a table if not given")
     options = parser.parse_args()
 
-    pipeline = StableSRPipeline.from_pretrained(options.model)
+    pipeline = load_pipeline(options.model, torch.device("cpu"), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    if options.margin is not None:
-        pipeline.register_to_config(margin_px=options.margin)
+    steps = options.steps or pipeline.default_steps
+    rungs = [rung for rung in options.rungs if twin_of(rung, steps) not in options.rungs]
     lpips = None if options.weights is None else LPIPS(Weights((options.weights,)), "alex")
-    results = {}
-    for name in options.clips:
-        clip = make_clip(options.photos, name, options.frames, options.side)
+    photos = Photos(options.photos or [Path(data.__file__).parent / name for name in BUNDLED])
+    begun, results = time.process_time(), {}
+    for name in [kind if i == 0 else f"{kind}-{i + 1}" for i in range(options.rounds) for kind in options.clips]:
+        clip = make_clip(photos, name, options.frames, options.side)
         shown = {"truth": clip.truth, "bicubic": [enlarged(frame) for frame in clip.lq]}
         rows = {method: figures(frames, clip, lpips) for method, frames in shown.items()}
-        for rung in options.rungs:
+        for rung in rungs:
             video = StableSRVideo(pipeline, LADDER[rung])
-            start = time.perf_counter()
+            start = time.process_time()
             given = [image_to_unit(frame[None]) for frame in clip.lq]
-            chunks = list(video.chunks(given, w=options.w, num_inference_steps=options.steps))
+            chunks = list(video.chunks(given, w=options.w, num_inference_steps=steps))
             restored = [frame for chunk in chunks for frame in chunk.frames]
+            taken = time.process_time() - start
             shown[rung] = [frame.image for frame in restored]
             rows[rung] = figures(shown[rung], clip, lpips) | {
-                "seconds_per_frame": (time.perf_counter() - start) / len(restored),
+                "cpu_seconds_per_frame": round(taken / len(restored), 3),
                 "cuts": [i for i, frame in enumerate(restored) if frame.is_cut],
             }
-        results[name] = rows
+        results[name] = {"photos": clip.photos, "rows": rows}
+        if {"none", DEFAULT} <= set(rungs):
+            results[name]["default"] = compared(rows[DEFAULT], rows["none"])
         if options.pictures is not None:
             draw(shown, options.pictures, name)
         if not options.json:
             for method, row in rows.items():
-                print(f"{name:7} {method:13}", *(f"{key} {value}" for key, value in row.items()), flush=True)
+                print(f"{name:9} {method:13}", *(f"{key} {value}" for key, value in row.items()), flush=True)
+            print(f"{name:9}", results[name].get("default", ""), flush=True)
     if options.json:
-        json.dump({"model": options.model, "scale": SCALE, "results": results}, sys.stdout, indent=1)
+        twins = {rung: twin_of(rung, steps) for rung in options.rungs if rung not in rungs}
+        made = {"model": options.model, "steps": steps, "scale": SCALE, "side": options.side, "frames": options.frames}
+        made |= {"margin_px": pipeline.config.margin_px, "same_as": twins, "default_rung": DEFAULT}
+        json.dump(made | {"cpu_seconds": round(time.process_time() - begun, 1), "clips": results}, sys.stdout, indent=1)
         sys.stdout.write("\n")
 
 
-def make_clip(photos: Path, name: str, frames: int, side: int) -> Clip:
-    """A pan of SPEEDS[name] pixels per frame with a slow zoom, over one photograph or, with a cut, over two."""
-    pan = SPEEDS[name] * frames + 16
-    files = [path for path in sorted(photos.iterdir()) if path.suffix in (".png", ".jpg")]
-    files = [path for path in files if min(Image.open(path).size) >= side + pan]
-    if not files:
-        raise SystemExit(
-            f"{photos}: no photograph of {side + pan:.0f} pixels or more on each side; give another folder"
-        )
-    number = list(SPEEDS).index(name)
-    cut = frames // 2 if name == "cut" else frames
+def twin_of(rung: str, steps: int) -> str | None:
+    """The rung that does the same in so many steps, since none of them mixes latents; None if there is none."""
+    steadiness = LADDER[rung]
+    if steadiness.latents == 0 or steadiness.steps(steps):
+        return None
+    return next(name for name, other in LADDER.items() if other == replace(steadiness, latents=0.0))
+
+
+def compared(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """What changes against the baseline: shares of E_warp and sharpness, dB of PSNR; and whether it is as asked."""
+    change = {name: round(row[name] / baseline[name] - 1, 4) for name in ("e_warp", "sharpness")}
+    change["psnr"] = round(row["psnr"] - baseline["psnr"], 3)
+    is_as_asked = change["e_warp"] <= ASKED["e_warp"] and all(change[it] >= ASKED[it] for it in ("sharpness", "psnr"))
+    return change | {"is_as_asked": is_as_asked}
+
+
+class Photos:
+    """Photographs, each of them given once, in the order of the files and folders."""
+
+    def __init__(self, given: Sequence[Path]) -> None:
+        self.given = given
+        self.left = [
+            file
+            for path in given
+            for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+            if file.suffix in (".png", ".jpg")
+        ]
+
+    def next(self, side: int) -> Path:
+        """The next one with `side` pixels or more on each side."""
+        for file in self.left:
+            with Image.open(file) as image:
+                if min(image.size) >= side:
+                    self.left.remove(file)
+                    return file
+        names = ", ".join(map(str, self.given))
+        raise SystemExit(f"{names}: no further photograph of {side} pixels or more on each side; give more of them")
+
+
+def make_clip(photos: Photos, name: str, frames: int, side: int) -> Clip:
+    """A pan of the kind's speed with a slow zoom, over one photograph or, with a cut, over two."""
+    kind, _, number = name.partition("-")
+    speed, has_cut = SPEEDS[kind], kind == "cut"
+    cut = frames // 2 if has_cut else frames
+    files = [photos.next(math.ceil(side + speed * frames + 16)) for _ in range(1 + has_cut)]
     truth: list[Tensor] = []
     flows: list[Tensor | None] = []
     before: tuple[Tensor, float] | None = None
     for i in range(frames):
         if i == cut:
             before = None
-        file = files[(number + (i >= cut)) % len(files)]
-        photo = pixels_to_image(np.asarray(Image.open(file).convert("RGB")))
-        distance = SPEEDS[name] * i
+        photo = pixels_to_image(np.asarray(Image.open(files[i >= cut]).convert("RGB")))
+        distance = speed * i
         corner = torch.tensor([8 + 0.8 * distance, 8 + 0.6 * distance])
-        zoom = 1 - 0.0005 * SPEEDS[name] * i
+        zoom = 1 - 0.0005 * distance
         truth.append(seen(photo, corner, zoom, side))
         flows.append(None if before is None else exact_flow(corner, zoom, *before, side))
         before = corner, zoom
-    noise = torch.Generator().manual_seed(number)
-    return Clip(truth, [damaged(frame, noise) for frame in truth], flows)
+    noise = torch.Generator().manual_seed(list(SPEEDS).index(kind) + len(SPEEDS) * int(number or 0))
+    return Clip(truth, [damaged(frame, noise) for frame in truth], flows, [file.name for file in files])
 
 
 def seen(photo: Tensor, corner: Tensor, zoom: float, side: int) -> Tensor:
@@ -156,17 +210,17 @@ def enlarged(frame: Tensor) -> Tensor:
     return resize_bicubic(frame[None], frame.shape[1] * SCALE, frame.shape[2] * SCALE)[0]
 
 
-def figures(frames: list[Tensor], clip: Clip, lpips: Callable[..., float] | None) -> dict[str, object]:
+def figures(frames: list[Tensor], clip: Clip, lpips: Callable[..., float] | None) -> dict[str, Any]:
     """Means over a clip's frames; E_warp over its pairs."""
-    errors = []
-    for i, flow in enumerate(clip.flows):
-        if flow is not None:
-            inside = valid_inside(flow)
-            errors.append(warping_error(frames[i].clamp(-1, 1), frames[i - 1].clamp(-1, 1), Motion(flow, flow, inside)))
+    errors = [
+        warping_error(frames[i].clamp(-1, 1), frames[i - 1].clamp(-1, 1), Motion(flow, flow, valid_inside(flow)))
+        for i, flow in enumerate(clip.flows)
+        if flow is not None
+    ]
     pixels = [image_to_pixels(frame[None])[0] for frame in frames]
     truth = [image_to_pixels(frame[None])[0] for frame in clip.truth]
-    row: dict[str, object] = {
-        "e_warp": round(1000 * float(np.mean(errors)), 3),
+    row = {
+        "e_warp": round(1000 * float(np.mean([error for error in errors if error is not None])), 3),
         "sharpness": round(float(np.mean([sharpness(one) for one in pixels])), 3),
     }
     if frames is not clip.truth:

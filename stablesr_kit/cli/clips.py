@@ -348,11 +348,16 @@ def restore_frames(
     flow = dis_flow() if asked["flow"] == "dis" else raft_flow(Path(asked["flow"]), restoring.device)
     video = StableSRVideo(restorer.pipeline, LADDER[asked["steady"]], flow, asked["chunk"])
     options = {name: value for name, value in restoring.options.items() if name != "scale"}
+    steps = options.get("num_inference_steps") or restorer.pipeline.default_steps
+    if video.steadiness.latents > 0 and not video.steadiness.steps(steps):
+        note = f"--steady {asked['steady']} mixes latents between steps, and there is one step: none are mixed"
+        tqdm.write(f"note: {one_line(job.source)}: {note}", file=sys.stderr)
     size = restoring.tiling.working_size(
         (clip.height, clip.width), (target.height, target.width), restorer.pipeline.config.working_scale
     )
     planned = {**options, "batch_size": asked["chunk"]}
-    plan = plan_for(restorer.pipeline, *size, restoring.tiling, planned, progress.folder / "plan.json")
+    saved = progress.folder / "plan.json"
+    plan = plan_for(restorer.pipeline, *size, restoring.tiling, planned, saved)
     chunks = video.chunks(
         (frame.pixels for frame in clip.frames(skip=progress.frames)),
         seed=restoring.seed % 2**64,
@@ -361,6 +366,7 @@ def restore_frames(
         post_stages=[TrackedFaces(stage.restorer, stage.w) for stage in restorer.stages],
         tiling=restoring.tiling,
         plan=plan,
+        on_plan=lambda smaller: smaller.save(saved),
         team=restorer.team,
         progress=watch.progress,
         height=target.height,

@@ -304,9 +304,12 @@ def naming(job: Job, less: str) -> Iterator[None]:
         raise StableSRKitError(f"{job.source}: {reason}{advice}") from error
 
 
-def finish(report: Report) -> None:
-    """Print the summary of all processes; each exits with status 1 if anything failed in any of them."""
-    reports = gathered(report)
+def finish(report: Report, is_shared: bool = True) -> None:
+    """Print the summary of all processes; each exits with status 1 if anything failed in any of them.
+
+    is_shared: whether each process has a report, and all of them are here.
+    """
+    reports = gathered(report) if is_shared else [report]
     whole = Report(report.done)
     for part in reports:
         whole.written += part.written

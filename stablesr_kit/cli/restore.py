@@ -302,7 +302,7 @@ def restore_one_clip(source: Path, output: Path, asked: Mapping[str, Any]) -> No
     finally:
         if team is not None:
             team.tell(None)
-    finish(report)
+    finish(report, is_shared=False)
 
 
 def with_preset(context: typer.Context) -> dict[str, Any]:
@@ -430,8 +430,11 @@ def options_for(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def assist(team: "Team", model: str, device: "torch.device", is_compiled: bool) -> None:
-    """Predict tiles for the first process, in the precision that it sends."""
-    pipeline = load_pipeline(model, device, team.listen())
+    """Predict tiles for the first process, in the precision that it sends; nothing if it sends none."""
+    dtype = team.listen()
+    if dtype is None:
+        return
+    pipeline = load_pipeline(model, device, dtype)
     if is_compiled:
         pipeline.compile_prediction()
     try:

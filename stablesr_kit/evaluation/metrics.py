@@ -13,10 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import convolve, gaussian_filter, uniform_filter
 from scipy.special import gamma
@@ -29,6 +27,8 @@ from stablesr_kit.faces.detectors import MTCNNDetector
 from stablesr_kit.faces.identity import identity_distance
 from stablesr_kit.spaces import pixels_to_image
 from stablesr_kit.storage import sha256
+from stablesr_kit.video.motion import dis_flow, motion_between
+from stablesr_kit.video.motion import warping_error as warping_error_of_pair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -555,36 +555,23 @@ def kid(restored: Array, truths: Array) -> float:
 def warping_error(frames: Iterable[Pixels], guides: Iterable[Pixels]) -> float:
     """E_warp x 1000 of consecutive frames along the flow of the guides (Lai et al. 2018), the truth or the input.
 
-    Flow by OpenCV's DIS; occlusions and motion boundaries do not count. Compare with the guides' own error, and beside
-    a metric of sharpness: what is blurred moves smoothly.
+    Flow by OpenCV's DIS; see `stablesr_kit.video.motion.warping_error` for what counts. Pairs across a scene cut do
+    not. Compare with the guides' own error, and beside a metric of sharpness: what is blurred moves smoothly.
     """
-    errors, last = [], None
+    errors: list[float] = []
+    last: tuple[Tensor, Tensor] | None = None
+    estimate = dis_flow()
     for frame, guide in zip(frames, guides, strict=True):
         if guide.shape != frame.shape:
             guide = resize_bicubic_matlab(guide, *frame.shape[:2])
+        now, seen = (pixels_to_image(pixels)[0] for pixels in (frame, guide))
         if last is not None:
-            errors.append(_pair_error(frame, guide, *last))
-        last = frame, guide
+            before, seen_before = last
+            motion = motion_between(seen_before, seen, estimate)
+            error = None if motion is None else warping_error_of_pair(now, before, motion)
+            errors += [] if error is None else [error]
+        last = now, seen
     return 1000 * float(np.mean(errors)) if errors else math.nan
-
-
-def _pair_error(frame: Pixels, guide: Pixels, last_frame: Pixels, last_guide: Pixels) -> float:
-    estimate = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    now, before = (cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY) for pixels in (guide, last_guide))
-    flow = estimate.calc(now, before, None)  # type: ignore[call-overload]
-    back = _warped(estimate.calc(before, now, None), flow)  # type: ignore[call-overload]
-    size, size_back = (flow**2).sum(-1), (back**2).sum(-1)
-    moves = sum(g**2 for component in (0, 1) for g in np.gradient(flow[..., component]))
-    is_seen = ((flow + back) ** 2).sum(-1) <= 0.01 * (size + size_back) + 0.5
-    is_seen &= moves <= 0.01 * size + 0.002
-    error = (frame / 255 - _warped(last_frame / 255, flow)) ** 2
-    return float(error[is_seen].mean()) if is_seen.any() else math.nan
-
-
-def _warped(values: NDArray[Any], flow: NDArray[Any]) -> NDArray[Any]:
-    rows, columns = np.indices(flow.shape[:2], np.float32)
-    there = (columns + flow[..., 0], rows + flow[..., 1])
-    return cv2.remap(values.astype(np.float32), *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 # ---- by name

@@ -11,7 +11,7 @@ than a few frames, and where it is cut into calls does not show.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -30,6 +30,7 @@ from stablesr_kit.pipelines.pictures import Picture, PostStage, as_readables, re
 from stablesr_kit.pipelines.stablesr import StableSRPipeline
 from stablesr_kit.seeds import stream
 from stablesr_kit.storage import replacing_file
+from stablesr_kit.tiling.latents import TileGrid
 from stablesr_kit.tiling.memory import Plan, Tiling
 from stablesr_kit.tiling.scratch import saved_bytes
 from stablesr_kit.tiling.team import Team
@@ -116,7 +117,8 @@ class ClipState:
     """What the frames still to come take from those before.
 
     frames: number of those. lq: the last of them as it was given, (3, h, w), and restored: what it became, (3, H, W).
-    latents: by step, its denoised latents (C, h, w). grains: of its noise. stages: what post-stages remember.
+    latents: by step, its denoised latents (C, h, w). grains: of its noise. stages: what post-stages remember. plan: the
+    tiles that the frames are made in, which lack of memory may have made smaller; None takes them whole.
     """
 
     frames: int
@@ -125,20 +127,23 @@ class ClipState:
     latents: dict[int, Tensor]
     grains: Grains | None
     stages: list[dict[str, Any]]
+    plan: Plan | None
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave the older one. Raises OutputError."""
         grains = None if self.grains is None else vars(self.grains)
+        plan = None if self.plan is None else asdict(self.plan)
         with replacing_file(path) as part:
-            part.write_bytes(saved_bytes(vars(self) | {"grains": grains}))
+            part.write_bytes(saved_bytes(vars(self) | {"grains": grains, "plan": plan}))
 
     @classmethod
     def load(cls, path: Path) -> "ClipState":
         """Read what `save` wrote. Raises JobError if it is damaged."""
         try:
             saved = torch.load(path, weights_only=True)
-            grains = saved.pop("grains")
-            return cls(**saved, grains=None if grains is None else Grains(**grains))
+            grains, plan = saved["grains"], saved["plan"]
+            parts = {"grains": grains and Grains(**grains), "plan": plan and Plan.of_fields(plan)}
+            return cls(**{**saved, **parts})
         except Exception as error:  # the unpickler meets damaged bytes with errors of every kind
             raise JobError(
                 f"{path}: the state cannot be read ({reason_of(error)}); start again without --resume"
@@ -195,6 +200,7 @@ class StableSRVideo:
         post_stages: Sequence[PostStage] = (),
         tiling: Tiling | None = None,
         plan: Plan | None = None,
+        on_plan: Callable[[Plan], object] = lambda _: None,
         team: Team | None = None,
         progress: Callable[[str, int, str], Any] | None = None,
         **options: Any,
@@ -208,7 +214,9 @@ class StableSRVideo:
             is_grey: whether the clip is; None leaves it to each frame, which may flicker.
             post_stages: as a pipeline's; `TrackedFaces` is one that knows of frames.
             tiling, plan, team, progress: as in a pipeline's call and its `Job`; a plan is for as many pictures as a
-                chunk has.
+                chunk has. plan=None is the state's, and at the beginning one that is made here if there is something to plan.
+            on_plan: called with another plan when memory does not suffice for this one: the chunk is made again by it,
+                and all that follow, so that a clip depends on when memory was short, and not on where it was stopped.
             options: of the pipeline's call: scale, w, num_inference_steps, prompt, color_fix and so on.
 
         Raises:
@@ -219,7 +227,7 @@ class StableSRVideo:
         remembering: list[Remembering] = [stage for stage in post_stages if isinstance(stage, Remembering)]
         for stage, remembered in zip(remembering, state.stages if state else [{}] * len(remembering), strict=True):
             stage.state = remembered
-        source = iter(frames)
+        source, tiling = iter(frames), tiling or Tiling()
         while given := [as_readables(frame)[0] for frame in itertools.islice(source, self.chunk)]:
             first = 0 if state is None else state.frames
 
@@ -229,22 +237,34 @@ class StableSRVideo:
             motions = [self._motion(*pair, number) for number, pair in enumerate(zip(before, lq, strict=True), first)]
 
             # 2. The noise of the frames
-            size = self._working_size(given[0], tiling or Tiling(), options)
+            size = self._working_size(given[0], tiling, options)
             canvas = self.pipeline.padded_size(*size)
             factor = self.pipeline.vae_scale_factor
             grains = self._grains(state, motions, size, canvas, factor)
             noise = self._noise(seed, first, len(given), grains)
 
             # 3. All steps of all frames, each step of a frame after the same step of the frame before
-            mixing = LatentMixing(self, motions, size, canvas, {} if state is None else state.latents)
-            restored: list[Readable] = self.pipeline(
-                given,
-                tiling=tiling,
-                job=Job(plan=plan, noise=noise, on_prediction=mixing, is_grey=is_grey, team=team, progress=progress),
-                post_stages=_per_scene(post_stages, remembering, motions),
-                output_type="canvas",
-                **options,
-            ).images
+            plan = plan or (self._plan(size, tiling, options) if state is None else state.plan)
+            remembered = [stage.state for stage in remembering]
+            while True:
+                mixing = LatentMixing(self, motions, size, canvas, {} if state is None else state.latents)
+                restored: list[Readable] = self.pipeline(
+                    given,
+                    tiling=tiling,
+                    job=Job(
+                        plan=plan, noise=noise, on_prediction=mixing, is_grey=is_grey, team=team, progress=progress
+                    ),
+                    post_stages=_per_scene(post_stages, remembering, motions),
+                    output_type="canvas",
+                    **options,
+                ).images
+                smaller = self._plan_as_run(plan, size, tiling, options)
+                if smaller is None:
+                    break
+                plan = smaller
+                on_plan(plan)
+                for stage, state_before in zip(remembering, remembered, strict=True):
+                    stage.state = state_before
 
             # 4. Fine detail, from frame to frame
             finished: list[RestoredFrame] = []
@@ -268,6 +288,7 @@ class StableSRVideo:
                 latents=mixing.last,
                 grains=grains[-1] if grains else None,
                 stages=[stage.state for stage in remembering],
+                plan=plan,
             )
             yield Chunk(finished, state)
 
@@ -286,6 +307,34 @@ class StableSRVideo:
         height, width = options.get("height"), options.get("width")
         result = (height, width) if height and width else result_size(*lq, options.get("scale"))
         return tiling.working_size(lq, result, self.pipeline.config.working_scale)
+
+    def _plan(
+        self, size: tuple[int, int], tiling: Tiling, options: dict[str, Any], is_needed: bool = False
+    ) -> Plan | None:
+        """The plan for chunks of frames that are made at a size, if there is something to plan, or it is needed."""
+        if not (is_needed or self.pipeline.needs_plan(*size, tiling)):
+            return None
+        names = ("w", "num_inference_steps", "guidance_scale")
+        planned = {name: options[name] for name in names if options.get(name) is not None}
+        return self.pipeline.plan(*size, tiling=tiling, batch_size=self.chunk, **planned)
+
+    def _plan_as_run(
+        self, plan: Plan | None, size: tuple[int, int], tiling: Tiling, options: dict[str, Any]
+    ) -> Plan | None:
+        """The plan by which the last call ended, if memory did not suffice for the given one; None if it did."""
+        height, width = (side // self.pipeline.vae_scale_factor for side in self.pipeline.padded_size(*size))
+        grid, vae_tile_px = (None, tiling.vae_tile_px) if plan is None else (plan.grid, plan.vae_tile_px)
+        before, after = grid or TileGrid(tile=(height, width)), self.pipeline.grid
+        if after == before and self.pipeline.vae_tile_px == vae_tile_px:
+            return None
+        begun = plan or self._plan(size, tiling, options, is_needed=True)
+        assert begun is not None  # needed
+        return replace(
+            begun,
+            grid=grid if after == before else after,
+            vae_tile_px=self.pipeline.vae_tile_px,
+            is_reduced=begun.is_reduced or after.tile != before.tile,
+        )
 
     def _grains(
         self,

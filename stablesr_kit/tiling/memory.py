@@ -5,7 +5,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -221,12 +221,15 @@ class Plan:
     def load(cls, path: Path) -> "Plan":
         """Read what `save` wrote. Raises JobError if it is damaged."""
         try:
-            fields = json.loads(path.read_bytes())
-            if fields["grid"] is not None:
-                fields["grid"] = TileGrid(**{**fields["grid"], "tile": tuple(fields["grid"]["tile"])})
-            return cls(**fields)
+            return cls.of_fields(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise JobError(f"{path}: the plan cannot be read ({error}); start again without --resume") from error
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> "Plan":
+        """The plan that `dataclasses.asdict` made these of."""
+        grid = fields["grid"]
+        return cls(**{**fields, "grid": grid and TileGrid(**{**grid, "tile": tuple(grid["tile"])})})
 
 
 class Planner:

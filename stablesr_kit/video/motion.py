@@ -111,14 +111,25 @@ def resized_map(values: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(values[None], (height, width), mode="bilinear", antialias=shrinks)[0]
 
 
-def warping_error(now: Tensor, before: Tensor, motion: Motion) -> float:
+def warping_error(now: Tensor, before: Tensor, motion: Motion) -> float | None:
     """How unsteady two restored frames (3, H, W) in [-1, 1] are: their mean squared difference along the motion.
 
-    Of values in [0, 1], over what is valid (Lai et al. 2018, eq. 9); papers print it times 1000.
+    Of values in [0, 1], over what both frames show (Lai et al. 2018, eq. 9): where the flows agree, and away from the
+    boundaries of what moves. Papers print it times 1000. None if that is nowhere.
     """
+    counted = motion.valid * is_smooth(motion.back)
+    weight = counted.sum() * len(now)
     difference = (now - warped(before, motion.back)) / 2
-    weight = motion.valid.sum() * len(now)
-    return float((difference.square() * motion.valid).sum() / weight) if weight > 0 else 0.0
+    return float((difference.square() * counted).sum() / weight) if weight > 0 else None
+
+
+def is_smooth(flow: Tensor) -> Tensor:
+    """1 where a flow changes little from pixel to pixel, 0 at motion boundaries, (H, W); at least 2 by 2.
+
+    Sundaram et al. 2010, eq. 6.
+    """
+    change = sum(part.square() for component in flow for part in torch.gradient(component))
+    return (change <= 0.01 * flow.square().sum(0) + 0.002).float()
 
 
 def dis_flow() -> FlowEstimator:

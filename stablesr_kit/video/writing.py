@@ -48,6 +48,10 @@ CRF = {"libx264": 16, "libx265": 18, "libsvtav1": 20, "libvpx-vp9": 20}
 LEAST_OF_X265 = 64
 """Of a side, in pixels: x265 writes beyond its memory in smaller pictures."""
 
+LEAST_OF_MBTREE = 64
+"""Likewise: in smaller ones x264's macroblock tree takes memory into account that nothing was written to, so that the
+same frames give other bytes (seen at 20x28)."""
+
 _OPTIONS = {"libvpx-vp9": {"b": "0", "row-mt": "1"}, "libx265": {"x265-params": "log-level=none"}}
 _UNTOLD = ("duration", "encoder", "bps", "number_of_", "_statistics", "rotate", "major_brand", "minor_", "compatible_")
 """Beginnings of metadata that say something of the old file."""
@@ -308,6 +312,8 @@ def _add_video(out: "OutputContainer", encoding: Encoding) -> "VideoStream":
     options = dict(_OPTIONS.get(encoding.codec, {}))
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
+    if encoding.codec == "libx264" and min(encoding.height, encoding.width) < LEAST_OF_MBTREE:
+        options["x264-params"] = "mbtree=0"
     video: VideoStream = out.add_stream(encoding.codec, rate=encoding.rate, options=options)  # type: ignore[assignment]
     context = video.codec_context
     context.height, context.width, context.pix_fmt = encoding.height, encoding.width, encoding.pix_fmt

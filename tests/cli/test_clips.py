@@ -1,5 +1,6 @@
 """`stablesr restore` of clips: what comes out, what is said, and what a kill leaves."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 av = pytest.importorskip("av", reason="clips need PyAV, of the extra video")
 
 from stablesr_kit.cli import main  # noqa: E402
 from stablesr_kit.imaging.metadata import read_provenance  # noqa: E402
 from stablesr_kit.video.clip import Clip  # noqa: E402
-from tests.helpers.cli_runs import error_lines, stablesr  # noqa: E402
+from tests.helpers.cli_runs import error_lines, stablesr, stablesr_in_two_processes  # noqa: E402
 from tests.helpers.clips import UNEVEN, moving, packets_of, times_of, write_clip  # noqa: E402
 from tests.helpers.file_limits import files_end_at  # noqa: E402
 from tests.helpers.forks import FORKS  # noqa: E402
@@ -142,12 +144,44 @@ def test_usage_that_means_nothing_is_refused(clip: Path, model: Path, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} <= {"photo.png", ".stablesr"}
 
 
-def test_another_process_is_locked_out_and_a_full_disk_loses_nothing(clip: Path, model: Path, tmp_path: Path) -> None:
+def test_another_process_is_locked_out(clip: Path, model: Path, tmp_path: Path) -> None:
+    target, first = tmp_path / "out.mkv", FORKS.Event()
+    segment = tmp_path / ".stablesr" / "out.mkv.job" / "000001.nut"
+    going_on = FORKS.Event()
+    arguments = ["restore", clip, "--model", model, "--scale", 2, "--chunk", 2, "-o", target]
+    process = FORKS.Process(target=_run, args=([*map(str, arguments)], segment, None, (first, going_on)))
+    process.start()
+    assert first.wait(120)  # it is in the middle of the clip
+    for options in ([], ["--resume"], ["--steady", "none"]):
+        second = restore(clip, target, model, *options)
+        assert second.exit_code == 1, second.stderr
+        assert error_lines(second)[-1].endswith("another process is restoring this picture; wait for it or stop it")
+    assert not target.exists()
+    going_on.set()
+    process.join(120)
+    assert process.exitcode == 0 and len(times_of(target)) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"out.mkv"}
+
+
+def test_two_processes_share_the_tiles_of_a_clip(clip: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ["restore", clip, "--model", model, "--scale", 2, "--chunk", 2, "--tile", 16, "--resume", "-o"]
+    shared = stablesr_in_two_processes(*arguments, tmp_path / "shared.mkv", folder=tmp_path)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.splitlines()[-1] == f"1 restored: {tmp_path / 'shared.mkv'}"
+    assert shared.stderr.count("plan: tiles of") == 1
+    assert stablesr(*arguments, tmp_path / "alone.mkv").exit_code == 0
+    assert (tmp_path / "shared.mkv").read_bytes() == (tmp_path / "alone.mkv").read_bytes()
+    for folder in ("again", "refused"):
+        (tmp_path / folder).mkdir()
+    again = stablesr_in_two_processes(*arguments, tmp_path / "shared.mkv", folder=tmp_path / "again")
+    assert (again.returncode, again.stdout) == (0, "0 restored, 1 already there\n"), again.stderr
+    refused = stablesr_in_two_processes(*arguments, tmp_path / "out.mp4", folder=tmp_path / "refused")
+    assert (refused.returncode, refused.stdout) == (1, "0 restored, 1 failed\n")
+    assert refused.stderr.count("error: ") == 1 and "cannot hold subtitle stream 2" in refused.stderr
+
+
+def test_a_full_disk_loses_nothing(clip: Path, model: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.mkv"
-    (tmp_path / ".stablesr").mkdir()
-    with FileLock(tmp_path / ".stablesr" / "out.mkv.lock"):
-        result = restore(clip, target, model)
-    assert result.exit_code == 1 and "another process is restoring" in result.stderr
     with files_end_at(4000):
         full = restore(clip, target, model)
     assert full.exit_code == 1 and "cannot be written" in error_lines(full)[-1]
@@ -180,12 +214,48 @@ def test_a_kill_anywhere_and_resume_give_the_same_bytes(clip: Path, model: Path,
     assert {path.name for path in tmp_path.iterdir()} == {"whole.mkv", "killed.mkv"}
 
 
-def _run(arguments: list[str], last: Path | None) -> None:
-    """The command in a process of its own, killed when it is about to give a file the name `last`."""
+def test_a_clip_whose_tiles_became_smaller_goes_on_with_them_after_a_kill(
+    clip: Path, model: Path, tmp_path: Path
+) -> None:
+    def exit_status(output: Path, last: Path | None = None, lacks_at: int | None = None) -> int | None:
+        arguments = [str(one) for one in ("restore", clip, "--model", model, "--scale", 2, "--chunk", 2, "--resume")]
+        process = FORKS.Process(target=_run, args=([*arguments, "-o", str(output)], last, lacks_at))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    plain, whole, killed = (tmp_path / f"{name}.mkv" for name in ("plain", "whole", "killed"))
+    assert exit_status(plain) == 0
+    assert exit_status(whole, lacks_at=4) == 0  # of two steps a chunk: the second of the second chunk
+    segment = tmp_path / ".stablesr" / "killed.mkv.job" / "000001.nut"
+    assert exit_status(killed, segment, lacks_at=4) == -signal.SIGKILL
+    assert not segment.exists() and (segment.parent / "plan.json").exists()
+    assert exit_status(killed) == 0
+    assert killed.read_bytes() == whole.read_bytes() != plain.read_bytes()
+
+
+def _run(
+    arguments: list[str], last: Path | None, lacks_at: int | None = None, waits: tuple[Any, Any] | None = None
+) -> None:
+    """The command in a process of its own, killed when it is about to give a file the name `last`.
+
+    lacks_at: the number, from 1, of a call of the UNet for which memory does not suffice. waits: instead of the kill,
+    set the first event and wait for the second.
+    """
+    calls = itertools.count(1)
+
+    def lacking(module: torch.nn.Module, _args: Any) -> None:
+        if isinstance(module, UNet2DConditionModel) and next(calls) == lacks_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    register_module_forward_pre_hook(lacking)
 
     def kill(event: str, details: tuple[Any, ...]) -> None:
         if event == "os.rename" and details[1] == str(last):
-            os.kill(os.getpid(), signal.SIGKILL)
+            if waits is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            waits[0].set()
+            waits[1].wait()
 
     torch.set_num_threads(1)
     sys.addaudithook(kill)

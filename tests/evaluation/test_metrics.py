@@ -220,6 +220,9 @@ def test_what_moves_with_the_picture_has_a_small_warping_error_and_what_flickers
     assert warping_error(clip, clip) < 0.5
     assert warping_error(flickering, clip) == pytest.approx(2 * 1000 * (20 / 255) ** 2, rel=0.4)
     assert math.isnan(warping_error(clip[:1], clip[:1]))
+    other = [255 - photo[150:310, 300:500] // 2 for _ in range(2)]
+    across = warping_error([*flickering[:2], *other], [*clip[:2], *other])
+    assert across == pytest.approx(warping_error(flickering[:2], clip[:2]) / 2)  # two pairs and a cut
 
 
 def test_faces_that_move_are_as_far_off_as_they_moved() -> None:

@@ -25,6 +25,7 @@ from stablesr_kit.imaging.canvas import View, assembled
 from stablesr_kit.imaging.resizing import reduced
 from stablesr_kit.pipelines.video import LADDER, ClipState, NoiseLevel, StableSRVideo, Steadiness, blurred
 from stablesr_kit.spaces import image_to_unit
+from stablesr_kit.tiling.memory import Plan
 from stablesr_kit.video.motion import Motion, dis_flow, motion_between, warped
 from tests.helpers.pipeline_runs import differs, run, same
 from tests.helpers.scenes import scene
@@ -215,6 +216,17 @@ def test_one_step_models_restore_clips(rung: str) -> None:
     same(got, restored(StableSRVideo(model, LADDER[rung], chunk=1), frames), atol=1e-3)
 
 
+@pytest.mark.parametrize(("rung", "same_as"), [("latents", "noise"), ("all", "bands")])
+def test_in_one_step_there_is_nothing_to_mix_before_the_last(
+    pipeline: StableSRPipeline, rung: str, same_as: str
+) -> None:
+    assert Steadiness(latents=0.5).steps(1) == set() != Steadiness(latents=0.5).steps(2)
+    one, other = (
+        restored(StableSRVideo(pipeline, LADDER[it]), clip(2), num_inference_steps=1) for it in (rung, same_as)
+    )
+    assert torch.equal(one, other)
+
+
 def test_clips_are_made_at_the_models_working_scale() -> None:
     video = StableSRVideo(tiny_pipeline(with_text=False, margin_px=4, default_steps=3, working_scale=4), LADDER["all"])
     large, small = (restored(video, clip(2), seed=1, scale=scale) for scale in (4, 2))
@@ -229,6 +241,33 @@ def test_tiled_frames_are_restored_alike_in_chunks_of_any_size(pipeline: StableS
     one, three = (restored(StableSRVideo(pipeline, LADDER["all"], chunk=size), frames, **options) for size in (1, 2))
     same(one, three, atol=1e-3)
     assert differs(one, restored(StableSRVideo(pipeline, LADDER["all"]), frames))
+
+
+def test_where_memory_is_short_the_rest_of_a_clip_is_made_alike_wherever_it_was_stopped(
+    pipeline: StableSRPipeline, tmp_path: Path
+) -> None:
+    frames, plans, calls = clip(6), list[Plan](), 0
+
+    def lacking(_module: Any, _args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # the second of three steps of the second chunk
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    video = StableSRVideo(pipeline, LADDER["all"], chunk=2)
+    hook = pipeline.unet.register_forward_pre_hook(lacking)
+    chunks = list(video.chunks(frames, scale=2, on_plan=plans.append))
+    hook.remove()
+    whole = torch.stack([frame.image for chunk in chunks for frame in chunk.frames])
+    (plan,) = plans
+    assert plan.grid is not None and plan.is_reduced
+    assert [chunk.state.plan for chunk in chunks] == [None, plan, plan]
+    for number, chunk in enumerate(chunks):
+        chunk.state.save(tmp_path / f"{number}.pt")
+    begun, later = (ClipState.load(tmp_path / f"{number}.pt") for number in (0, 1))
+    assert torch.equal(restored(video, frames[2:], state=begun, plan=plan), whole[2:])
+    assert torch.equal(restored(video, frames[4:], state=later), whole[4:])
+    assert differs(restored(video, frames[2:], state=begun), whole[2:])
 
 
 def test_a_clip_is_read_as_it_is_restored(pipeline: StableSRPipeline) -> None:

@@ -150,6 +150,18 @@ def test_the_same_frames_give_the_same_bytes(full: Path, tmp_path: Path, name: s
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_the_smallest_frames_of_noise_give_the_same_bytes_too(full: Path, tmp_path: Path) -> None:
+    clip, target = Clip(full), tmp_path / "out.mkv"
+    encoding = choose_encoding(target, clip, 20, 28)
+    random = np.random.default_rng(0)
+    write_segment(tmp_path / "0", random.integers(0, 256, (10, 20, 28, 3), dtype=np.uint8), encoding)
+    made = set()
+    for _ in range(30):
+        assemble(target, [tmp_path / "0"], encoding, surveyed(clip).times, clip, Span())
+        made.add(target.read_bytes())
+    assert len(made) == 1
+
+
 def test_what_no_file_can_be_is_refused(full: Path, tmp_path: Path) -> None:
     clip = Clip(full)
     with pytest.raises(OutputError, match=r"out\.avi: no clip of this ending is written; give \.mp4"):

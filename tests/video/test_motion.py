@@ -53,6 +53,18 @@ def test_what_leaves_the_picture_is_not_valid() -> None:
     assert motion.valid[:, :3].sum() == 0 and motion.valid[:, 3:].min() == 1
 
 
+def test_hidden_places_and_motion_boundaries_do_not_count_as_unsteady() -> None:
+    back = torch.zeros(2, 8, 16)
+    back[0, :, 8:] = -2.0
+    before = torch.full((3, 8, 16), 0.5)
+    now, valid = before.clone(), torch.ones(8, 16)
+    now[:, :, 7:9], now[:, 0], valid[0] = -1.0, -1.0, 0.0
+    assert warping_error(now, before, Motion(back, -back, valid)) == 0
+    now[:, 4, 2] += 0.4  # of 128 places 8 rows less one, and 16 columns less two, count
+    assert warping_error(now, before, Motion(back, -back, valid)) == pytest.approx(0.2**2 / (7 * 14))
+    assert warping_error(now, before, Motion(back, -back, 0 * valid)) is None
+
+
 def test_arrows_grow_with_the_picture_and_nothing_is_valid_beside_it() -> None:
     larger = even(2, 1).at(16, 32)
     assert larger.back.shape == (2, 16, 32)
