@@ -214,7 +214,7 @@ class StableSRVideo:
             is_grey: whether the clip is; None leaves it to each frame, which may flicker.
             post_stages: as a pipeline's; `TrackedFaces` is one that knows of frames.
             tiling, plan, team, progress: as in a pipeline's call and its `Job`; a plan is for as many pictures as a
-                chunk has. plan=None is the state's, and at the beginning one that is made here if there is something to plan.
+                chunk has. plan=None is that of the state, and at the beginning one made here, if one is needed.
             on_plan: called with another plan when memory does not suffice for this one: the chunk is made again by it,
                 and all that follow, so that a clip depends on when memory was short, and not on where it was stopped.
             options: of the pipeline's call: scale, w, num_inference_steps, prompt, color_fix and so on.
