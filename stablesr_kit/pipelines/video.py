@@ -62,7 +62,7 @@ class Steadiness:
     latents: float = 0.0
     early: float = 0.1
     late: float = 0.2
-    bands: float = 0.7
+    bands: float = 0.8
     sigma_px: float = 3.0
 
     def __post_init__(self) -> None:
@@ -324,15 +324,15 @@ class StableSRVideo:
         """The plan by which the last call ended, if memory did not suffice for the given one; None if it did."""
         height, width = (side // self.pipeline.vae_scale_factor for side in self.pipeline.padded_size(*size))
         grid, vae_tile_px = (None, tiling.vae_tile_px) if plan is None else (plan.grid, plan.vae_tile_px)
-        before, after = grid or TileGrid(tile=(height, width)), self.pipeline.grid
-        if after == before and self.pipeline.vae_tile_px == vae_tile_px:
+        before, after = grid or TileGrid(tile=(height, width)), self.pipeline.aggregation.grid
+        if after == before and self.pipeline.coder.tile_px == vae_tile_px:
             return None
         begun = plan or self._plan(size, tiling, options, is_needed=True)
         assert begun is not None  # needed
         return replace(
             begun,
             grid=grid if after == before else after,
-            vae_tile_px=self.pipeline.vae_tile_px,
+            vae_tile_px=self.pipeline.coder.tile_px,
             is_reduced=begun.is_reduced or after.tile != before.tile,
         )
 
@@ -368,7 +368,8 @@ class StableSRVideo:
     def _with_bands_of(self, last: Tensor, now: Tensor, motion: Motion, before: Tensor | None, lq: Tensor) -> Tensor:
         """A decoded frame with its fine detail mixed with that of the frame before, where the LQ frames agree.
 
-        A mean of two is weaker than either where they differ; what is mixed gets the local energy of the frame's own.
+        A mean of two is weaker than either where they differ, and what is warped is softer; what is mixed is made as
+        strong as the frame's own detail.
         """
         if self.steadiness.bands == 0 or before is None:
             return now
@@ -382,11 +383,15 @@ class StableSRVideo:
         low = blurred(now, self.steadiness.sigma_px)
         own, earlier_detail = now - low, last - blurred(last, self.steadiness.sigma_px)
         mixed = weight * warped(earlier_detail, motion.back, "bicubic") + (1 - weight) * own
-        energies = (
-            blurred(band.square().mean(0, keepdim=True), 2 * self.steadiness.sigma_px) + 1e-6 for band in (own, mixed)
-        )
-        gain = torch.div(*energies).sqrt().clamp(1, MOST_GAIN)
+        gain = (self._strength(own) / self._strength(mixed)).clamp(1, MOST_GAIN)
         return low + torch.where(weight > 0, gain * mixed, own)
+
+    def _strength(self, band: Tensor) -> Tensor:
+        """How strong detail (C, H, W) is around each place, (1, H, W): half by its values, half by their gradients."""
+        across, down = F.pad(band.diff(dim=-1), (0, 1)), F.pad(band.diff(dim=-2), (0, 0, 0, 1))
+        energies = band.square().mean(0, keepdim=True), (across.square() + down.square()).mean(0, keepdim=True)
+        values, gradients = (blurred(energy, 2 * self.steadiness.sigma_px) + 1e-7 for energy in energies)
+        return (values * gradients).pow(0.25)
 
     @property
     def margin_px(self) -> int:
