@@ -245,7 +245,7 @@ class StableSRVideo:
 
             # 3. All steps of all frames, each step of a frame after the same step of the frame before
             plan = plan or (self._plan(size, tiling, options) if state is None else state.plan)
-            remembered = [stage.state for stage in remembering]
+            memories = [stage.state for stage in remembering]
             while True:
                 mixing = LatentMixing(self, motions, size, canvas, {} if state is None else state.latents)
                 restored: list[Readable] = self.pipeline(
@@ -263,8 +263,8 @@ class StableSRVideo:
                     break
                 plan = smaller
                 on_plan(plan)
-                for stage, state_before in zip(remembering, remembered, strict=True):
-                    stage.state = state_before
+                for one, memory in zip(remembering, memories, strict=True):
+                    one.state = memory
 
             # 4. Fine detail, from frame to frame
             finished: list[RestoredFrame] = []

@@ -260,8 +260,13 @@ class Clip:
                     self._tell(survey, pts, "is damaged")
                 yield (None if is_damaged else frame), pts
 
+            end = Fraction(0)  # of all that is in the file
             try:
-                for packet in container.demux(stream):
+                for packet in container.demux(stream) if survey is None else container.demux():
+                    if packet.pts is not None:
+                        end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                    if packet.stream.index != stream.index:
+                        continue
                     try:
                         decoded = packet.decode()
                     except FFmpegError as error:
@@ -277,7 +282,7 @@ class Clip:
             for time in missing:
                 yield None, time
             if survey is not None:
-                self._tell_shortness(container, stream, survey)
+                self._tell_shortness(container, stream, survey, end)
 
     def _tell(self, survey: Survey | None, pts: int | None, what: str) -> None:
         place = "" if pts is None else f"the frame at {float((pts - self.origin) * self.time_base):.3f} s "
@@ -287,17 +292,17 @@ class Clip:
             done = {"repeat": "the one before is repeated", "drop": "it is left out"}[self.on_damage]
             survey.notes.append(f"{place}{what}" + (f"; {done}" if place else ""))
 
-    def _tell_shortness(self, container: "InputContainer", stream: "VideoStream", survey: Survey) -> None:
-        """A note if there are fewer frames than the file announces."""
-        announced = stream.frames
-        if self.span.is_whole and announced > len(survey.times) + len(survey.notes) + 1:
-            survey.notes.append(f"announces {announced} frames and has {len(survey.times) + 1}: it is cut off")
-        elif self.span.is_whole and container.duration and container.size and survey.times:
-            end = (survey.times[-1][0] - self.origin) * self.time_base
-            lasts = Fraction(container.duration, 1_000_000)
-            is_alone = len(container.streams) == 1
-            if is_alone and lasts - end > max(Fraction(1), lasts / 20, 3 / self.rate):
-                survey.notes.append(f"announces {float(lasts):.1f} s and ends at {float(end):.1f} s: it is cut off")
+    def _tell_shortness(
+        self, container: "InputContainer", stream: "VideoStream", survey: Survey, end: Fraction
+    ) -> None:
+        """A note if there is less than the file announces; end: of its last packet, in seconds."""
+        if not self.span.is_whole:
+            return
+        frames, lasts = stream.frames, Fraction(container.duration or 0, 1_000_000)
+        if frames > len(survey.times) + len(survey.notes) + 1:
+            self._tell(survey, None, f"announces {frames} frames and has {len(survey.times) + 1}: it is cut off")
+        elif lasts - end > max(lasts / 20, 5 / self.rate):
+            self._tell(survey, None, f"announces {float(lasts):.1f} s and ends at {float(end):.1f} s: it is cut off")
 
     def _pixels(self, frame: "VideoFrame", reformatter: Any) -> NDArray[Any]:
         from av.video.reformatter import Interpolation

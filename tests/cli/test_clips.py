@@ -118,6 +118,27 @@ def test_odd_sides_become_even_and_one_frame_is_a_clip(model: Path, tmp_path: Pa
     assert (Clip(tmp_path / "out.mp4").height, Clip(tmp_path / "out.mp4").width) == (8, 12)
 
 
+def test_a_damaged_frame_and_sound_longer_than_the_picture_are_told_and_kept(model: Path, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", moving(6, 32, 48), audio_seconds=1.0, options={"bf": "0"})
+    content = source.read_bytes()
+    with av.open(str(source)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][3]
+    at = content.index(packet)
+    source.write_bytes(content[: at + 6] + b"\xff" * (len(packet) - 6) + content[at + len(packet) :])
+    for choice, times, done in (
+        ("repeat", [0, 1, 2, 3, 4, 5], "the one before is repeated"),
+        ("drop", [0, 1, 2, 4, 5], "it is left out"),
+    ):
+        target = tmp_path / f"{choice}.mp4"
+        result = stablesr("restore", source, "-o", target, "--model", model, "--scale", 1, "--on-damage", choice)
+        assert result.exit_code == 0, result.stderr
+        assert "the frame at 0.120 s cannot be decoded" in error_lines(result)[0] and done in error_lines(result)[0]
+        assert times_of(target) == [Fraction(time, 25) for time in times]
+        assert packets_of(target)["audio"] == packets_of(source)["audio"]
+    stopped = stablesr("restore", source, "-o", tmp_path / "out.mp4", "--model", model, "--on-damage", "stop")
+    assert stopped.exit_code == 1 and "get a whole copy, or choose --on-damage repeat" in error_lines(stopped)[0]
+
+
 def test_usage_that_means_nothing_is_refused(clip: Path, model: Path, tmp_path: Path) -> None:
     picture = tmp_path / "photo.png"
     Image.fromarray(moving(1)[0]).save(picture)

@@ -196,7 +196,12 @@ def test_files_that_are_no_clips_are_one_line(full: Path, tmp_path: Path) -> Non
         block.sample_rate = 16000
         out.mux(stream.encode(block))
         out.mux(stream.encode(None))
+    with av.open(str(tmp_path / "zero.mkv"), "w") as out:
+        video = out.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 24, 16, "yuv420p"
+        out.start_encoding()
     for name, said in (
+        ("zero.mkv", "zero.mkv: cannot be read as a clip"),
         ("empty.mp4", "cannot be read as a clip"),
         ("text.mp4", "cannot be read as a clip"),
         ("list.m3u8", "cannot be read as a clip"),
@@ -247,12 +252,20 @@ def test_a_damaged_frame_is_named_and_repeated_or_dropped(damaged: Path) -> None
         surveyed(Clip(damaged, on_damage="stop"))
 
 
-def test_a_file_that_was_cut_off_says_so_and_gives_what_it_has(tmp_path: Path) -> None:
-    whole = write_clip(tmp_path / "in.mkv", moving(60, 48, 64), codec="ffv1", pix_fmt="yuv420p")
+@pytest.mark.parametrize("audio_seconds", [0, 3.5])
+def test_a_file_that_was_cut_off_says_so_and_gives_what_it_has(audio_seconds: float, tmp_path: Path) -> None:
+    times = [1000 + 40 * i for i in range(60)]
+    whole = write_clip(
+        tmp_path / "in.mkv", moving(60, 48, 64), times, codec="ffv1", pix_fmt="yuv420p", audio_seconds=audio_seconds
+    )
+    assert surveyed(Clip(whole)).notes == []
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 4])
     survey = surveyed(Clip(whole))
     assert 5 < len(survey.times) < 30
-    assert any("cut off" in note for note in survey.notes)
+    (note,) = survey.notes
+    assert note.endswith("it is cut off")
+    with pytest.raises(ImageError, match=r"in\.mkv: announces .* cut off; get a whole copy"):
+        surveyed(Clip(whole, on_damage="stop"))
 
 
 def test_interlaced_and_transparent_clips_are_told_of(tmp_path: Path) -> None:
