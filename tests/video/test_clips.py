@@ -186,7 +186,7 @@ def test_files_that_are_no_clips_are_one_line(full: Path, tmp_path: Path) -> Non
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no clip")
     # Playlists, whose parts FFmpeg would fetch from anywhere
-    write_clip(tmp_path / "part.ts", moving(2))
+    write_clip(tmp_path / "part.ts", moving(8))
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\npart.ts\n#EXT-X-ENDLIST\n")
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile part.ts\n")
     (tmp_path / "cut.mkv").write_bytes(full.read_bytes()[:200])
