@@ -1,13 +1,14 @@
 """What is handed in to a server: jobs, which are folders, and the files in them, taken in with distrust.
 
 ID/job.json     what was asked for, and how it ended
-ID/in/0000      the pictures, under names of our own
-ID/out/0000.png the results, with the journal of `stablesr restore`
+ID/in/0000      the pictures, or a clip, under names of our own
+ID/out/0000.png the results, with the journal of `stablesr restore`; that of a clip is named 0000.mp4, for instance
 """
 
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,27 @@ from stablesr_kit.cli.messages import one_line
 from stablesr_kit.errors import ImageError, JobError, StableSRKitError
 from stablesr_kit.imaging.finding import READ_FORMATS, START, format_of
 from stablesr_kit.imaging.reading import MAX_PIXELS, open_picture
+from stablesr_kit.video.clip import Clip, Span, opened, video_stream
+from stablesr_kit.video.writing import FORMATS
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Command = Literal["restore", "faces"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
 COPIED_BYTES = 2**20
+CLIP_START = 400
+"""Number of first bytes that show whether a file is a clip."""
+CLIP_STARTS = (
+    b"\x1aE\xdf\xa3",  # Matroska, WebM
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF
+    b"FLV",
+    b"OggS",
+    b"YUV4MPEG2",
+    b"nut/multimedia",
+    b"\x06\x0e\x2b\x34",  # MXF
+    b"\0\0\x01\xba",  # MPEG
+    b"\0\0\x01\xb3",
+)
 
 
 class Refused(StableSRKitError):
@@ -57,7 +73,8 @@ class Limits:
     queue: jobs that wait at most, of which one user has at most three quarters.
     upload_bytes: of one file, packed or unpacked, and four times as much of one job.
     pictures: of one job.
-    pixels: of one picture, and result_pixels: of its result.
+    pixels: of one picture or frame, and result_pixels: of its result.
+    clip_pixels: of all frames of a clip's result.
     keep_s, keep_bytes: after which age ended jobs go, and when all take more, the oldest of them first.
     """
 
@@ -66,17 +83,18 @@ class Limits:
     pictures: int = 500
     pixels: int = MAX_PIXELS
     result_pixels: int = 4 * MAX_PIXELS
+    clip_pixels: int = 50 * 10**9
     keep_s: float = 24 * 3600.0
     keep_bytes: int = 10 * 10**9
 
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One or more pictures that somebody handed in together.
+    """One or more pictures that somebody handed in together, or a clip.
 
-    names: of the pictures, as they came. errors: a line for each picture that failed, by its place. notes: lines of
-    what was done, such as for each face. asked: the options
-    of the command. number: later ones are larger.
+    names: of the pictures, as they came. clip: how the name of a clip's result ends, such as ".mp4"; empty for
+    pictures. errors: a line for each picture that failed, by its place. notes: lines of what was done, such as for each
+    face. options: of the command. number: later ones are larger.
     """
 
     id: str
@@ -87,6 +105,7 @@ class Job:
     names: list[str]
     folder: Path
     accepted: float
+    clip: str = ""
     state: State = "queued"
     ended: float | None = None
     errors: dict[int, str] = field(default_factory=dict)
@@ -106,7 +125,7 @@ class Job:
 
     def target(self, index: int) -> Path:
         """Where its result goes."""
-        return self.folder / "out" / f"{index:04d}.png"
+        return self.folder / "out" / f"{index:04d}{self.clip or '.png'}"
 
     @property
     def results(self) -> list[int]:
@@ -115,7 +134,9 @@ class Job:
 
     def saved(self) -> dict[str, Any]:
         """What `job.json` holds."""
-        values = {name: getattr(self, name) for name in ("id", "number", "user", "command", "names", "accepted")}
+        values = {
+            name: getattr(self, name) for name in ("id", "number", "user", "command", "names", "accepted", "clip")
+        }
         return values | {
             "options": dict(self.options),
             "state": self.state if self.state in ENDED else "queued",
@@ -146,7 +167,7 @@ def take_in(folder: Path, uploads: Sequence[Upload], scale: float, limits: Limit
         if len(names) == limits.pictures:
             raise Refused(f"more than {limits.pictures} pictures are given; send several jobs", 413)
         path = folder / f"{len(names):04d}"
-        names.append(_shown(upload.name))
+        names.append(shown_name(upload.name))
         try:
             room -= copy(upload, path, limits)
             if room < 0:
@@ -185,6 +206,8 @@ def check_picture(path: Path, name: str, scale: float, limits: Limits) -> None:
     with path.open("rb") as file:
         start = file.read(START)
     if format_of(start) is None:
+        if is_clip(start):
+            raise Refused("a clip is given among pictures; send it alone, to the command restore", 415)
         given = "an empty file" if not start else "the file is no picture of a known format"
         raise Refused(f"{given}; expected {', '.join(READ_FORMATS)}", 415)
     try:
@@ -192,6 +215,72 @@ def check_picture(path: Path, name: str, scale: float, limits: Limits) -> None:
     except ImageError as error:
         raise Refused(one_line(error).replace(str(path), name)) from error
     check_result(picture.height * picture.width * scale * scale, limits)
+
+
+def is_clip(start: bytes) -> bool:
+    """Whether a file with these first bytes (`CLIP_START` of them) is a clip."""
+    if format_of(start[:START]) is not None:
+        return False
+    is_mov = start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
+    is_stream = any(start[first::step][:2] == b"GG" for first, step in ((0, 188), (4, 192)))
+    return is_mov or is_avi or is_stream or start.startswith(CLIP_STARTS)
+
+
+class ClipSize(NamedTuple):
+    """Of a clip, as its file announces it; frames of what is asked for."""
+
+    height: int
+    width: int
+    frames: int
+
+
+def size_of_clip(path: Path, span: Span) -> ClipSize:
+    """What a clip announces; nothing is decoded. Raises StableSRKitError."""
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        unit = stream.time_base or 1
+        counts: Counter[bool] = Counter()
+        for packet in container.demux(stream):
+            at = None if packet.pts is None else (packet.pts - (stream.start_time or 0)) * unit
+            is_asked_for = at is None or (at >= (span.start or 0) and (span.end is None or at < span.end))
+            counts[is_asked_for and packet.size > 0] += 1
+        return ClipSize(stream.height, stream.width, min(counts[True], span.count or counts[True]))
+
+
+def check_clip(path: Path, name: str, span: Span, scale: float, limits: Limits) -> None:
+    """Refuse what is no clip, or too large, before it is decoded; then one whose first frame cannot be restored."""
+    try:
+        size = size_of_clip(path, span)
+        pixels = size.height * size.width
+        if not 0 < pixels <= limits.pixels:
+            most = f"{limits.pixels / 1e6:,.0f} million pixels"
+            raise Refused(f"frames of {size.width}x{size.height} are given, expected up to {most}; scale them first")
+        check_result(pixels * scale * scale, limits)
+        if size.frames * pixels * scale * scale > limits.clip_pixels:
+            given = f"{size.frames} frames of {round(size.width * scale)}x{round(size.height * scale)}"
+            most = f"{limits.clip_pixels / 1e9:,.3g} billion pixels in all"
+            raise Refused(f"the result would have {given}, {most} are the most; cut it, or give a smaller scale")
+        Clip(path, span)
+    except Refused:
+        raise
+    except StableSRKitError as error:
+        raise Refused(one_line(error).replace(str(path), name)) from error
+
+
+def ending_for(start: bytes, container: str | None) -> str:
+    """How the name of a clip's result ends: as is asked for, else as that of the clip if its like is written."""
+    if container is not None:
+        return f".{container.removeprefix('.')}"
+    if start[4:8] == b"ftyp":
+        return ".mov" if start[8:10] == b"qt" else ".mp4"
+    return ".webm" if start.startswith(CLIP_STARTS[0]) and b"webm" in start else ".mkv"
+
+
+def check_container(container: Any) -> None:
+    """Refuse what is no kind of file that clips are written to."""
+    if not isinstance(container, str) or f".{container.removeprefix('.')}" not in FORMATS:
+        raise Refused(one_line(f"option container: {container!r:.80} is given; give {', '.join(FORMATS)}"))
 
 
 def check_result(pixels: float, limits: Limits) -> None:
@@ -227,7 +316,7 @@ def _unpacked(uploads: Iterable[Upload], limits: Limits) -> Iterator[Upload]:
             raise Refused(f"the archive is damaged or encrypted ({one_line(error)})") from error
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """A name as people may see it: the last part, without what no file is called."""
     plain = one_line(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
     return plain[-100:] or "picture"

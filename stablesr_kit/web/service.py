@@ -19,6 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,18 +29,20 @@ import typer
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from stablesr_kit.cli.clips import clip_settings, run_clip, span_of
 from stablesr_kit.cli.faces import check_options as check_faces_options
 from stablesr_kit.cli.faces import work_of
 from stablesr_kit.cli.jobs import Job as PictureJob
 from stablesr_kit.cli.jobs import Told
 from stablesr_kit.cli.journal import JOBS_FOLDER, Journal
-from stablesr_kit.cli.messages import one_line
+from stablesr_kit.cli.messages import UsageError, one_line
 from stablesr_kit.cli.restore import check_components, restoring_of, with_preset
 from stablesr_kit.cli.restore import check_options as check_restore_options
 from stablesr_kit.errors import JobError, OutputError, StableSRKitError
-from stablesr_kit.imaging.reading import Picture, open_picture
+from stablesr_kit.imaging.reading import Picture, Pixels, open_picture
 from stablesr_kit.storage import replacing_file, replacing_folder, sha256
 from stablesr_kit.web.jobs import (
+    CLIP_START,
     ENDED,
     Command,
     Job,
@@ -48,10 +51,16 @@ from stablesr_kit.web.jobs import (
     Refused,
     State,
     Upload,
+    check_clip,
+    check_container,
     check_picture,
     check_result,
     copy,
+    ending_for,
+    is_clip,
     names_in_zip,
+    shown_name,
+    size_of_clip,
     take_in,
 )
 
@@ -70,7 +79,8 @@ logger = logging.getLogger(__name__)
 OPTIONS: Mapping[Command, Sequence[str]] = {
     "restore": (
         "model preset scale w steps seed color-fix start prompt negative-prompt guidance-scale lambda-pix lambda-sem "
-        "coarse tile tile-overlap mode attention max-memory face face-w"
+        "coarse tile tile-overlap mode attention max-memory face face-w "
+        "steady chunk from to frames codec crf pix-fmt deinterlace on-damage leave-out container"
     ).split(),
     "faces": (
         "mode model w only-center only-largest min-eye-distance max-identity-distance max-enlargement upscale "
@@ -82,13 +92,17 @@ OPTIONS: Mapping[Command, Sequence[str]] = {
 MASK, GIVEN = "mask", "faces.json"
 KEPT_FOR_REDECODING = 4
 PREVIEW_EVERY_S = 0.5
+PREVIEW_PX = 640
 CLEAN_EVERY_S = 300.0
-# Of a call's time, where its parts begin: a guess, good enough for a bar.
+TURN_S = 30.0
+"""After which a clip lets other jobs have their turn."""
+# Of a call's time, where its parts begin: a guess, good enough for a bar. And likewise of a clip.
 PARTS = {"encoding": (0.0, 0.06), "sampling": (0.06, 0.85), "decoding": (0.85, 0.99)}
+CLIP_PARTS = {"reading": (0.0, 0.01), "restoring": (0.01, 0.98), "writing": (0.98, 0.99)}
 
 
 class Stopped(Exception):
-    """The picture in work is given up: its job was cancelled, or the server ends."""
+    """What is in work is given up: its job was cancelled, it is another's turn, or the server ends."""
 
 
 class Kept(NamedTuple):
@@ -141,6 +155,7 @@ class Service:
         self._loaded_faces: tuple[Any, Any] | None = None
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._cleaned = 0.0
+        self._turn_began = 0.0
         self._number = 0
         try:
             self._places = folder / "jobs"
@@ -203,7 +218,12 @@ class Service:
         with replacing_folder(folder) as part:
             (part / "in").mkdir()
             (part / "out").mkdir()
-            names, errors = take_in(part / "in", uploads, _scale(command, asked), self.limits)
+            clip, names, errors = "", list[str](), dict[int, str]()
+            if command == "restore" and len(uploads) == 1:
+                clip = self._take_in_clip(part / "in" / "0000", uploads[0], asked, options.get("container"))
+                names = [shown_name(uploads[0].name)]
+            if not clip:
+                names, errors = take_in(part / "in", uploads, _scale(command, asked), self.limits)
             if mask is not None:
                 copy(mask, part / MASK, self.limits)
                 check_picture(part / MASK, mask.name, 1, self.limits)
@@ -220,6 +240,7 @@ class Service:
                 command=command,
                 options=options,
                 names=names,
+                clip=clip,
                 folder=folder,
                 accepted=time.time(),
                 errors=errors,
@@ -227,6 +248,16 @@ class Service:
             )
             (part / "job.json").write_text(json.dumps(job.saved()))
         return job
+
+    def _take_in_clip(self, path: Path, upload: Upload, asked: Mapping[str, Any], container: str | None) -> str:
+        """How the name of a clip's result ends; empty if this is none, which is left alone. Raises Refused."""
+        start = upload.content.read(CLIP_START)
+        upload.content.seek(0)
+        if not is_clip(start):
+            return ""
+        copy(upload, path, self.limits)
+        check_clip(path, shown_name(upload.name), span_of(asked), asked["scale"], self.limits)
+        return ending_for(start, container)
 
     def asked(self, command: Command, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a command by its parameters' names, read by the command's own parser. Raises Refused."""
@@ -253,6 +284,8 @@ class Service:
                 if str(value) not in models:
                     raise Refused(one_line(f"model {str(value)[:80]!r} is not here; give {' or '.join(models)}"))
                 arguments.append(f"--model={models[str(value)]}")
+            elif name == "container":
+                check_container(value)
             elif name == "background" and value not in ("stablesr", "none"):
                 raise Refused("option background: give stablesr or none")
             else:
@@ -266,6 +299,7 @@ class Service:
             if command == "restore":
                 asked["dtype"] = self.dtype
                 check_restore_options(asked)
+                clip_settings(asked)
             else:
                 check_faces_options(asked)
         except typer.BadParameter as error:
@@ -295,6 +329,7 @@ class Service:
             "command": job.command,
             "options": dict(job.options),
             "pictures": len(job.names),
+            "is_clip": bool(job.clip),
             "done": job.done,
             "errors": [{"name": job.names[index], "error": line} for index, line in sorted(job.errors.items())],
             "notes": list(job.notes),
@@ -373,6 +408,13 @@ class Service:
         line: str = self._soon(lambda: self._plan(asked, height, width))
         return line
 
+    def plan_of_clip(self, options: Mapping[str, Any], path: Path) -> str:
+        """Likewise, of a clip."""
+        asked = self.asked("restore", options)
+        size = size_of_clip(path, span_of(asked))
+        line: str = self._soon(lambda: self._plan(asked, size.height, size.width, size.frames))
+        return line
+
     def find_faces(self, picture: Picture) -> list[tuple[float, float, float, float]]:
         """The boxes (x1, y1, x2, y2) of the faces in a picture. Raises as restoring."""
         boxes: list[tuple[float, float, float, float]] = self._soon(lambda: _boxes_in(picture))
@@ -416,6 +458,7 @@ class Service:
             if urgent is not None:
                 _fulfil(*urgent)
             elif job is not None:
+                self._turn_began = time.monotonic()
                 try:
                     self._do_next_picture(job)
                 except Exception as error:  # a fault of ours: the job waits for the next server
@@ -443,6 +486,7 @@ class Service:
                 self._do(job, left[0])
             except Stopped:
                 if not job.is_cancelled:
+                    self._put_back(job)
                     return
             except Exception as error:
                 job.errors[left[0]] = self._line(error, job, left[0])
@@ -457,8 +501,19 @@ class Service:
             job.done = len(job.names)
             self._end(job, "done" if job.results else "failed")
         else:
-            with self._changed:  # at the head of its user's line, behind those of others
-                self._queues.setdefault(job.user, deque()).appendleft(job)
+            self._put_back(job)
+
+    def _put_back(self, job: Job) -> None:
+        """At the head of its user's line, which is behind those of others."""
+        with self._changed:
+            self._queues.setdefault(job.user, deque()).appendleft(job)
+
+    def between_chunks(self) -> None:
+        """A clip is at a place from which it goes on as well later. Raises Stopped if it is another's turn."""
+        while self._urgent:
+            _fulfil(*self._urgent.popleft())
+        if self._queues and time.monotonic() - self._turn_began > TURN_S:
+            raise Stopped
 
     def _do(self, job: Job, index: int) -> None:
         """Restore a picture, unless its result is there from before a kill."""
@@ -466,6 +521,9 @@ class Service:
             source=job.source(index), target=job.target(index), companion=None, folder=job.folder / "out"
         )
         asked = self.asked(job.command, job.options)
+        if job.clip:
+            self._do_clip(job, asked)
+            return
         if job.command == "faces":
             if not picture_job.target.is_file():
                 self._do_faces(job, index, picture_job, asked)
@@ -481,6 +539,32 @@ class Service:
             shutil.rmtree(picture_job.folder / JOBS_FOLDER, ignore_errors=True)
             picture_job.target.unlink(missing_ok=True)
             self._restore(job, index, picture_job, restoring)
+
+    def _do_clip(self, job: Job, asked: dict[str, Any]) -> None:
+        """Restore a clip as the command does, from where it stood before a kill or another's turn."""
+        from stablesr_kit.cli.restorer import Restorer, Watch
+
+        bars = _ClipBars(self, job, asked["chunk"])
+        watch = Watch(progress=bars, on_frame=bars.preview)
+
+        def load(restoring: "Restoring") -> "Restorer":
+            pipeline = self._pipeline(restoring)
+            check_components(pipeline, restoring.options)
+            network = None if restoring.face_model is None else self._faces(restoring.face_model, restoring.device)
+            return Restorer(restoring, watch=watch, pipeline=pipeline, face_network=network)
+
+        def run() -> Told | None:
+            return run_clip(job.source(0), job.target(0), asked, partial(restoring_of, digest=_digest), load, watch)
+
+        try:
+            told = run()
+        except (JobError, UsageError) as error:  # begun by another version, or with a model that has changed
+            logger.warning("%s; it begins again", self._line(error, job))
+            shutil.rmtree(job.folder / "out" / JOBS_FOLDER, ignore_errors=True)
+            job.target(0).unlink(missing_ok=True)
+            told = run()
+        if told is not None:
+            self._note(job, 0, Told([*told.lines, *told.values["notes"]], {}))
 
     def _restore(self, job: Job, index: int, picture_job: PictureJob, restoring: "Restoring") -> None:
         from stablesr_kit.cli.restorer import Restorer, Watch
@@ -547,7 +631,8 @@ class Service:
         )
         return path
 
-    def _plan(self, asked: dict[str, Any], height: int, width: int) -> str:
+    def _plan(self, asked: dict[str, Any], height: int, width: int, frames: int = 0) -> str:
+        """frames: of a clip; 0 is a picture."""
         from stablesr_kit.pipelines.pictures import result_size
 
         restoring = restoring_of(self.folder, asked, _digest)
@@ -558,8 +643,12 @@ class Service:
         planned = {name: options[name] for name in ("w", "num_inference_steps", "guidance_scale") if name in options}
         worked_at = restoring.tiling.working_size((height, width), size, pipeline.config.working_scale)
         at = "" if worked_at == size else f", made at {worked_at[1]} x {worked_at[0]} and reduced"
-        plan = pipeline.plan(*worked_at, tiling=restoring.tiling, **planned)
-        return f"{size[1]} x {size[0]} pixels{at}; {plan}"
+        if not frames:
+            plan = pipeline.plan(*worked_at, tiling=restoring.tiling, **planned)
+            return f"{size[1]} x {size[0]} pixels{at}; {plan}"
+        plan = pipeline.plan(*worked_at, tiling=restoring.tiling, batch_size=asked["chunk"], **planned)
+        plan = replace(plan, seconds=plan.seconds * frames / asked["chunk"])
+        return f"{frames} frames of {size[1]} x {size[0]} pixels{at}; {plan}"
 
     def _pipeline(self, restoring: "Restoring") -> "StableSRPipeline | OneStepPipeline":
         """The model in memory, which takes the place of another one."""
@@ -703,7 +792,7 @@ class Service:
 class _Bars:
     """Bars for a pipeline's call, which tell a job's progress and stop it where it is cancelled."""
 
-    def __init__(self, service: Service, job: Job, index: int) -> None:
+    def __init__(self, service: Service, job: Job, index: int = 0) -> None:
         self.service, self.job, self.index = service, job, index
         self.began = time.perf_counter()
 
@@ -714,8 +803,7 @@ class _Bars:
 
     def show(self, doing: str, share: float) -> None:
         """Tell how much of a part is done. Raises Stopped."""
-        if self.job.is_cancelled or self.service._is_closing:
-            raise Stopped
+        self.check()
         first, last = PARTS.get(doing, (0.0, 0.99))
         fraction = first + (last - first) * min(share, 1.0)
         passed_s = time.perf_counter() - self.began
@@ -727,6 +815,59 @@ class _Bars:
             progress=(self.index + fraction) / count,
             eta_s=eta_s,
         )
+
+    def check(self) -> None:
+        """Raises Stopped if the job is to stop."""
+        if self.job.is_cancelled or self.service._is_closing:
+            raise Stopped
+
+
+class _ClipBars(_Bars):
+    """Likewise of a clip, in which calls restore a chunk of frames each."""
+
+    def __init__(self, service: Service, job: Job, chunk: int) -> None:
+        super().__init__(service, job)
+        self.chunk, self.total, self.done, self.shown = chunk, 1, 0.0, 0.0
+        self.begun_at: float | None = None
+
+    def __call__(self, doing: str, total: int, unit: str) -> "Bar":
+        if doing == "restoring":
+            self.total = total
+        return super().__call__(doing, total, unit)
+
+    def show(self, doing: str, share: float) -> None:
+        """As of a picture, in which the parts of a chunk's call count as parts of its frames."""
+        self.check()
+        share = min(share, 1.0)
+        if doing == "restoring":
+            is_begin, self.done = self.begun_at is None, share
+            if not is_begin and share < 1:
+                self.service.between_chunks()
+        elif doing in PARTS:
+            first, last = PARTS[doing]
+            share = min(self.done + (first + (last - first) * share) * self.chunk / self.total, 1.0)
+            doing = "restoring"
+        first, last = CLIP_PARTS[doing]
+        fraction = first + (last - first) * share
+        if doing == "restoring" and self.begun_at is None:
+            self.begun_at, self.began = fraction, time.perf_counter()
+        gained = 0.0 if self.begun_at is None else fraction - self.begun_at
+        passed_s = time.perf_counter() - self.began
+        of_frames = f", {round(self.done * self.total)} of {self.total} frames done" if doing == "restoring" else ""
+        self.service._tell(
+            self.job,
+            doing=f"{doing}{of_frames}",
+            progress=max(self.job.progress, fraction),
+            eta_s=passed_s * (1 - fraction) / gained if gained > 0 else None,
+        )
+
+    def preview(self, pixels: Pixels) -> None:
+        """Show the last frame that is done."""
+        if time.monotonic() - self.shown >= PREVIEW_EVERY_S:
+            small = Image.fromarray(pixels)
+            small.thumbnail((PREVIEW_PX, PREVIEW_PX))
+            self.service._tell(self.job, preview=small)
+            self.shown = time.monotonic()
 
 
 def _preview_for(
@@ -758,7 +899,8 @@ def _preview_for(
         channels = np.concatenate([values.reshape(len(values), -1), np.ones((1, values[0].size), np.float32)]).T
         colours, *_ = np.linalg.lstsq(channels, small.reshape(-1, 3), rcond=None)
         pixels = (channels @ colours).reshape(small.shape).round().clip(0, 255).astype(np.uint8)
-        service._tell(job, preview=Image.fromarray(pixels))
+        large = Image.fromarray(pixels).resize((4 * size[1], 4 * size[0]), Image.Resampling.BICUBIC)
+        service._tell(job, preview=large)
         shown = time.monotonic()
 
     return show

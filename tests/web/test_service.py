@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from stablesr_kit.errors import JobError
+from stablesr_kit.errors import JobError, StableSRKitError
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.web.api import COOKIE, build_app
 from stablesr_kit.web.jobs import ENDED, Job, Limits, QueueFull, Refused, Upload
 from stablesr_kit.web.service import Service, metrics
 from tests.helpers.cli_runs import stablesr
+from tests.helpers.clips import moving, write_clip
 from tests.helpers.web_server import png, served
 
 OPTIONS = {"scale": 2, "steps": 3}
@@ -300,6 +302,113 @@ def test_a_service_restores_faces_as_well(make: Callable[..., Service]) -> None:
         service.submit([upload()], {"mode": "inpaint"}, command="faces")
     with pytest.raises(Refused, match="command 'convert' is not known"):
         service.submit([upload()], {}, command="convert")
+
+
+CLIP = {"scale": 2, "steps": 2, "chunk": 2}
+
+
+def a_clip(folder: Path, name: str = "in.mp4", frames: int = 6) -> Path:
+    return write_clip(folder / name, moving(frames, 10, 14), audio_seconds=0.2)
+
+
+def test_a_clip_has_the_bytes_of_the_command_line(server: tuple[Any, Service], model: Path, tmp_path: Path) -> None:
+    client, _ = server
+    content = a_clip(tmp_path).read_bytes()
+    asked = {**CLIP, "frames": 5, "steady": "latents"}
+    answer = client.post("/api/jobs", files={"file": ("holiday", content)}, data={"options": json.dumps(asked)})
+    assert (answer.status_code, answer.json()["is_clip"]) == (202, True), answer.text
+    job_id = answer.json()["id"]
+    with client.stream("GET", f"/api/jobs/{job_id}/events") as events:
+        told = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+    assert told[-1]["state"] == "done", told[-1]
+    assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
+    assert told[-1]["notes"][0].startswith("holiday: 5 frames, ")
+    result = client.get(f"/api/jobs/{job_id}/result")
+    assert 'filename="restored.mp4"' in result.headers["content-disposition"]
+    arguments = ("--scale", 2, "--steps", 2, "--chunk", 2, "--frames", 5, "--steady", "latents", "--model", model)
+    target = tmp_path / "out.mp4"
+    assert stablesr("restore", tmp_path / "in.mp4", "-o", target, *arguments, "--device", "cpu").exit_code == 0
+    assert result.content == target.read_bytes()
+
+
+def test_a_clip_lets_others_have_their_turn_and_goes_on_after_a_stop_to_the_same_bytes(
+    make: Callable[..., Service], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = a_clip(tmp_path, frames=8).read_bytes()
+    first = make()
+    clip = first.submit([upload(content, "in.mp4")], {**CLIP, "container": "mkv"}, user="ann")
+    other = first.submit([upload()], OPTIONS, user="bob")
+    monkeypatch.setattr("stablesr_kit.web.service.TURN_S", 0.0)
+    first.start()
+    wait(first, other)
+    assert clip.state == "running"
+    assert clip.progress > 0
+    first.close()
+    assert len((clip.folder / "out" / ".stablesr" / "0000.mkv.job" / "clip.jsonl").read_text().splitlines()) < 4
+    second = make()
+    second.start()
+    wait(second, *second.jobs())
+    target = tmp_path / "out.mkv"
+    arguments = ("--scale", 2, "--steps", 2, "--chunk", 2, "--model", model, "--device", "cpu")
+    assert stablesr("restore", tmp_path / "in.mp4", "-o", target, *arguments).exit_code == 0
+    assert second.result(second.job(clip.id)).read_bytes() == target.read_bytes()
+    assert not list(second.folder.rglob(".*"))
+
+
+def test_cancelling_stops_a_clip(make: Callable[..., Service], tmp_path: Path) -> None:
+    service = make()
+    service.start()
+    job = service.submit([upload(a_clip(tmp_path).read_bytes())], {**CLIP, "steps": 1000})
+    while job.progress < 0.02:
+        time.sleep(0.01)
+    assert job.doing == "restoring, 0 of 6 frames done"
+    began = time.monotonic()
+    service.cancel(job)
+    wait(service, job)
+    assert (job.state, time.monotonic() - began < 2) == ("cancelled", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "line"),
+    [
+        ({"container": "gif"}, 422, "option container: 'gif' is given; give .mp4, .m4v, .mov, .mkv, .webm"),
+        ({"scale": 8}, 422, "the result would have 6 frames of 112x80, 5e-05 billion pixels in all are the most"),
+        ({"scale": 50}, 422, "the result would have 0 million pixels, 0 at most"),
+        ({"steady": "very"}, 422, "Invalid value for '--steady'"),
+        ({"from": "noon"}, 422, "--from 'noon' is no time"),
+        ({"flow": "/etc/passwd"}, 422, "option 'flow' is not known"),
+    ],
+)
+def test_a_clip_that_cannot_be_restored_is_refused_before_it_is_decoded(
+    make: Callable[..., Service], tmp_path: Path, options: dict[str, Any], status: int, line: str
+) -> None:
+    service = make(limits=Limits(clip_pixels=50_000, pixels=1000, result_pixels=300_000))
+    with pytest.raises(Refused) as refused:
+        service.submit([upload(a_clip(tmp_path).read_bytes())], options)
+    assert (refused.value.status, str(refused.value)[: len(line)]) == (status, line)
+    assert service.jobs() == []
+
+
+def test_what_is_no_clip_for_this_server_is_refused(
+    make: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = a_clip(tmp_path).read_bytes()
+    service = make(limits=Limits(pixels=1000))
+    large = write_clip(tmp_path / "large.mkv", moving(2, 40, 60)).read_bytes()
+    with pytest.raises(Refused, match="frames of 60x40 are given, expected up to 0 million pixels"):
+        service.submit([upload(large)], CLIP)
+    with pytest.raises(Refused, match=r"photo\.png: .*; get a whole copy of it"):
+        service.submit([upload(clip[:200])], CLIP)
+    with pytest.raises(Refused, match="a clip is given among pictures; send it alone, to the command restore"):
+        service.submit([upload(clip)], {}, command="faces")
+    playlist = b"ffconcat version 1.0\nfile " + bytes(tmp_path / "in.mp4")
+    with pytest.raises(Refused, match="the file is no picture of a known format"):
+        service.submit([upload(playlist)], CLIP)
+    job = service.submit([upload(png()), upload(clip, "a.mp4")], OPTIONS)
+    assert job.errors == {1: "a clip is given among pictures; send it alone, to the command restore"}
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(StableSRKitError, match=r"clips need PyAV; install stablesr-kit\[video\]"):
+        service.submit([upload(clip)], CLIP)
 
 
 def test_the_examples_of_the_documentation_run(
