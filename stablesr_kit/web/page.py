@@ -1,4 +1,4 @@
-"""The page: pictures are dropped, restored, compared and decoded again; many at once, faces, and what is behind it."""
+"""The page: pictures and clips are dropped, restored, compared and decoded again; many at once, faces, versions."""
 
 import asyncio
 import html
@@ -6,11 +6,12 @@ import io
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import fastapi
 import numpy as np
@@ -21,12 +22,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stablesr_kit.cli.messages import one_line
 from stablesr_kit.cli.restore import PRESETS, Preset
-from stablesr_kit.errors import StableSRKitError
+from stablesr_kit.errors import ConfigError, StableSRKitError
 from stablesr_kit.imaging.finding import SUFFIXES
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.imaging.reading import open_picture
 from stablesr_kit.version import __version__
-from stablesr_kit.web.jobs import ENDED, Command, Job, Refused, Upload
+from stablesr_kit.video.clip import SUFFIXES as CLIP_SUFFIXES
+from stablesr_kit.video.clip import Span, need_av
+from stablesr_kit.video.writing import FORMATS
+from stablesr_kit.web.jobs import CLIP_START, ENDED, Command, Job, Refused, Upload, check_clip, ending_for, size_of_clip
 from stablesr_kit.web.service import Service
 
 # Read when Gradio is imported. Nothing is told to anybody.
@@ -42,11 +46,24 @@ JOIN_BYTES = 2**22
 UPLOADS_KEPT_S = 6 * 3600
 BROWSER_SECRET = "stablesr"  # what a browser remembers is the name of its own job
 PICTURES = ["image", *sorted(SUFFIXES)]
+CLIPS = ["video", *sorted(CLIP_SUFFIXES)]
+STEADY = {
+    "Frame by frame": "none",
+    "The same noise": "noise",
+    "Noise that moves along": "moving-noise",
+    "Steps held to the frame before": "latents",
+    "Fine detail held to the frame before": "bands",
+    "All of it": "all",
+}
+"""What `--steady` means, by its values."""
 CSS = """
 .gradio-container {max-width: 1400px !important; width: 100%; margin: auto;}
 .told progress {width: 100%; height: .8em;}
 .told p {margin: .3em 0; font-size: 1rem;}
 .told .wrong {border-left: .3em solid #c00; padding-left: .6em;}
+.clips {display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 1em;}
+.clips figure {margin: 0;}
+.clips video {width: 100%; display: block;}
 """
 
 Update = dict[Any, Any]
@@ -148,6 +165,8 @@ class _Blocks:
                     self._restore_tab()
                 with gr.Tab("Batch"):
                     self._batch_tab()
+                with gr.Tab("Video"):
+                    self._video_tab()
                 with gr.Tab("Faces"):
                     self._faces_tab()
                 with gr.Tab("About"):
@@ -155,30 +174,41 @@ class _Blocks:
 
     # Restore
 
-    def _restore_tab(self) -> None:
+    def _main_options(self) -> dict[str, Any]:
+        """What most people choose: the components by the names of their options."""
         models = list(self.service.models)
+        model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
+        with gr.Row():
+            scale = gr.Number(4, label="Scale", minimum=0.1, maximum=32, step=0.5, min_width=120)
+            longest = gr.Number(0, label="Or longest side, px", minimum=0, precision=0, min_width=120)
+        w = gr.Slider(0, 1.5, 0.5, step=0.05, label="w", info="0 looks most real, 1 stays closest to the input")
+        with gr.Row():
+            steps = gr.Number(0, label="Steps (0: as many as fit the model)", minimum=0, precision=0, min_width=120)
+            seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=120)
+        color_fix = gr.Radio(["wavelet", "adain", "none"], value="wavelet", label="Colours of the input by")
+        face = gr.Checkbox(False, label="Refine faces")
+        face_w = gr.Slider(0, 1, 0.7, step=0.05, label="w of the faces", info="0 quality, 1 fidelity", visible=False)
+        return {
+            "model": model,
+            "scale": scale,
+            "longest": longest,
+            "w": w,
+            "steps": steps,
+            "seed": seed,
+            "color-fix": color_fix,
+            "face": face,
+            "face-w": face_w,
+        }
+
+    def _restore_tab(self) -> None:
         job = gr.State("")
         last = gr.BrowserState("", storage_key="stablesr_restore", secret=BROWSER_SECRET)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 picture = gr.File(label="Picture (drop it here)", file_types=PICTURES, height=120, elem_id="picture")
                 example = gr.Button("Use the example", size="sm")
-                model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
                 preset = gr.Dropdown(list(PRESETS), value=None, label="Kind of picture (sets what suits it)")
-                with gr.Row():
-                    scale = gr.Number(4, label="Scale", minimum=0.1, maximum=32, step=0.5, min_width=120)
-                    longest = gr.Number(0, label="Or longest side, px", minimum=0, precision=0, min_width=120)
-                w = gr.Slider(0, 1.5, 0.5, step=0.05, label="w", info="0 looks most real, 1 stays closest to the input")
-                with gr.Row():
-                    steps = gr.Number(
-                        0, label="Steps (0: as many as fit the model)", minimum=0, precision=0, min_width=120
-                    )
-                    seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=120)
-                color_fix = gr.Radio(["wavelet", "adain", "none"], value="wavelet", label="Colours of the input by")
-                face = gr.Checkbox(False, label="Refine faces")
-                face_w = gr.Slider(
-                    0, 1, 0.7, step=0.05, label="w of the faces", info="0 quality, 1 fidelity", visible=False
-                )
+                main = self._main_options()
                 background = gr.Checkbox(
                     True, label="Restore the background as well", info="Off: only enlarged", visible=False
                 )
@@ -208,16 +238,9 @@ class _Blocks:
                     label="Before and after", type="filepath", interactive=False, elem_id="slider", max_height=900
                 )
                 download = gr.DownloadButton("Download the result", interactive=False, elem_id="download")
+        w, color_fix, face, face_w = (main[name] for name in ("w", "color-fix", "face", "face-w"))
         options = {
-            "model": model,
-            "scale": scale,
-            "longest": longest,
-            "w": w,
-            "steps": steps,
-            "seed": seed,
-            "color-fix": color_fix,
-            "face": face,
-            "face-w": face_w,
+            **main,
             "background": background,
             "coarse": coarse,
             "tile": tile,
@@ -235,44 +258,29 @@ class _Blocks:
         shown = (job, last, told, stop, preview, slider, download)
 
         def chosen(values: tuple[Any, ...], path: str) -> tuple[Command, dict[str, Any]]:
-            return _options(dict(zip(names, values, strict=True)), path)
+            return _options(dict(zip(names, values, strict=True)), lambda: _size_of_picture(path))
 
         async def take(path: str | None) -> AsyncIterator[Update]:
             """A picture was dropped: show it, and set the parameters it was made with, if it is a result."""
             yield {job: "", plan: "", download: gr.update(value=None, interactive=False), slider: None}
-            if not path:
-                yield {told: _told("Drop a picture, then press Restore.")}
+            shown_path, line = await self._taken(path, "picture")
+            yield {told: line, slider: shown_path and (shown_path, shown_path)}
+            if not shown_path or not path:
                 return
-            try:
-                self._check_upload(path)
-                shown_path = await run_in_threadpool(_shown_picture, path, None, self.service)
-            except StableSRKitError as error:
-                yield {told: _told(_line(error, path), is_wrong=True)}
-                return
-            yield {slider: (shown_path, shown_path)}
             provenance = await run_in_threadpool(read_provenance, Path(path))
             if provenance:
                 restored = _parameters_of(provenance, self.service)
                 yield {options[name]: value for name, value in restored.items()}
-                line = "This picture is a result: its parameters are set. Drop the picture it was made of to repeat it."
-                yield {told: _told(line)}
-            else:
-                yield {told: _told("Ready.")}
+                is_result = "This picture is a result: its parameters are set. Drop the picture it was made of to "
+                yield {told: _told(f"{is_result}repeat it.")}
 
         async def tell_plan(path: str | None, *values: Any) -> str:
-            if not path:
-                return ""
-            try:
+            def plan_of_picture(path: str) -> str:
                 command, asked = chosen(values, path)
-                if command == "faces":
-                    return ""
-                if self.service.model_state != "ready" or self.service.is_busy:
-                    return "The plan is told when the model is free."
                 size = open_picture(Path(path), max_pixels=self.service.limits.pixels)
-                line = await run_in_threadpool(self.service.plan, asked, size.height, size.width)
-                return f"**Result:** {line}"
-            except StableSRKitError as error:
-                return f"**{_line(error, path)}**"
+                return "" if command == "faces" else self.service.plan(asked, size.height, size.width)
+
+            return await self._plan(path, plan_of_picture)
 
         async def restore(request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[Update]:
             if not path:
@@ -325,7 +333,8 @@ class _Blocks:
             take, picture, [job, plan, download, slider, told, *parts], trigger_mode="always_last", **quiet
         )
         taken.then(tell_plan, [picture, *parts], plan, **quiet)
-        for part in (scale, longest, steps, tile, tile_overlap, max_memory, mode, attention, guidance, model, coarse):
+        planned = [main[name] for name in ("scale", "longest", "steps", "model")]
+        for part in (*planned, tile, tile_overlap, max_memory, mode, attention, guidance, coarse):
             part.change(tell_plan, [picture, *parts], plan, trigger_mode="always_last", **quiet)
         example.click(lambda: str(EXAMPLES / "portrait.jpg"), None, picture, **quiet)
         preset.input(preset_values, preset, [w, color_fix, face, face_w], **quiet)
@@ -393,6 +402,112 @@ class _Blocks:
         stop.click(self._cancel, job, told, **quiet)
         self.blocks.load(go_on, last, outputs, **quiet)
 
+    # Video
+
+    def _video_tab(self) -> None:
+        try:
+            need_av()
+        except ConfigError:
+            gr.Markdown("Clips need PyAV, which is not installed: `pip install 'stablesr-kit[video]'`")
+            return
+        job = gr.State("")
+        last = gr.BrowserState("", storage_key="stablesr_video", secret=BROWSER_SECRET)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                clip = gr.File(label="Clip (drop it here)", file_types=CLIPS, height=120, elem_id="clip")
+                options = self._main_options()
+                options["steady"] = gr.Dropdown(
+                    list(STEADY.items()), value="bands", label="Steadiness", info="What holds a frame to those before"
+                )
+                options["container"] = gr.Dropdown(
+                    [("as the clip", ""), *((ending, ending) for ending in FORMATS)], value="", label="Result as"
+                )
+                options["leave-out"] = gr.Checkbox(
+                    False, label="Leave out what the result cannot hold", info="Subtitles in an .mp4, for instance"
+                )
+                with gr.Accordion("Advanced", open=False):
+                    with gr.Row():
+                        options["from"] = gr.Textbox("", label="From", placeholder="1:02:03.5", min_width=120)
+                        options["to"] = gr.Textbox("", label="To", placeholder="the end", min_width=120)
+                    with gr.Row():
+                        options["frames"] = gr.Number(0, label="Frames (0: all)", minimum=0, precision=0, min_width=120)
+                        options["chunk"] = gr.Number(4, label="Frames at once", minimum=1, precision=0, min_width=120)
+                    options["deinterlace"] = gr.Checkbox(False, label="Make whole frames of interlaced ones")
+                    options["crf"] = gr.Textbox(
+                        "", label="Quality of the file (CRF)", info="lower is better", placeholder="16 to 20"
+                    )
+                    options["tile"] = gr.Textbox("auto", label="Tiles", info="auto, none, or a side in pixels")
+                    options["max-memory"] = gr.Textbox("", label="Memory at most", placeholder="what is free")
+            with gr.Column(scale=2, min_width=300):
+                plan = gr.Markdown("", elem_id="video_plan")
+                with gr.Row():
+                    go = gr.Button("Restore", variant="primary", elem_id="video_go", min_width=120)
+                    stop = gr.Button("Cancel", interactive=False, elem_id="video_stop", min_width=120)
+                told = gr.HTML(_told("Drop a clip, then press Restore."), elem_id="video_told")
+                preview = gr.Image(
+                    label="Last frame that is done",
+                    visible=False,
+                    interactive=False,
+                    elem_id="video_preview",
+                    buttons=[],
+                    alt_text="Last frame that is done",
+                )
+                result = gr.HTML("", elem_id="video_result")
+                download = gr.DownloadButton("Download the result", interactive=False, elem_id="video_download")
+        names, parts = list(options), list(options.values())
+        shown = (job, last, told, stop, preview, result, download)
+
+        def chosen(values: tuple[Any, ...], path: str) -> dict[str, Any]:
+            return _options(dict(zip(names, values, strict=True)), lambda: _size_of_clip(path))[1]
+
+        async def take(path: str | None) -> Update:
+            """A clip was dropped: say at once if it cannot be one."""
+            line = _told("Drop a clip, then press Restore." if not path else "Ready.")
+            try:
+                if path:
+                    await run_in_threadpool(check_clip, Path(path), Path(path).name, Span(), 1, self.service.limits)
+            except StableSRKitError as error:
+                line = _told(_line(error, path or ""), is_wrong=True)
+            nothing = gr.update(value=None, interactive=False)
+            return {job: "", plan: "", told: line, download: nothing, result: ""}
+
+        async def tell_plan(path: str | None, *values: Any) -> str:
+            def plan_of_clip(path: str) -> str:
+                return self.service.plan_of_clip(chosen(values, path), Path(path))
+
+            return await self._plan(path, plan_of_clip)
+
+        async def restore(request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[Update]:
+            if not path:
+                yield {told: _told("There is no clip yet; drop one.", is_wrong=True)}
+                return
+            try:
+                asked = await run_in_threadpool(chosen, values, path)
+                accepted = await run_in_threadpool(self._submit, [path], asked, "restore", request)
+            except StableSRKitError as error:
+                yield {told: _told(_line(error, path), is_wrong=True)}
+                return
+            async for update in self._followed(accepted, *shown):
+                yield update
+
+        async def go_on(job_id: str) -> AsyncIterator[Update]:
+            accepted = self.service.known(job_id or "")
+            yield {told: gr.skip()}
+            if accepted is not None:
+                async for update in self._followed(accepted, *shown):
+                    yield update
+
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        taken = clip.change(take, clip, [job, plan, told, download, result], trigger_mode="always_last", **quiet)
+        taken.then(tell_plan, [clip, *parts], plan, **quiet)
+        for name in ("scale", "longest", "steps", "model", "from", "to", "frames", "chunk", "tile", "max-memory"):
+            options[name].change(tell_plan, [clip, *parts], plan, trigger_mode="always_last", **quiet)
+        face, face_w = options["face"], options["face-w"]
+        face.change(lambda on: gr.update(visible=on), face, face_w, **quiet)
+        go.click(restore, [clip, *parts], list(shown), trigger_mode="multiple", **quiet)
+        stop.click(self._cancel, job, told, **quiet)
+        self.blocks.load(go_on, last, list(shown), **quiet)
+
     # Faces
 
     def _faces_tab(self) -> None:
@@ -451,19 +566,11 @@ class _Blocks:
 
         async def take(path: str | None, what: str) -> AsyncIterator[Update]:
             yield {found: gr.update(visible=False), boxes: [], job: "", slider: None}
-            if not path:
-                yield {told: _told("Drop a photo, then press Restore.")}
-                return
-            try:
-                self._check_upload(path)
-                shown_path = await run_in_threadpool(_shown_picture, path, None, self.service)
-            except StableSRKitError as error:
-                yield {told: _told(_line(error, path), is_wrong=True)}
-                return
+            shown_path, line = await self._taken(path, "photo")
             yield {
-                slider: (shown_path, shown_path),
-                painted: gr.update(value=shown_path, visible=what == "inpaint"),
-                told: _told("Ready."),
+                slider: shown_path and (shown_path, shown_path),
+                painted: gr.update(value=shown_path, visible=bool(shown_path) and what == "inpaint"),
+                told: line,
             }
 
         def of_mode(what: str) -> list[Any]:
@@ -574,8 +681,7 @@ class _Blocks:
                 update: Update = running | {told: _progress(self.service.told(accepted))}
                 if preview is not None and accepted.preview is not None and accepted.preview is not picture:
                     picture = accepted.preview
-                    large = picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC)
-                    update[preview] = gr.update(value=large, visible=True)
+                    update[preview] = gr.update(value=picture, visible=True)
                 yield known(update)
             await asyncio.sleep(LOOK_EVERY_S)
         ended: Update = {
@@ -588,7 +694,9 @@ class _Blocks:
             return
         try:
             result = await run_in_threadpool(self.service.result, accepted)
-            if slider is not None:
+            if accepted.clip:
+                ended[slider] = _clips(accepted, result)
+            elif slider is not None:
                 before = await run_in_threadpool(_shown_picture, accepted.source(0), result, self.service)
                 ended[slider] = (before, str(result))
         except (StableSRKitError, OSError) as error:
@@ -601,29 +709,44 @@ class _Blocks:
             ended | {told: _told(line, notes=accepted.notes), download: gr.update(value=str(result), interactive=True)}
         )
 
+    async def _plan(self, path: str | None, plan_of: Callable[[str], str]) -> str:
+        """The line that says before the start what will be made of a file, and what it takes."""
+        if not path:
+            return ""
+        if self.service.model_state != "ready" or self.service.is_busy:
+            return "The plan is told when the model is free."
+        try:
+            line = await run_in_threadpool(plan_of, path)
+        except StableSRKitError as error:
+            return f"**{_line(error, path)}**"
+        return line and f"**Result:** {line}"
+
     async def _cancel(self, job_id: str) -> str:
         accepted = self.service.known(job_id)
         if accepted is not None and accepted.state not in ENDED:
             await run_in_threadpool(self.service.cancel, accepted)
         return _told("Cancelling.")
 
-    def _check_upload(self, path: str) -> None:
-        picture = open_picture(Path(path), max_pixels=self.service.limits.pixels)
-        if picture.height * picture.width > self.service.limits.pixels:
-            raise Refused("the picture is too large")
+    async def _taken(self, path: str | None, kind: str) -> tuple[str | None, str]:
+        """Of a picture that was dropped: a copy that any browser shows, None if there is none, and what is told."""
+        if not path:
+            return None, _told(f"Drop a {kind}, then press Restore.")
+        try:
+            return await run_in_threadpool(_shown_picture, path, None, self.service), _told("Ready.")
+        except StableSRKitError as error:
+            return None, _told(_line(error, path), is_wrong=True)
 
 
-def _options(values: dict[str, Any], path: str | None) -> tuple[Command, dict[str, Any]]:
-    """Command and options of the Restore tab's components. path: of the picture, for a longest side."""
+def _options(values: dict[str, Any], size: Callable[[], tuple[int, int]] | None) -> tuple[Command, dict[str, Any]]:
+    """Command and options of a tab's components. size: gives height and width of the input, for a longest side."""
     numbers = ("w", "face-w", "seed")  # of which 0 is one like any other
     options = {name: value for name, value in values.items() if name in numbers or value not in (None, "", 0)}
     longest = options.pop("longest", None)
     if longest:
-        if path is None:
+        if size is None:
             raise Refused("a longest side is for one picture; give a scale")
-        picture = open_picture(Path(path))
-        options["scale"] = longest / max(picture.height, picture.width)
-    has_faces, is_enhanced = options.pop("face", False), options.pop("background", False)
+        options["scale"] = longest / max(size())
+    has_faces, is_enhanced = options.pop("face", False), options.pop("background", "background" not in values)
     face_w = options.pop("face-w", None)
     if has_faces and not is_enhanced:
         scale = options.get("scale", 4)
@@ -635,6 +758,33 @@ def _options(values: dict[str, Any], path: str | None) -> tuple[Command, dict[st
     if options.get("start") == "lq":
         del options["start"]
     return "restore", options
+
+
+def _size_of_picture(path: str) -> tuple[int, int]:
+    picture = open_picture(Path(path))
+    return picture.height, picture.width
+
+
+def _size_of_clip(path: str) -> tuple[int, int]:
+    size = size_of_clip(Path(path), Span(count=1))
+    return size.height, size.width
+
+
+def _clips(job: Job, result: Path) -> str:
+    """A clip and its result beside each other; the first follows the second."""
+    with job.source(0).open("rb") as source:
+        before = job.folder / f"shown{ending_for(source.read(CLIP_START), None)}"
+    if not before.exists():
+        before.hardlink_to(job.source(0))  # under a name by which a browser knows what it is
+    addresses = [f"/gradio_api/file={quote(str(path))}" for path in (before, result)]
+    follow = "const one = this.closest('.clips').querySelector('video'); one.currentTime = this.currentTime;"
+    return (
+        f'<div class="clips"><figure><video src="{addresses[0]}" muted playsinline aria-label="Before" '
+        'onerror="this.parentElement.hidden = true"></video><figcaption>Before</figcaption></figure>'
+        f'<figure><video src="{addresses[1]}" controls playsinline aria-label="After" '
+        f'onplay="{follow} one.play()" onpause="{follow} one.pause()" onseeked="{follow}"></video>'
+        "<figcaption>After</figcaption></figure></div>"
+    )
 
 
 def _parameters_of(provenance: Mapping[str, Any], service: Service) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from PIL import Image
 from stablesr_kit import CodeFormerPipeline
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.web.jobs import Limits
-from stablesr_kit.web.page import build_page
+from stablesr_kit.web.page import _Blocks, build_page
 from stablesr_kit.web.service import Service
+from tests.helpers.clips import moving, write_clip
 from tests.helpers.tiny import tiny_codeformer
 from tests.helpers.web_server import png, served
 
@@ -119,8 +121,8 @@ def test_another_w_is_decoded_again_and_nothing_is_sampled(page: Any, service: S
     before = downloaded(page)
     calls: list[Any] = []
     service._loaded[1].unet.register_forward_pre_hook(lambda *_: calls.append(None))
-    page.get_by_label("number input for w", exact=True).fill("1")
-    page.get_by_label("number input for w", exact=True).press("Tab")
+    page.get_by_label("number input for w", exact=True).first.fill("1")
+    page.get_by_label("number input for w", exact=True).first.press("Tab")
     told(page, "Decoded again in")
     after = downloaded(page)
     assert not calls
@@ -135,14 +137,14 @@ def test_another_w_is_decoded_again_and_nothing_is_sampled(page: Any, service: S
 
 def test_a_dropped_result_sets_its_parameters(page: Any, service: Service) -> None:
     result = (service.folder / "again.png").read_bytes()
-    page.get_by_label("Seed").fill("9")
+    page.get_by_label("Seed").first.fill("9")
     page.get_by_label("Steps").first.fill("7")
     drop(page, result, "again.png")
     told(page, "its parameters are set")
-    assert page.get_by_label("Seed").input_value() == "0"
+    assert page.get_by_label("Seed").first.input_value() == "0"
     assert page.get_by_label("Steps").first.input_value() == "3"
     assert page.get_by_label("Scale", exact=True).first.input_value() == "2"
-    assert page.get_by_label("number input for w", exact=True).input_value() == "1"
+    assert page.get_by_label("number input for w", exact=True).first.input_value() == "1"
 
 
 def test_cancel_stops_soon(page: Any, service: Service) -> None:
@@ -194,6 +196,53 @@ def test_many_pictures_come_back_as_a_zip_with_what_failed(page: Any) -> None:
     page.get_by_text("the file is no picture of a known format").locator("visible=true").first.wait_for()
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "#batch_download"))) as results:
         assert sorted(results.namelist()) == ["a.png", "b.png", "errors.txt"]
+
+
+def test_a_clip_is_restored_shown_and_downloaded(page: Any, service: Service, tmp_path: Path) -> None:
+    page.get_by_role("tab", name="Video").click()
+    page.locator("#video_go").click()
+    told(page, "There is no clip yet; drop one.", "#video_told")
+    drop(page, b"no clip", "talk.mp4", "#clip")
+    assert "/" not in told(page, "talk.mp4: cannot be read as a clip", "#video_told")
+    clip = write_clip(tmp_path / "in.mp4", moving(6, 40, 60), audio_seconds=0.2)
+    drop(page, clip.read_bytes(), "talk.mp4", "#clip")
+    told(page, "Ready.", "#video_told")
+    tab = page.get_by_role("tabpanel").locator("visible=true")
+    tab.get_by_label("Scale", exact=True).fill("2")
+    tab.get_by_label("Steps").fill("2")
+    tab.get_by_label("Steps").press("Tab")
+    page.locator("#video_plan").get_by_text("6 frames of 120 x 80 pixels; plan:").wait_for()
+    page.locator("#video_go").click()
+    told(page, "Done in", "#video_told")
+    result = downloaded(page, "#video_download")
+    job = service.jobs()[-1]
+    assert (job.clip, job.options["steady"], result) == (".mp4", "bands", service.result(job).read_bytes())
+    for name, width in (("Before", 60), ("After", 120)):
+        shown = page.locator("#video_result").get_by_label(name)
+        page.wait_for_function("one => one.readyState >= 2", arg=shown.element_handle())
+        assert shown.evaluate("one => one.videoWidth") == width
+
+
+def test_a_clip_shows_its_progress_and_is_cancelled(page: Any, service: Service) -> None:
+    steps = page.get_by_role("tabpanel").locator("visible=true").get_by_label("Steps")
+    steps.fill("300")
+    steps.press("Tab")
+    page.wait_for_timeout(500)
+    page.locator("#video_go").click()
+    told(page, "Restoring, 0 of 6 frames done:", "#video_told")
+    page.locator("#video_stop").click()
+    told(page, "Cancelled.", "#video_told")
+    assert service.jobs()[-1].state == "cancelled"
+
+
+def test_without_pyav_the_tab_says_what_to_install(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    bare = Service(tmp_path / "bare", models={"tiny": str(model)}, device="cpu")
+    texts = [block.value for block in _Blocks(bare).blocks.blocks.values() if type(block).__name__ == "Markdown"]
+    bare.close()
+    assert "Clips need PyAV, which is not installed: `pip install 'stablesr-kit[video]'`" in texts
 
 
 def test_what_is_painted_over_is_filled_in_and_nothing_else(page: Any) -> None:
