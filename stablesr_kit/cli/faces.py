@@ -108,7 +108,12 @@ def faces(
         ),
     ] = "stablesr",
     face_upsampler: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A network that spandrel loads, to enlarge the restored faces.")
+        str | None,
+        typer.Option(
+            metavar="stablesr|DIR|FILE",
+            help="Enlarges restored faces that the result needs larger: as of --background.",
+            show_default="plain resizing",
+        ),
     ] = None,
     parser: Annotated[
         Path | None,
@@ -167,6 +172,8 @@ def check_options(asked: Mapping[str, Any]) -> None:
         usage_error(f"--max-enlargement {max_enlargement} must be a positive number")
     if not max_identity_distance >= 0:
         usage_error(f"--max-identity-distance {max_identity_distance} must be at least 0; 0.3 is usual")
+    if asked["face_upsampler"] == "none":
+        usage_error("--face-upsampler none: leave the option out; faces are resized then")
     check_face_w(asked["w"], "--w")
     if mode in ("inpaint", "colorize") and asked["model"] is None:
         usage_error(f"--mode {mode} needs --model, a CodeFormer trained for it; the one in the package only restores")
@@ -177,14 +184,16 @@ def work_of(
     asked: Mapping[str, Any],
     load_network: "Callable[[str, torch.device], CodeFormerPipeline]" = load_face_model,
     load_enlarging: "Callable[[str, torch.device], Background] | None" = None,
+    on_face: Callable[[], Any] | None = None,
 ) -> Callable[[Job], Told]:
     """What is done with each picture, with its models loaded; ends the command where that means nothing.
 
-    asked: options of `faces`, by name. load_network, load_enlarging: give the face network and what enlarges photos.
+    asked: options of `faces`, by name. load_network, load_enlarging: give the face network and what enlarges photos and
+    faces. on_face: called after each face of a photo.
 
     Raises ModelNotFoundError, CheckpointError or ConfigError.
     """
-    from stablesr_kit.pipelines.face_parts import SpandrelUpsampler, load_detector, load_parser
+    from stablesr_kit.pipelines.face_parts import load_detector, load_parser
     from stablesr_kit.pipelines.face_refinement import FaceRefinement
 
     mode, w, device = asked["mode"], asked["w"], choose_device(asked["device"])
@@ -199,7 +208,14 @@ def work_of(
     w = 0.5 if w is None else w
     made |= {"w": w, "upscale": asked["upscale"], "background": asked["background"]}
     by_hand = read_given(Path(asked["given"]) if asked["given"] else None, jobs)
-    weights, upsampler = (Path(asked[name]) if asked[name] else None for name in ("detector_weights", "face_upsampler"))
+    weights = Path(asked["detector_weights"]) if asked["detector_weights"] else None
+    load_enlarging = load_enlarging or load_background
+    enlarge = load_enlarging(asked["background"], device)
+    upsampler: Any = None
+    if asked["face_upsampler"] is not None:
+        made |= {"face_upsampler": asked["face_upsampler"]}
+        is_same = asked["face_upsampler"] == asked["background"]
+        upsampler = enlarge if is_same else load_enlarging(asked["face_upsampler"], device)
     stage = FaceRefinement(
         load_network(model, device),
         w,
@@ -209,16 +225,17 @@ def work_of(
         min_eye_distance=asked["min_eye_distance"],
         max_identity_distance=asked["max_identity_distance"],
         max_enlargement=asked["max_enlargement"],
-        upsampler=SpandrelUpsampler(upsampler, device) if upsampler else None,
+        upsampler=upsampler,
         draw_boxes=asked["draw_box"],
     )
     return partial(
         restore_photo,
         stage=stage,
-        enlarge=(load_enlarging or load_background)(asked["background"], device),
+        enlarge=enlarge,
         upscale=asked["upscale"],
         by_hand=by_hand,
         save_crops=asked["save_crops"],
+        on_face=on_face,
         provenance=made if asked["provenance"] else None,
     )
 
@@ -230,6 +247,7 @@ def restore_photo(
     upscale: float,
     by_hand: "dict[str, list[Box | Points]]",
     save_crops: bool,
+    on_face: Callable[[], Any] | None = None,
     provenance: "Mapping[str, Any] | None" = None,
 ) -> Told:
     """Enlarge a photo, restore its faces, write it. Raises StableSRKitError."""
@@ -255,6 +273,8 @@ def restore_photo(
             reports.append(face_report)
             if save_crops:
                 write_crops(crops, len(reports), face)
+            if on_face is not None:
+                on_face()
         restored = neutral_like(View(torch.from_numpy(canvas).permute(2, 0, 1)[None]), View(lq))
         bands = pixel_bands(restored, output_dtype(job.target, picture))
         write_bands(job.target, bands, height, width, picture, provenance=provenance)
@@ -308,7 +328,7 @@ def place_by_hand(
 
 
 def load_background(name: str, device: "torch.device") -> "Background":
-    """What enlarges the photos. Raises ConfigError, CheckpointError or ModelNotFoundError."""
+    """What enlarges photos, or restored faces. Raises ConfigError, CheckpointError or ModelNotFoundError."""
     from stablesr_kit.imaging.resizing import resize_bicubic
     from stablesr_kit.pipelines.face_parts import SpandrelUpsampler, StableSRBackground
 
@@ -317,7 +337,10 @@ def load_background(name: str, device: "torch.device") -> "Background":
     if Path(name).is_file():
         return SpandrelUpsampler(Path(name), device)
     if name != "stablesr" and not Path(name).is_dir():
-        usage_error(f"--background {name}: no such file or folder; give stablesr, none, a StableSR folder or a network")
+        usage_error(
+            f"--background or --face-upsampler {name}: no such file or folder; give stablesr, a StableSR folder or a "
+            "network; or --background none"
+        )
     model = "mini" if name == "stablesr" else name
     pipeline = load_pipeline(model, device, choose_dtype("auto", device))
     pipeline.set_progress_bar_config(disable=True)

@@ -3,8 +3,9 @@ before its faces are put back: plain resizing, StableSR, or any network of spand
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from stablesr_kit.imaging.resizing import resize_bicubic
 from stablesr_kit.spaces import image_to_unit, unit_to_image
 
 if TYPE_CHECKING:
+    from stablesr_kit.pipelines.one_step import OneStepPipeline
     from stablesr_kit.pipelines.stablesr import StableSRPipeline
 
 DetectorName = Literal["mtcnn", "retinaface", "yunet"]
@@ -91,17 +93,41 @@ class Background(Protocol):
 
 
 class StableSRBackground:
-    """The photo restored by a StableSRPipeline, with the same noise for every photo."""
+    """The photo restored by a pipeline, with the same noise for every photo; as an upsampler, likewise each face.
 
-    def __init__(self, pipeline: "StableSRPipeline", w: float | None = None, seed: int = 0) -> None:
-        self.pipeline, self.w, self.seed = pipeline, w, seed
+    w: None is the model's own, and the only one of one-step models. progress: as a pipeline's `Job` takes it.
+    """
 
-    def __call__(self, image: Tensor, height: int, width: int) -> Tensor:
-        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1]."""
+    def __init__(
+        self,
+        pipeline: "StableSRPipeline | OneStepPipeline",
+        w: float | None = None,
+        seed: int = 0,
+        progress: "Callable[[str, int, str], Any] | None" = None,
+    ) -> None:
+        self.pipeline, self.w, self.seed, self.progress = pipeline, w, seed, progress
+
+    def __call__(self, image: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """The image (B, 3, h, w) at the size (B, 3, height, width), both in [-1, 1].
+
+        Without a size, as FaceRefinement's `upsampler` is called, it is enlarged by the model's working scale, and at
+        least twice.
+        """
+        from stablesr_kit.pipelines.job import Job
+
+        if height is None or width is None:
+            factor = max(self.pipeline.config.working_scale, 2)
+            height, width = (round(side * factor) for side in image.shape[-2:])
         generator = torch.Generator().manual_seed(self.seed)
-        unit = image_to_unit(image)
+        options = {} if self.w is None else {"w": self.w}
         restored = self.pipeline(
-            unit, w=self.w, height=height, width=width, generator=generator, output_type="pt"
+            image_to_unit(image),
+            height=height,
+            width=width,
+            generator=generator,
+            output_type="pt",
+            job=Job(progress=self.progress),
+            **options,
         ).images
         return kept_grey(unit_to_image(restored.cpu().float()), image)
 

@@ -93,7 +93,7 @@ class FaceRefinement:
             is for the structural distance: 99 % of faithful restorations of faces down to 16 pixels are below 0.26,
             99 % of pairs of different people above 0.31.
         embedder: measures the identity distance by face recognition instead of structure.
-        upsampler: enlarges the restored faces further.
+        upsampler: enlarges restored faces that the result needs larger than the restorer makes them.
         max_enlargement: faces that would be enlarged more are left alone, unless there is an upsampler or they are
             given by hand; None is the restorer's own limit.
         mask: "oval" leaves hair and background alone; "square" is the published mask.
@@ -201,7 +201,7 @@ class FaceRefinement:
             if is_too_large:
                 face = face._replace(w=None)
             if face.w is not None:
-                self._paste(picture, face, scale)
+                self._paste(picture, face, scale, is_enlarged=bool(enlargement > 1))
             yield self._report(face, given is not None, is_too_large), face
 
     def restore_crops(self, picture: NDArray[np.float32], faces: Sequence[Face]) -> Iterator["RestoredFace"]:
@@ -236,9 +236,11 @@ class FaceRefinement:
         restored = image_to_levels(self.restorer.restore(levels_to_image(aligned), w=w).float().clamp(-1, 1))
         return np.stack([match_grey(*pair) for pair in zip(restored, aligned, strict=True)]) if grey else restored
 
-    def _paste(self, picture: NDArray[np.float32], face: "RestoredFace", scale: tuple[float, float]) -> None:
+    def _paste(
+        self, picture: NDArray[np.float32], face: "RestoredFace", scale: tuple[float, float], is_enlarged: bool
+    ) -> None:
         values = levels_to_image(face.restored[None])[0].permute(1, 2, 0).numpy()
-        if self.upsampler is not None:
+        if self.upsampler is not None and is_enlarged:
             image = torch.from_numpy(values).permute(2, 0, 1)[None]
             values = self.upsampler(image)[0].float().cpu().permute(1, 2, 0).contiguous().numpy()
         parsed = parsed_mask(self.parser.parse(face.restored[None])[0]) if self.parser is not None else None

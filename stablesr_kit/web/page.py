@@ -533,6 +533,9 @@ class _Blocks:
                 with gr.Group() as of_whole:
                     upscale = gr.Number(2, label="Scale", minimum=0.1, maximum=8, step=0.5)
                     background = gr.Checkbox(True, label="Restore the background as well", info="Off: only enlarged")
+                    upsampled = gr.Checkbox(
+                        False, label="Enlarge the faces by the model as well", info="For large faces; off: only resized"
+                    )
                     draw_box = gr.Checkbox(False, label="Outline the faces in the result")
                     find = gr.Button("Find the faces", size="sm", elem_id="find")
                     boxes = gr.Dataframe(
@@ -599,6 +602,7 @@ class _Blocks:
             strength: float,
             times: float,
             is_enhanced: bool,
+            is_upsampled: bool,
             is_drawn: bool,
             rows: list[list[Any]] | None,
             editor: dict[str, Any] | None,
@@ -612,7 +616,7 @@ class _Blocks:
             try:
                 if what == "whole":
                     asked |= {"upscale": times, "background": "stablesr" if is_enhanced else "none"}
-                    asked |= {"draw-box": is_drawn}
+                    asked |= {"draw-box": is_drawn} | ({"face-upsampler": "stablesr"} if is_upsampled else {})
                     given = [row for row in rows or [] if any(cell not in (None, "") for cell in row)]
                     if given:
                         asked["faces"] = [{"box": [float(cell) for cell in row]} for row in given]
@@ -633,7 +637,7 @@ class _Blocks:
         picture.change(take, [picture, mode], [found, boxes, job, slider, painted, told], **quiet)
         mode.change(of_mode, mode, [of_whole, painted, found, w], **quiet)
         find.click(look, picture, [boxes, found, told], **quiet)
-        inputs = [picture, mode, model, w, upscale, background, draw_box, boxes, painted]
+        inputs = [picture, mode, model, w, upscale, background, upsampled, draw_box, boxes, painted]
         outputs = [part for part in shown if part is not None]
         go.click(restore, inputs, outputs, trigger_mode="multiple", **quiet)
         stop.click(self._cancel, job, told, **quiet)

@@ -84,7 +84,7 @@ OPTIONS: Mapping[Command, Sequence[str]] = {
     ).split(),
     "faces": (
         "mode model w only-center only-largest min-eye-distance max-identity-distance max-enlargement upscale "
-        "background draw-box faces"
+        "background face-upsampler draw-box faces"
     ).split(),
 }
 """What may be asked for; the commands' other options name files or belong to whoever runs the server."""
@@ -98,6 +98,7 @@ TURN_S = 30.0
 """After which a clip lets other jobs have their turn."""
 # Of a call's time, where its parts begin: a guess, good enough for a bar. And likewise of a clip.
 PARTS = {"encoding": (0.0, 0.06), "sampling": (0.06, 0.85), "decoding": (0.85, 0.99)}
+FACES_FROM = 0.8  # of a photo's time, where its background is enlarged
 CLIP_PARTS = {"reading": (0.0, 0.01), "restoring": (0.01, 0.98), "writing": (0.98, 0.99)}
 
 
@@ -288,6 +289,8 @@ class Service:
                 check_container(value)
             elif name == "background" and value not in ("stablesr", "none"):
                 raise Refused("option background: give stablesr or none")
+            elif name == "face-upsampler" and value != "stablesr":
+                raise Refused("option face-upsampler: give stablesr, or leave it out")
             else:
                 arguments.append(f"--{name}={value}")
         if "model" not in options and (command == "restore" or next(iter(models)) != "mini"):
@@ -367,8 +370,6 @@ class Service:
                 self._forget(job)
                 return
             job.is_cancelled = True
-            if job.command == "faces" and job.state == "running" and self._loaded is not None:
-                self._loaded[1]._interrupt = True  # the photo's enlargement skips its steps, and is thrown away
             queue = self._queues.get(job.user, deque())
             is_waiting = job in queue
             if is_waiting:
@@ -585,6 +586,7 @@ class Service:
         mask, given = job.folder / MASK, job.folder / GIVEN
         asked |= {"mask": mask if mask.is_file() else None, "given": given if given.is_file() else None}
         bars = _Bars(self, job, index)
+        bars.check()
 
         def enlarging(name: str, _device: "torch.device") -> "Background":
             from stablesr_kit.imaging.resizing import resize_bicubic
@@ -594,10 +596,14 @@ class Service:
                 return resize_bicubic
             pipeline = self._pipeline(restoring_of(picture_job.folder, self.asked("restore", {}), _digest))
             pipeline.set_progress_bar_config(disable=True)
-            return StableSRBackground(pipeline)
+            return StableSRBackground(pipeline, progress=bars)
 
-        bars("encoding", 1, "picture").update()  # so that a job that is cancelled does not begin
-        work = work_of([picture_job], asked, self._faces, enlarging)
+        def on_face() -> None:
+            bars.begin, bars.end = FACES_FROM, 1.0  # what is restored from here on are faces that are enlarged
+            bars.show("faces", 0)
+
+        bars.end = FACES_FROM
+        work = work_of([picture_job], asked, self._faces, enlarging, on_face)
         self._note(job, index, work(picture_job))
 
     def _redecode(self, job: Job, w: float | None, color_fix: str, face_w: float) -> Path:
@@ -790,11 +796,15 @@ class Service:
 
 
 class _Bars:
-    """Bars for a pipeline's call, which tell a job's progress and stop it where it is cancelled."""
+    """Bars for a pipeline's call, which tell a job's progress and stop it where it is cancelled.
+
+    begin, end: shares of the picture's time in which the call is.
+    """
 
     def __init__(self, service: Service, job: Job, index: int = 0) -> None:
         self.service, self.job, self.index = service, job, index
         self.began = time.perf_counter()
+        self.begin, self.end = 0.0, 1.0
 
     def __call__(self, doing: str, total: int, unit: str) -> "Bar":
         from stablesr_kit.pipelines.job import Bar
@@ -805,14 +815,14 @@ class _Bars:
         """Tell how much of a part is done. Raises Stopped."""
         self.check()
         first, last = PARTS.get(doing, (0.0, 0.99))
-        fraction = first + (last - first) * min(share, 1.0)
+        fraction = self.begin + (self.end - self.begin) * (first + (last - first) * min(share, 1.0))
         passed_s = time.perf_counter() - self.began
         eta_s = passed_s * (1 - fraction) / fraction if fraction > PARTS["sampling"][0] else None
         count = len(self.job.names)
         self.service._tell(
             self.job,
             doing=doing if count == 1 else f"{doing}, picture {self.index + 1} of {count}",
-            progress=(self.index + fraction) / count,
+            progress=max(self.job.progress, (self.index + fraction) / count),
             eta_s=eta_s,
         )
 

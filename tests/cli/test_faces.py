@@ -139,6 +139,24 @@ def test_the_background_is_enlarged_by_stablesr(model: Path, photo: Path, tmp_pa
     assert np.ptp(pixels_of(tmp_path / "out.png"), axis=-1).max() == 0
 
 
+def test_a_large_face_is_enlarged_by_stablesr_and_a_small_one_is_not(
+    model: Path, photo: Path, landmarks: Path, tmp_path: Path
+) -> None:
+    upsampler = tmp_path / "stablesr"
+    tiny_pipeline(with_text=False).save_pretrained(upsampler)
+    arguments = ("--model", model, "--background", "none", "--given", landmarks, "--max-identity-distance", "inf")
+    for upscale, is_larger in ((1, True), (0.2, False)):
+        for name, option in (("plain", ()), ("enlarged", ("--face-upsampler", upsampler))):
+            result = faces(photo, "-o", tmp_path / f"{name}.png", *arguments, "--upscale", upscale, *option)
+            assert result.exit_code == 0, result.stderr
+        differs = (pixels_of(tmp_path / "plain.png") != pixels_of(tmp_path / "enlarged.png")).any(-1)
+        assert differs.any() == is_larger
+        assert not differs[0].any()
+    made = read_provenance(tmp_path / "enlarged.png")
+    assert made is not None
+    assert made["face_upsampler"] == str(upsampler)
+
+
 def test_a_face_of_20_pixels_is_found(model: Path, photo: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.png"
     Image.open(photo).resize((72, 72), Image.Resampling.BOX).save(small)
@@ -369,7 +387,9 @@ def test_a_face_model_that_computes_no_numbers_is_one_line_for_each_photo(
         (("--only-center", "--only-largest"), "exclude each other"),
         (("--upscale", "0"), "--upscale 0.0 must be a positive number"),
         (("--w", "1.5"), "--w 1.5 must be a number from 0 (quality) to 1 (fidelity)"),
-        (("--background", "nowhere"), "--background nowhere: no such file or folder"),
+        (("--background", "nowhere"), "--face-upsampler nowhere: no such file or folder"),
+        (("--face-upsampler", "nowhere", "--background", "none"), "--face-upsampler nowhere: no such file or folder"),
+        (("--face-upsampler", "none"), "--face-upsampler none: leave the option out"),
         (("--model", "/nowhere/at/all"), "'/nowhere/at/all' is neither"),
     ],
 )

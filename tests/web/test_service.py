@@ -19,6 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from stablesr_kit import CodeFormerPipeline
 from stablesr_kit.errors import JobError, StableSRKitError
 from stablesr_kit.imaging.metadata import read_provenance
 from stablesr_kit.web.api import COOKIE, build_app
@@ -26,6 +27,7 @@ from stablesr_kit.web.jobs import ENDED, Job, Limits, QueueFull, Refused, Upload
 from stablesr_kit.web.service import Service, metrics
 from tests.helpers.cli_runs import stablesr
 from tests.helpers.clips import moving, write_clip
+from tests.helpers.tiny import tiny_codeformer
 from tests.helpers.web_server import png, served
 
 OPTIONS = {"scale": 2, "steps": 3}
@@ -409,6 +411,42 @@ def test_what_is_no_clip_for_this_server_is_refused(
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(StableSRKitError, match=r"clips need PyAV; install stablesr-kit\[video\]"):
         service.submit([upload(clip)], CLIP)
+
+
+def test_the_background_of_a_photo_and_its_faces_are_enlarged_with_progress_and_can_be_stopped(
+    make: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CodeFormerPipeline(tiny_codeformer()).save_pretrained(tmp_path / "faces")
+    service = make(face_models={"tiny": str(tmp_path / "faces")})
+    told: list[tuple[str, float]] = []
+    tell = service._tell
+
+    def listening(job: Job, **values: Any) -> None:
+        tell(job, **values)
+        told.append((job.doing, job.progress))
+
+    monkeypatch.setattr(service, "_tell", listening)
+    service.start()
+    options = {"upscale": 2, "faces": [{"box": [2, 2, 38, 38]}], "max-identity-distance": "inf"}
+    plain, whole = (
+        service.submit([upload(png(40, 40))], {**options, **more}, command="faces")
+        for more in ({}, {"face-upsampler": "stablesr"})
+    )
+    wait(service, plain, whole)
+    assert [job.state for job in (plain, whole)] == ["done", "done"], service.told(whole)
+    assert {"encoding", "sampling", "decoding", "faces"} <= {doing for doing, _ in told}
+    made = [np.asarray(Image.open(service.result(job))) for job in (plain, whole)]
+    assert made[0].shape == made[1].shape == (80, 80, 3)
+    assert not np.array_equal(*made)
+    slow = service.submit([upload(png(200, 200))], {**options, "upscale": 8}, command="faces")
+    while slow.doing != "sampling":
+        time.sleep(0.01)
+    began = time.monotonic()
+    service.cancel(slow)
+    wait(service, slow)
+    assert (slow.state, time.monotonic() - began < 10) == ("cancelled", True)
+    with pytest.raises(Refused, match="option face-upsampler: give stablesr, or leave it out"):
+        service.submit([upload()], {"face-upsampler": "/etc/passwd"}, command="faces")
 
 
 def test_the_examples_of_the_documentation_run(
