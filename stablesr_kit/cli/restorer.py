@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -379,6 +380,7 @@ def run_on_ray(jobs: list[Job], restoring: Restoring, report: Report, workers: i
     workers: number of actors; None is up to one per picture, as the cluster allows. Each takes a whole accelerator if
     the model runs on one. Ends the command if Ray is not installed.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     try:
         import ray
         import ray.data

@@ -6,8 +6,10 @@ import socket
 import sys
 import threading
 import webbrowser
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -47,6 +49,21 @@ def web(
     max_upload: Annotated[int, typer.Option(metavar="MB", help="Of one file.", min=1)] = 200,
     keep_hours: Annotated[float, typer.Option(help="How long results are kept.", min=0.0)] = 24.0,
     keep_gb: Annotated[float, typer.Option(help="Room for jobs and results; the oldest go first.", min=0.0)] = 10.0,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Also open addresses that begin so, such as http://127.0.0.1:8000; loopback only, can be given again.",
+            show_default="none",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["here", "ray"],
+        typer.Option(help="Where pictures are restored: in this process, or on a Ray cluster (RAY_ADDRESS)."),
+    ] = "here",
+    workers: Annotated[
+        int | None, typer.Option(help="Number of workers for --engine ray.", show_default="as the cluster allows")
+    ] = None,
 ) -> None:
     """Serve a page to restore pictures in, and an HTTP API (its description is at /docs).
 
@@ -55,7 +72,7 @@ def web(
     quieten_imports()
     try:
         from stablesr_kit.web.api import LOOPBACK, build_app, serve
-        from stablesr_kit.web.jobs import Limits
+        from stablesr_kit.web.jobs import Limits, origin_of
         from stablesr_kit.web.service import Service
     except ImportError as error:
         usage_error(f"the page needs {error.name}, which is not installed: pip install 'stablesr-kit[web]'")
@@ -63,8 +80,22 @@ def web(
         token = secrets.token_urlsafe(16)
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token and token):
         usage_error("--token must be of letters, digits and signs, without spaces")
+    origins = [origin_of(one) for one in allow_url or []]
+    for one, origin in zip(allow_url or [], origins, strict=True):
+        if origin is None or urlsplit(one).path.strip("/") or host not in LOOPBACK:
+            usage_error(
+                f"--allow-url {one} must be such as http://127.0.0.1:8000, without a path, and --host on loopback"
+            )
+    if workers is not None and (workers < 1 or engine != "ray"):
+        usage_error(f"--workers {workers} must be at least 1, with --engine ray; leave it out otherwise")
+    if engine == "ray" and find_spec("ray") is None:
+        usage_error("--engine ray needs Ray, which is not installed: pip install 'stablesr-kit[ray]'")
     limits = Limits(
-        queue=queue, upload_bytes=max_upload * 2**20, keep_s=keep_hours * 3600, keep_bytes=int(keep_gb * 10**9)
+        queue=queue,
+        upload_bytes=max_upload * 2**20,
+        origins=tuple(filter(None, origins)),
+        keep_s=keep_hours * 3600,
+        keep_bytes=int(keep_gb * 10**9),
     )
     with failing_in_one_line():
         service = Service(
@@ -74,6 +105,8 @@ def web(
             device=device,
             dtype=dtype,
             limits=limits,
+            engine=engine,
+            workers=workers,
         )
     taken = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from stablesr_kit.cli.messages import one_line
 from stablesr_kit.errors import StableSRKitError
 from stablesr_kit.version import __version__
-from stablesr_kit.web.jobs import ENDED, Job, QueueFull, Refused, Upload
+from stablesr_kit.web.jobs import ENDED, Job, QueueFull, Refused, Upload, fetched
 from stablesr_kit.web.service import Service, metrics
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,8 @@ def add_routes(app: FastAPI, service: Service, page: "_Page") -> None:
     @app.post("/api/jobs", status_code=202, summary="Hand in a picture, several, or a zip of them")
     def submit(
         request: fastapi.Request,
-        file: Annotated[list[UploadFile], File(description="Pictures, or zips of pictures.")],
+        file: Annotated[list[UploadFile] | None, File(description="Pictures, zips of pictures, or one clip.")] = None,
+        url: Annotated[str, Form(description="Address of a file, if the server opens some (--allow-url).")] = "",
         options: Annotated[
             str, Form(description='JSON, by the command\'s option names: {"scale": 2, "w": 0.5}')
         ] = "{}",
@@ -169,10 +170,14 @@ def add_routes(app: FastAPI, service: Service, page: "_Page") -> None:
             raise Refused(f"options: not JSON ({one_line(error)})") from error
         if not isinstance(asked, dict):
             raise Refused(f"options: a {type(asked).__name__} is given, expected an object of options")
-        given = [Upload(one.filename or "", one.file) for one in file]
         hole = None if mask is None else Upload(mask.filename or "", mask.file)
         whose = user or (request.client.host if request.client else "")
-        job = service.submit(given, asked, command=command, user=whose, mask=hole)  # type: ignore[arg-type]
+        with contextlib.ExitStack() as stack:
+            given = [Upload(one.filename or "", one.file) for one in file or []]
+            if url:
+                given.append(fetched(url, service.limits))
+                stack.callback(given[-1].content.close)
+            job = service.submit(given, asked, command=command, user=whose, mask=hole)  # type: ignore[arg-type]
         return service.told(job)
 
     @app.get("/api/jobs", summary="All jobs, as they were accepted")

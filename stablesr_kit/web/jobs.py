@@ -6,6 +6,8 @@ ID/out/0000.png the results, with the journal of `stablesr restore`; that of a c
 """
 
 import json
+import tempfile
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
@@ -28,6 +31,8 @@ Command = Literal["restore", "faces"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
 COPIED_BYTES = 2**20
+FETCHED_WITHIN_S, FETCHED_GAP_S = 60.0, 10.0
+"""How long an address may take to send a file, and how long it may pause."""
 CLIP_START = 400
 """Number of first bytes that show whether a file is a clip."""
 CLIP_STARTS = (
@@ -75,6 +80,7 @@ class Limits:
     pictures: of one job.
     pixels: of one picture or frame, and result_pixels: of its result.
     clip_pixels: of all frames of a clip's result.
+    origins: such as http://127.0.0.1:8000, of the addresses that are opened; those of others are refused.
     keep_s, keep_bytes: after which age ended jobs go, and when all take more, the oldest of them first.
     """
 
@@ -84,6 +90,7 @@ class Limits:
     pixels: int = MAX_PIXELS
     result_pixels: int = 4 * MAX_PIXELS
     clip_pixels: int = 50 * 10**9
+    origins: tuple[str, ...] = ()
     keep_s: float = 24 * 3600.0
     keep_bytes: int = 10 * 10**9
 
@@ -184,6 +191,52 @@ def take_in(folder: Path, uploads: Sequence[Upload], scale: float, limits: Limit
     if len(errors) == len(names):
         raise Refused(one_line(f"{names[0]}: {errors[0]}"))
     return names, errors
+
+
+def origin_of(address: str) -> str | None:
+    """Scheme, host and port of an address of the web, as `Limits.origins` has them; None for any other."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    return f"{parts.scheme}://{parts.hostname}:{port}" if parts.hostname and parts.username is None else None
+
+
+def fetched(address: str, limits: Limits) -> Upload:
+    """The file at an address that may be opened. No redirect is followed, and no proxy is used. Raises Refused."""
+    import httpx
+
+    if not limits.origins:
+        raise Refused("this server opens no addresses; send the file (stablesr web --allow-url opens some)", 403)
+    if origin_of(address) not in limits.origins:
+        raise Refused(f"that address is not opened here; give one of {', '.join(limits.origins)}", 403)
+    content = tempfile.SpooledTemporaryFile(max_size=COPIED_BYTES)
+    end = time.monotonic() + FETCHED_WITHIN_S
+    try:
+        with (
+            httpx.Client(trust_env=False, timeout=FETCHED_GAP_S) as client,
+            client.stream("GET", address, headers={"accept-encoding": "identity"}) as answer,
+        ):
+            if answer.status_code != 200:
+                more = "; redirects are not followed, give where it leads to" if answer.is_redirect else ""
+                raise Refused(f"the address answers {answer.status_code}{more}")
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise Refused("the address sends packed content, which is not unpacked; give the file itself")
+            for block in answer.iter_raw(COPIED_BYTES):
+                content.write(block)
+                if content.tell() > limits.upload_bytes:
+                    raise Refused(f"the file has more than {limits.upload_bytes >> 20} MB; scale it first", 413)
+                if time.monotonic() > end:
+                    raise Refused(f"the address did not send all within {FETCHED_WITHIN_S:.0f} s; send the file", 408)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        content.close()
+        raise Refused(f"the address cannot be opened ({one_line(error) or type(error).__name__})") from error
+    except Refused:
+        content.close()
+        raise
+    content.seek(0)
+    return Upload(unquote(urlsplit(address).path), content)
 
 
 def copy(upload: Upload, path: Path, limits: Limits) -> int:

@@ -715,7 +715,7 @@ class _Blocks:
 
     async def _plan(self, path: str | None, plan_of: Callable[[str], str]) -> str:
         """The line that says before the start what will be made of a file, and what it takes."""
-        if not path:
+        if not path or self.service.engine == "ray":  # where the model is not here
             return ""
         if self.service.model_state != "ready" or self.service.is_busy:
             return "The plan is told when the model is free."

@@ -18,10 +18,10 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -33,7 +33,7 @@ from stablesr_kit.cli.clips import clip_settings, run_clip, span_of
 from stablesr_kit.cli.faces import check_options as check_faces_options
 from stablesr_kit.cli.faces import work_of
 from stablesr_kit.cli.jobs import Job as PictureJob
-from stablesr_kit.cli.jobs import Told
+from stablesr_kit.cli.jobs import Report, Told
 from stablesr_kit.cli.journal import JOBS_FOLDER, Journal
 from stablesr_kit.cli.messages import UsageError, one_line
 from stablesr_kit.cli.restore import check_components, restoring_of, with_preset
@@ -122,6 +122,8 @@ class Service:
         models: names that people may ask for -> what `--model` takes; the first is the default.
         face_models: likewise of CodeFormer.
         device, dtype: as of `stablesr restore`.
+        engine, workers: likewise, of pictures; with "ray" the pictures of a job go to the cluster together. Clips and
+            the command faces are done here.
 
     Raises:
         JobError: another server has the folder.
@@ -136,12 +138,15 @@ class Service:
         device: str = "auto",
         dtype: str = "auto",
         limits: Limits | None = None,
+        engine: Literal["here", "ray"] = "here",
+        workers: int | None = None,
     ) -> None:
         self.folder = folder
         self.models = dict(models or {"mini": "mini"})
         self.face_models = dict(face_models or {"mini": "mini"})
         self.device, self.dtype = device, dtype
         self.limits = limits or Limits()
+        self.engine, self.workers = engine, workers
         self.model_state = "not loaded"
         self.counts: dict[str, float] = dict.fromkeys(("accepted", "refused", "pictures", "seconds", *ENDED), 0)
         self.started = time.time()
@@ -440,9 +445,9 @@ class Service:
     def _work(self) -> None:
         try:
             self.model_state = "loading"
-            asked = self.asked("restore", {})
-            restoring = restoring_of(self.folder, asked, _digest)
-            self._pipeline(restoring)
+            if self.engine == "here":
+                asked = self.asked("restore", {})
+                self._pipeline(restoring_of(self.folder, asked, _digest))
             self.model_state = "ready"
         except Exception as error:
             self.model_state = f"failed: {self._line(error)}"
@@ -478,13 +483,17 @@ class Service:
         return job
 
     def _do_next_picture(self, job: Job) -> None:
-        """One picture of a job, which is then ended or waits for its next turn."""
+        """One picture of a job, which is then ended or waits for its next turn; on a cluster, all that are left."""
         left = [index for index in range(job.done, len(job.names)) if index not in job.errors]
         if left:
             job.state, job.done = "running", left[0]
             began = time.perf_counter()
             try:
-                self._do(job, left[0])
+                if self.engine == "ray" and job.command == "restore" and not job.clip:
+                    self._do_on_ray(job, left)
+                    left = left[-1:]
+                else:
+                    self._do(job, left[0])
             except Stopped:
                 if not job.is_cancelled:
                     self._put_back(job)
@@ -540,6 +549,24 @@ class Service:
             shutil.rmtree(picture_job.folder / JOBS_FOLDER, ignore_errors=True)
             picture_job.target.unlink(missing_ok=True)
             self._restore(job, index, picture_job, restoring)
+
+    def _do_on_ray(self, job: Job, left: list[int]) -> None:
+        """Restore pictures of a job on the cluster, but for those whose results are there."""
+        from stablesr_kit.cli.restorer import run_on_ray
+
+        folder = job.folder / "out"
+        jobs = {
+            index: PictureJob(source=job.source(index), target=job.target(index), companion=None, folder=folder)
+            for index in left
+        }
+        restoring = restoring_of(folder, self.asked(job.command, job.options), _digest)
+        journal = Journal(folder, restoring.settings)
+        journal.remove_stale_locks()
+        report = _RayReport("restored", service=self, job=job)
+        todo = [one for one in jobs.values() if not journal.is_finished(one.source, one.results)]
+        report.left = len(todo)
+        if todo:
+            run_on_ray(todo, restoring, report, self.workers)
 
     def _do_clip(self, job: Job, asked: dict[str, Any]) -> None:
         """Restore a clip as the command does, from where it stood before a kill or another's turn."""
@@ -793,6 +820,34 @@ class Service:
                 text = text.replace(str(path), job.names[index])
             text = text.removeprefix(f"{job.names[index]}: ")
         return one_line(text.replace(str(self.folder), "").replace(str(Path.home()), "~"))
+
+
+@dataclass
+class _RayReport(Report):
+    """Tells a job what became of its pictures, as they come from the cluster."""
+
+    service: Service = field(kw_only=True)
+    job: Job = field(kw_only=True)
+    left: int = 0
+
+    def finish(self, job: PictureJob, told: Told | None = None, seconds: float | None = None) -> None:  # noqa: ARG002
+        """Count a picture that is done. Raises Stopped."""
+        self.service._note(self.job, int(job.source.name), told or Told([], {}))
+        self._count()
+
+    def fail(self, error: StableSRKitError, source: Path | None = None) -> None:
+        """Keep the line for a picture that failed. Raises Stopped."""
+        assert source is not None
+        index = int(source.name)
+        self.job.errors[index] = self.service._line(error, self.job, index)
+        self._count()
+
+    def _count(self) -> None:
+        if self.job.is_cancelled or self.service._is_closing:
+            raise Stopped
+        self.left -= 1
+        count = len(self.job.names)
+        self.service._tell(self.job, doing=f"restoring {self.left} on the cluster", progress=1 - self.left / count)
 
 
 class _Bars:

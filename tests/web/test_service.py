@@ -7,9 +7,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +449,103 @@ def test_the_background_of_a_photo_and_its_faces_are_enlarged_with_progress_and_
     assert (slow.state, time.monotonic() - began < 10) == ("cancelled", True)
     with pytest.raises(Refused, match="option face-upsampler: give stablesr, or leave it out"):
         service.submit([upload()], {"face-upsampler": "/etc/passwd"}, command="faces")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The origin of another server: a picture, a redirect to it, what is large and what is packed."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            statuses = {"/there": 302, "/nothing": 404}
+            self.send_response(statuses.get(self.path, 200))
+            if self.path == "/there":
+                self.send_header("location", "/a%20photo.png")
+            if self.path == "/packed":
+                self.send_header("content-encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(bytes(3 * 2**20) if self.path == "/large" else png())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+        thread.join()
+
+
+def test_an_address_is_opened_only_where_that_is_allowed(make: Callable[..., Service], elsewhere: str) -> None:
+    service = make(limits=Limits(upload_bytes=2**20, origins=(elsewhere,)))
+    client = TestClient(build_app(service), base_url="http://127.0.0.1")
+
+    def submitted(address: str) -> Any:
+        return client.post("/api/jobs", data={"url": address, "options": json.dumps(OPTIONS)})
+
+    taken = submitted(f"{elsewhere}/a%20photo.png")
+    assert taken.status_code == 202, taken.text
+    job = service.job(taken.json()["id"])
+    assert (job.names, job.source(0).read_bytes()) == (["a photo.png"], png())
+    port = elsewhere.rpartition(":")[2]
+    for address, status, line in (
+        (f"{elsewhere}/there", 422, "the address answers 302; redirects are not followed, give where it leads to"),
+        (f"{elsewhere}/nothing", 422, "the address answers 404"),
+        (f"{elsewhere}/large", 413, "the file has more than 1 MB"),
+        (f"{elsewhere}/packed", 422, "the address sends packed content"),
+        (f"http://localhost:{port}/a.png", 403, "that address is not opened here; give one of http://127.0.0.1:"),
+        (f"http://127.0.0.1:{port}@evil.example/a.png", 403, "that address is not opened here"),
+        (f"http://me:secret@127.0.0.1:{port}/a.png", 403, "that address is not opened here"),
+        (f"https://127.0.0.1:{port}/a.png", 403, "that address is not opened here"),
+        ("http://127.0.0.1:1/a.png", 403, "that address is not opened here"),
+        ("file:///etc/passwd", 403, "that address is not opened here"),
+        ("http://[", 403, "that address is not opened here"),
+    ):
+        refused = submitted(address)
+        assert (refused.status_code, refused.json()["detail"][: len(line)]) == (status, line), address
+    shut = Limits()
+    object.__setattr__(service, "limits", shut)
+    assert "this server opens no addresses; send the file" in submitted(f"{elsewhere}/a%20photo.png").text
+    assert len(service.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--allow-url", "file:///tmp"), "--allow-url file:///tmp must be such as http://127.0.0.1:8000"),
+        (("--allow-url", "http://127.0.0.1/x"), "--allow-url http://127.0.0.1/x must be such as"),
+        (("--allow-url", "http://127.0.0.1", "--host", "0.0.0.0"), "and --host on loopback"),
+        (("--workers", "2"), "--workers 2 must be at least 1, with --engine ray"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused_in_one_line(options: tuple[str, ...], line: str) -> None:
+    result = stablesr("web", "--no-browser", *options)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert line in result.stderr
+
+
+def test_a_job_on_a_cluster_has_the_bytes_of_the_command_line(
+    make: Callable[..., Service], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="pip install 'stablesr-kit[ray]'")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    service = make(engine="ray", workers=1)
+    job = service.submit([upload(), upload(png(9, 9, seed=1)), upload(b"no picture")], OPTIONS)
+    service.start()
+    try:
+        wait(service, job)
+    finally:
+        ray.shutdown()
+    assert (job.state, list(job.errors), job.progress) == ("done", [2], 1)
+    assert service._loaded is None
+    for index in (0, 1):
+        (tmp_path / "a.png").write_bytes(job.source(index).read_bytes())
+        arguments = ("--scale", 2, "--steps", 3, "--model", model, "--device", "cpu")
+        assert stablesr("restore", tmp_path / "a.png", "-o", tmp_path / "b.png", *arguments).exit_code == 0
+        assert job.target(index).read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(Refused, match="not kept any more"):
+        service.redecode(job, 1, "none", 0)
 
 
 def test_the_examples_of_the_documentation_run(
