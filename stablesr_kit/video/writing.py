@@ -316,6 +316,7 @@ def _add_video(out: "OutputContainer", encoding: Encoding) -> "VideoStream":
         options["x264-params"] = "mbtree=0"
     video: VideoStream = out.add_stream(encoding.codec, rate=encoding.rate, options=options)  # type: ignore[assignment]
     context = video.codec_context
+    context.thread_count = 1  # with more, x264 wrote another frame in one of 75 runs of a clip
     context.height, context.width, context.pix_fmt = encoding.height, encoding.width, encoding.pix_fmt
     context.time_base = video.time_base = encoding.time_base
     context.sample_aspect_ratio = encoding.sample_aspect

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
 import fastapi
+import h11
 import uvicorn
 from fastapi import FastAPI, File, Form, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -37,6 +38,8 @@ HEAD_S, HEAD_BYTES = 20.0, 32 * 1024
 """Of a connection's first request, without its body."""
 BODY_GAP_S, BODY_S = 20.0, 600.0
 """How long a client may pause while it sends a body, and how long all may take."""
+LINGER_S = 2.0
+"""How long what is sent after an answer is read, before the connection is reset."""
 TOLD_EVERY_S, KEPT_ALIVE_EVERY_S = 0.2, 15.0
 FORM_BYTES = 2**20
 """Of a request beside its files."""
@@ -112,7 +115,12 @@ def build_app(
 
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(
+    uvicorn.Server(config_of(app)).run(sockets=[listening])
+
+
+def config_of(app: FastAPI) -> uvicorn.Config:
+    """How an application is served: with limits for what comes before it."""
+    return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
@@ -124,17 +132,22 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection that does not get on with its first request."""
+    """Closes a connection that does not get on with its first request, and one that sends too much after its answer.
+
+    A connection that is closed while data arrives is reset, and its client may lose the answer: so what still comes is
+    read for a while, and left.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         self.head_task = self.loop.call_later(HEAD_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if self.cycle is not None:
             self.head_task.cancel()
@@ -147,6 +160,31 @@ class _Protocol(H11Protocol):
         if self.cycle is None and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
+
+
+class _Lingering:
+    """A transport that, where a request was not read to its end, closes only its own direction at first."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: _Protocol) -> None:
+        self.transport, self.protocol, self.is_lingering = transport, protocol, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is answered."""
+        return self.is_lingering or self.transport.is_closing()
+
+    def close(self) -> None:
+        """Close it now, or once the client has the answer and is silent."""
+        is_read = self.protocol.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        if is_read or self.is_lingering or self.transport.is_closing() or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.is_lingering = True
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.protocol.loop.call_later(LINGER_S, self.transport.close)
 
 
 def add_routes(app: FastAPI, service: Service, page: "_Page") -> None:
@@ -334,6 +372,8 @@ class Guard:
         host = _host(headers.get("host", ""))
         if host is None or (self.hosts is not None and host not in self.hosts):
             raise HTTPException(400, "this server is not of that name; open it at 127.0.0.1")
+        if sum(len(name) + len(value) for name, value in headers.raw) > HEAD_BYTES:
+            raise HTTPException(431, f"the head of the request has more than {HEAD_BYTES >> 10} KB")
         path = scope["path"]
         if ".." in path or "\\" in path or "\0" in path:
             raise HTTPException(400, "a path that climbs is not followed")

@@ -11,7 +11,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from stablesr_kit.web.api import build_app
+from stablesr_kit.web.api import build_app, config_of
 from stablesr_kit.web.service import Service
 
 
@@ -20,7 +20,7 @@ def served(service: Service, build_page: Callable[[Service], Any] | None = None)
     """The address at which a service answers while the block runs; then the service is closed."""
     listening = socket.create_server(("127.0.0.1", 0))
     app = build_app(service, build_page=build_page)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))
+    running = uvicorn.Server(config_of(app))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

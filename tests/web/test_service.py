@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -173,6 +174,19 @@ def test_the_door_is_shut_to_other_hosts_sites_and_paths(server: tuple[Any, Serv
     assert client.get("/health").json()["status"] == "ok"
     assert "/api/jobs/{job_id}/events" in client.get("/openapi.json").json()["paths"]
     assert "stablesr_queue_length 0" in client.get("/metrics").text
+
+
+def test_a_head_that_is_too_large_is_answered_and_not_reset(server: tuple[Any, Service]) -> None:
+    client, _ = server
+    for size in (40_000, 200_000, 2_000_000):
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
+            head = f"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nx: {'a' * size}\r\n\r\n"
+            connection.sendall(head.encode())
+            answer = b""
+            while block := connection.recv(65536):
+                answer += block
+        assert answer.split(b" ")[1] in (b"400", b"431"), answer
+        assert len(answer.partition(b"\r\n\r\n")[2].splitlines()) == 1
 
 
 def test_a_token_is_asked_for_everywhere_but_health(make: Callable[..., Service]) -> None:
