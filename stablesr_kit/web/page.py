@@ -64,6 +64,7 @@ CSS = """
 .clips {display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 1em;}
 .clips figure {margin: 0;}
 .clips video {width: 100%; display: block;}
+@media (max-width: 480px) {.tab-container button {padding: 0 .45em !important;}}
 """
 
 Update = dict[Any, Any]
@@ -159,7 +160,7 @@ class _Blocks:
     def __init__(self, service: Service) -> None:
         self.service = service
         with gr.Blocks(title="stablesr", analytics_enabled=False, delete_cache=(600, UPLOADS_KEPT_S)) as self.blocks:
-            gr.Markdown("# stablesr\nRestore and enlarge pictures. Nothing leaves this machine.")
+            gr.Markdown("# stablesr\nRestore and enlarge pictures and clips. Nothing leaves this machine.")
             with gr.Tabs():
                 with gr.Tab("Restore"):
                     self._restore_tab()
@@ -183,7 +184,7 @@ class _Blocks:
             longest = gr.Number(0, label="Or longest side, px", minimum=0, precision=0, min_width=120)
         w = gr.Slider(0, 1.5, 0.5, step=0.05, label="w", info="0 looks most real, 1 stays closest to the input")
         with gr.Row():
-            steps = gr.Number(0, label="Steps (0: as many as fit the model)", minimum=0, precision=0, min_width=120)
+            steps = gr.Number(0, label="Steps (0: the model's)", minimum=0, precision=0, min_width=120)
             seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=120)
         color_fix = gr.Radio(["wavelet", "adain", "none"], value="wavelet", label="Colours of the input by")
         face = gr.Checkbox(False, label="Refine faces")
@@ -530,7 +531,7 @@ class _Blocks:
                 )
                 model = gr.Dropdown(models, value=models[0], label="Face model", visible=len(models) > 1)
                 w = gr.Slider(0, 1, 0.5, step=0.05, label="w of the faces", info="0 quality, 1 fidelity")
-                with gr.Group() as of_whole:
+                with gr.Column() as of_whole:
                     upscale = gr.Number(2, label="Scale", minimum=0.1, maximum=8, step=0.5)
                     background = gr.Checkbox(True, label="Restore the background as well", info="Off: only enlarged")
                     upsampled = gr.Checkbox(
@@ -783,9 +784,9 @@ def _clips(job: Job, result: Path) -> str:
     addresses = [f"/gradio_api/file={quote(str(path))}" for path in (before, result)]
     follow = "const one = this.closest('.clips').querySelector('video'); one.currentTime = this.currentTime;"
     return (
-        f'<div class="clips"><figure><video src="{addresses[0]}" muted playsinline aria-label="Before" '
+        f'<div class="clips"><figure><video src="{addresses[0]}" muted playsinline preload="auto" aria-label="Before" '
         'onerror="this.parentElement.hidden = true"></video><figcaption>Before</figcaption></figure>'
-        f'<figure><video src="{addresses[1]}" controls playsinline aria-label="After" '
+        f'<figure><video src="{addresses[1]}" controls playsinline preload="auto" aria-label="After" '
         f'onplay="{follow} one.play()" onpause="{follow} one.pause()" onseeked="{follow}"></video>'
         "<figcaption>After</figcaption></figure></div>"
     )

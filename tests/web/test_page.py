@@ -27,6 +27,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 PATIENCE_MS = 60_000
+TABS = ("Restore", "Batch", "Video", "Faces", "About")
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +289,7 @@ def test_the_page_fits_a_phone_and_every_field_has_a_name(browser: Any, address:
     page.goto(address)
     page.locator("#go").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert all(page.get_by_role("tab", name=name, exact=True).is_visible() for name in TABS)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     shade = np.mean([int(part) for part in background.strip("rgba()").split(",")[:3]])
     assert (shade < 128) == (scheme == "dark")
