@@ -33,7 +33,7 @@ from stablesr_kit.imaging.canvas import Part, Readable, Region
 from stablesr_kit.imaging.color_fix import ColorFix, color_fixed
 from stablesr_kit.imaging.resizing import Padded, reduced, resized
 from stablesr_kit.models.execution import offload_groups_to_disk, to_channels_last
-from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, check_autoencoder, scale_factor
+from stablesr_kit.models.feature_wrapping import ControllableFeatureWrapping, Kept, check_autoencoder, scale_factor
 from stablesr_kit.models.steering import make_steerable, steered_prediction
 from stablesr_kit.models.time_aware_encoder import StableSRAdapter, check_adapter
 from stablesr_kit.pipelines.arguments import (
@@ -93,7 +93,8 @@ class Sampled:
 
     latents: (B, C, h, w). features: of the encoder, for CFW; empty without it. lq: the LQ pictures as given, (3, H, W);
     enlarged: the same at the working size; one each per latent. coder: the autoencoder of the call. height, width: of
-    the results, in pixels. record: folder for decoding in tiles, or None. is_grey: as in `Job`.
+    the results, in pixels. record: folder for decoding in tiles, or None. is_grey: as in `Job`. kept: of CFW, for
+    decoding more than once.
     """
 
     latents: Tensor
@@ -105,6 +106,7 @@ class Sampled:
     width: int
     record: Path | None = None
     is_grey: bool | None = None
+    kept: dict[int, Kept] | None = None
 
 
 @dataclass
@@ -690,6 +692,7 @@ class StableSRPipeline(
             width=result_px[1],
             record=job.record,
             is_grey=job.is_grey,
+            kept={} if output_type == "latent" else None,
         )
         if output_type != "latent":
             return self.redecode(sampled, w, color_fix, post_stages, output_type, return_dict)
@@ -718,7 +721,7 @@ class StableSRPipeline(
         self.check_decoding(w, color_fix, output_type, post_stages)
         if w > 0 and not any(sampled.features):
             raise ValueError(f"w={w} needs the features that a call with w > 0 keeps; call again with w > 0")
-        decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record)
+        decoded = self.decode(sampled.latents, sampled.features, w, sampled.coder, sampled.record, sampled.kept)
         size_px = sampled.height, sampled.width
         images = self.finish(
             decoded, sampled.enlarged, sampled.lq, color_fix, post_stages, output_type, sampled.is_grey, size_px
@@ -733,14 +736,16 @@ class StableSRPipeline(
         w: float,
         coder: PictureCoder | None = None,
         record: Path | None = None,
+        kept: dict[int, Kept] | None = None,
     ) -> list[Readable]:
-        """Images (3, H, W), about [-1, 1], of latents (B, C, h, w); the other arguments as `encode`.
+        """Images (3, H, W), about [-1, 1], of latents (B, C, h, w); kept: as `PictureCoder.decode` has it, the other
+        arguments as `encode`.
 
         Raises:
             FloatingPointError: the UNet or the decoder overflowed.
         """
         coder = coder or PictureCoder(self.vae, self.cfw)
-        images = coder.decode(from_latent(latents, self.vae), features, w, record)
+        images = coder.decode(from_latent(latents, self.vae), features, w, record, kept)
         check_finite(images, self.unet.dtype, self.vae.dtype)
         return images
 

@@ -23,6 +23,7 @@ from stablesr_kit.models.execution import in_float32
 from stablesr_kit.models.feature_wrapping import (
     RRDB,
     ControllableFeatureWrapping,
+    Kept,
     after_each,
     decode_with_features,
     encode_with_features,
@@ -99,15 +100,23 @@ class PictureCoder:
         return torch.cat([moments.to_tensor() for moments, _ in coded]), [features for _, features in coded]
 
     @torch.no_grad()
-    def decode(self, z: Tensor, features: list[Features], w: float, record: Path | None = None) -> list[Readable]:
+    def decode(
+        self,
+        z: Tensor,
+        features: list[Features],
+        w: float,
+        record: Path | None = None,
+        kept: dict[int, Kept] | None = None,
+    ) -> list[Readable]:
         """Images (3, H, W), about [-1, 1], of raw codes z (B, C, h, w); features as `encode` returns them, or empty.
 
-        B is a multiple of the number of encoded pictures: the codes of each follow one another.
+        B is a multiple of the number of encoded pictures: the codes of each follow one another. kept: as in
+        `decode_with_features`, of pictures that are taken whole.
         """
         with self._in_safe_precision():
             fused = self.cfw if w > 0 else None
             whole = self._if_memory_suffices(
-                "decoding", len(z), lambda: self._decode_whole(z, cast(Any, features[0]), w), fused
+                "decoding", len(z), lambda: self._decode_whole(z, cast(Any, features[0]), w, kept), fused
             )
             if whole is not None:
                 return [View(one) for one in whole.float().split(1)]
@@ -123,13 +132,13 @@ class PictureCoder:
         posterior, features = encode_with_features(self.vae, image, levels)
         return posterior.parameters, [features]
 
-    def _decode_whole(self, z: Tensor, features: dict[int, Tensor], w: float) -> Tensor:
+    def _decode_whole(self, z: Tensor, features: dict[int, Tensor], w: float, kept: dict[int, Kept] | None) -> Tensor:
         z = z.to(execution_device(self.vae), self.vae.dtype)
         if w == 0 or self.cfw is None:
             return self.vae.decode(z, return_dict=False)[0]
         copies = len(z) // len(next(iter(features.values())))
         features = {level: maps.repeat_interleave(copies, dim=0) for level, maps in features.items()}
-        return decode_with_features(self.vae, self.cfw, z, features, w)
+        return decode_with_features(self.vae, self.cfw, z, features, w, kept)
 
     def _encode_tiled(
         self, image: Readable, levels: tuple[int, ...], record: Path | None

@@ -20,10 +20,29 @@ def test_decoding_again_gives_the_bits_of_a_whole_call_and_samples_nothing(tilin
     expected = {w: run(pipeline, picture, w=w, tiling=tiling, color_fix="adain") for w in (0.0, 0.5, 1.0)}
     calls: list[Any] = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(None))
+    fused_first: list[Any] = []
+    first = pipeline.cfw.fusion_layers[str(max(pipeline.cfw.config.levels))]
+    if tiling is None:  # where features lie in memory
+        first.register_forward_pre_hook(lambda *_: fused_first.append(None))
     for w in (1.0, 0.0, 0.5, 0.0):
         assert torch.equal(pipeline.redecode(sampled, w, color_fix="adain", output_type="pt").images, expected[w])
     assert torch.equal(pipeline.redecode(sampled, output_type="pt").images, run_of(pipeline, sampled, 0.5))
     assert not calls
+    assert len(fused_first) == (tiling is None)
+
+
+def test_sliced_pictures_are_decoded_again_to_the_same_bits() -> None:
+    pipeline = tiny_pipeline(with_text=False)
+    pictures = torch.cat([PICTURE, tiny_picture(seed=1)])
+    expected = [run_of(pipeline, sampled_of(pipeline, pictures), w) for w in (0.2, 0.9)]
+    pipeline.vae.enable_slicing()
+    sampled = sampled_of(pipeline, pictures)
+    for w, images in ((0.2, expected[0]), (0.9, expected[1]), (0.2, expected[0])):
+        torch.testing.assert_close(run_of(pipeline, sampled, w), images, atol=1e-5, rtol=0)
+
+
+def sampled_of(pipeline: Any, pictures: Tensor) -> Any:
+    return pipeline(pictures, generator=[seeded(i) for i in range(2)], output_type="latent").sampled
 
 
 def run_of(pipeline: Any, sampled: Any, w: float) -> Tensor:
