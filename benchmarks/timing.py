@@ -15,18 +15,18 @@ def seconds(function: Callable[[], object]) -> float:
 def compare(candidate: Callable[[], object], baseline: Callable[[], object], repeats: int) -> dict[str, float]:
     """Median seconds of both after one warm-up each, and the median of the pairwise ratios candidate / baseline.
 
-    cpu_ratio is that of the processor time of this process, which others on the machine disturb less; of what a GPU
-    does it says nothing.
+    Those with cpu are of the processor time of this process, which others on the machine disturb less; of what a GPU
+    does they say nothing.
     """
     candidate()
     baseline()
     pairs = [(_times(candidate), _times(baseline)) for _ in range(repeats)]
-    return {
-        "stablesr_s": statistics.median(ours for (ours, _), _ in pairs),
-        "stock_s": statistics.median(stock for _, (stock, _) in pairs),
-        "ratio": statistics.median(ours / stock for (ours, _), (stock, _) in pairs),
-        "cpu_ratio": statistics.median(ours / stock for (_, ours), (_, stock) in pairs),
-    }
+    found = {}
+    for prefix, one in (("", 0), ("cpu_", 1)):
+        found[f"stablesr_{prefix}s"] = statistics.median(ours[one] for ours, _ in pairs)
+        found[f"stock_{prefix}s"] = statistics.median(stock[one] for _, stock in pairs)
+        found[f"{prefix}ratio"] = statistics.median(ours[one] / stock[one] for ours, stock in pairs)
+    return found
 
 
 def _times(function: Callable[[], object]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -100,48 +100,101 @@ def large_group_norm(input: Tensor, num_groups: int, weight: Tensor | None, bias
     return torch.addcmul(shift, input, scale)
 
 
-WINOGRAD_VALUES = 2**21
+def is_plain(input: Tensor, weight: Tensor) -> bool:
+    """Whether a layer may be computed in our own way: float32 on the CPU, and nobody asks how it is computed.
+
+    Gradients, autocast, compilation, quantised weights and tensors of other libraries go the stock way.
+    """
+    return (
+        input.device.type == weight.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and type(input) in (Tensor, nn.Parameter)
+        and type(weight) in (Tensor, nn.Parameter)
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by oneDNN: values (..., out) of (..., in), weights (out, in), all float32 on the CPU.
+
+    torch takes MKL for float32, which leaves out the AVX-512 of processors that are not Intel's: there it takes 2.3
+    times as long. With AVX2 both take about the same time.
+    """
+    # what torch.compile makes of a linear layer on the CPU; torch has no public name for it
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return found
+
+
+LEAST_PRODUCT = 2**20
+"""Multiplications below which a layer takes no time that matters, and goes the stock way."""
+WINOGRAD_VALUES = 2**22
 """Transformed values of a strip of rows: large enough for full matrix products, small enough for the cache."""
 
 
-class WinogradConv2d(nn.Conv2d):
-    """The stock 3 x 3 convolution, by fewer multiplications where that pays off.
+class ProductLinear(nn.Linear):
+    """The stock linear layer, by `product`."""
 
-    F(2 x 2, 3 x 3) of Lavin and Gray 2016 makes 2 x 2 results of 4 x 4 inputs with 16 multiplications instead of 36, as
-    sixteen matrix products of a strip of rows. On the CPU in float32 wide maps take about two thirds of oneDNN's time,
-    and round less: sums have a ninth of the terms. All else, and training, goes the stock way.
+    def forward(self, input: Tensor) -> Tensor:
+        """Values (..., out_features) of (..., in_features)."""
+        if input.numel() * self.out_features >= LEAST_PRODUCT and is_plain(input, self.weight):
+            return product(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class ProductConv2d(nn.Conv2d):
+    """The stock convolution with stride 1 and a kernel of 1 x 1 or 3 x 3, as matrix products where that pays off.
+
+    1 x 1: one product. 3 x 3 with more weights than values, as in the middle of a UNet: one product of unfolded
+    neighbourhoods, a quarter to three fifths of oneDNN's own time, which is spent on weights. 3 x 3 on wide and large
+    maps: F(2 x 2, 3 x 3) of Lavin and Gray 2016, which makes 2 x 2 results of 4 x 4 inputs with 16 multiplications
+    instead of 36, as sixteen products of a strip of rows; three fifths of oneDNN's time at 512 channels, and less
+    rounding: sums have a ninth of the terms. All else, and training, goes the stock way.
     """
 
-    def pays_off(self, input: Tensor) -> bool:
-        """Whether there are channels enough to pay for the transforms, and positions enough for those of weights."""
-        narrow = self.in_channels * self.out_channels / (self.in_channels + self.out_channels)
-        return (
-            input.ndim == 4
-            and input.device.type == "cpu"
-            and input.dtype == self.weight.dtype == torch.float32
-            and narrow >= 64
-            and input.shape[2] * input.shape[3] >= 1024
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
+    def way(self, input: Tensor) -> Callable[[Tensor], Tensor]:
+        """How these values (B, in_channels, h, w) are convolved: by one of the methods below or the stock forward."""
+        if input.ndim == 4 and is_plain(input, self.weight):
+            positions = input.shape[2] * input.shape[3]
+            if self.kernel_size == (1, 1):
+                if input.numel() * self.out_channels >= LEAST_PRODUCT:
+                    return self.pointwise
+            elif self.in_channels * self.out_channels >= 2**19 and 4 * len(input) * positions <= self.out_channels:
+                return self.unfolded
+            elif self.in_channels * self.out_channels >= 64 * (self.in_channels + self.out_channels):
+                if positions >= 1024:  # enough to pay for the transform of weights
+                    return self.winograd
+        return super().forward
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolved values (B, C, h, w) of (B, in_channels, h, w)."""
-        return self._convolved(input) if self.pays_off(input) else super().forward(input)
+        return self.way(input)(input)
 
-    def _convolved(self, input: Tensor) -> Tensor:
+    def pointwise(self, input: Tensor) -> Tensor:
+        """1 x 1, as one product."""
+        x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return product(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def unfolded(self, input: Tensor) -> Tensor:
+        """3 x 3, as one product of all neighbourhoods."""
+        padded = nn.functional.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        patches = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)  # (B, h, w, 9 C)
+        return product(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def winograd(self, input: Tensor) -> Tensor:
+        """3 x 3, by F(2 x 2, 3 x 3)."""
         batch, _, height, width = input.shape
         channels_in, channels_out = self.in_channels, self.out_channels
         x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         rows, columns = (height + 1) // 2, (width + 1) // 2  # of 2 x 2 results; an odd last one is cut off
         y = x.new_empty(batch, 2 * rows, 2 * columns, channels_out)
-        weight = self.weight.permute(0, 2, 3, 1).reshape(channels_out, 9, channels_in)
-        weight = torch.matmul(torch.kron(_WINOGRAD, _WINOGRAD), weight).permute(1, 2, 0)  # (16, in, out)
+        weight = self.weight.permute(2, 3, 0, 1).reshape(9, channels_out * channels_in)
+        weight = torch.matmul(torch.kron(_WINOGRAD, _WINOGRAD), weight).view(16, channels_out, channels_in)
         strip = min(rows, max(1, WINOGRAD_VALUES // (16 * columns * max(channels_in, channels_out))))
         by_rows = x.new_zeros(4, strip, 2 * columns + 2, channels_in)  # the outer columns are padding and stay 0
         transformed = x.new_empty(16 * strip * columns * channels_in)
-        products = x.new_empty(16 * strip * columns * channels_out)
         for picture, result in zip(x, y, strict=True):
             for start in range(0, rows, strip):
                 count = min(strip, rows - start)
@@ -153,13 +206,14 @@ class WinogradConv2d(nn.Conv2d):
                 _into_differences([part[i : i + 2 * count - 1 : 2] for i in range(4)], t[:, :, 1 : width + 1])
                 v = transformed[: 16 * count * columns * channels_in].view(4, 4, count, columns, channels_in)
                 _into_differences([t[:, :, i : i + 2 * columns - 1 : 2] for i in range(4)], v.transpose(0, 1))
-                m = products[: 16 * count * columns * channels_out].view(16, count * columns, channels_out)
-                torch.bmm(v.view(16, count * columns, channels_in), weight, out=m)
-                if self.bias is not None:
-                    m[5] += self.bias  # of all sixteen it alone goes into each result once
-                upper, m1, m2, m3 = m.view(4, 4, count, columns, channels_out)
-                upper.add_(m1).add_(m2)
-                lower = m1.sub_(m2).sub_(m3)
+                m = [  # the bias goes through the sixth alone once into each result
+                    product(one, by, self.bias if i == 5 else None)
+                    for i, (one, by) in enumerate(zip(v.flatten(0, 1), weight, strict=True))
+                ]
+                upper, lower = [], []
+                for m0, m1, m2, m3 in zip(m[:4], m[4:8], m[8:12], m[12:], strict=True):
+                    upper.append(m0.add_(m1).add_(m2))
+                    lower.append(m1.sub_(m2).sub_(m3))
                 for row, sums in enumerate((upper, lower)):
                     into = result[2 * start + row : 2 * (start + count) : 2]
                     torch.add(sums[0].add_(sums[1]), sums[2], out=into[:, 0::2])
@@ -183,16 +237,18 @@ def _into_differences(d: Sequence[Tensor], out: Tensor) -> None:
 def to_channels_last(network: nn.Module) -> None:
     """Weights in the layout in which convolutions on the CPU are a fifth faster, with norms that stand it.
 
-    Wide convolutions become `WinogradConv2d`; the network stays what it was otherwise.
+    Convolutions and linear layers become those of this module; the network stays what it was otherwise.
     """
     network.to(memory_format=torch.channels_last)
     use_large_group_norms(network)
     for name, module in network.named_modules():
-        if type(module) is nn.Conv2d and (
-            (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-            == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+        if type(module) is nn.Linear:
+            change_class(module, ProductLinear, name)
+        elif type(module) is nn.Conv2d and (
+            (module.stride, module.dilation, module.groups, module.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+            and (module.kernel_size, module.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
         ):
-            change_class(module, WinogradConv2d, name)
+            change_class(module, ProductConv2d, name)
 
 
 def use_large_group_norms(network: nn.Module) -> None:
