@@ -9,7 +9,7 @@ import torch
 
 def seconds(function: Callable[[], object]) -> float:
     """Wall time of one call; what a GPU was told to do is done then."""
-    return _times(function)[0]
+    return timed(function)[0]
 
 
 def compare(candidate: Callable[[], object], baseline: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -20,7 +20,7 @@ def compare(candidate: Callable[[], object], baseline: Callable[[], object], rep
     """
     candidate()
     baseline()
-    pairs = [(_times(candidate), _times(baseline)) for _ in range(repeats)]
+    pairs = [(timed(candidate), timed(baseline)) for _ in range(repeats)]
     found = {}
     for prefix, one in (("", 0), ("cpu_", 1)):
         found[f"stablesr_{prefix}s"] = statistics.median(ours[one] for ours, _ in pairs)
@@ -29,7 +29,7 @@ def compare(candidate: Callable[[], object], baseline: Callable[[], object], rep
     return found
 
 
-def _times(function: Callable[[], object]) -> tuple[float, float]:
+def timed(function: Callable[[], object]) -> tuple[float, float]:
     """Seconds on the wall, and of the processor in this process."""
     _wait()
     wall, processor = time.perf_counter(), time.process_time()
