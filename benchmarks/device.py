@@ -12,8 +12,10 @@ which no time is left, or that fails, is named with its reason in "left_out".
     tiles       tiles at once -> seconds per tile of a step
     calls       steps -> seconds of a whole call that ends in a picture of 512 px
     one_step    the same of OneStepPipeline
-    weights_8   the UNet's weights in 8 bits (layerwise casting): seconds and difference of a step, bytes
-    memory      size of the result -> the allocator's peak, the plan's, their ratio, and whether it is within 0.1 of 1
+    weights_8   the UNet's weights in 8 bits: seconds and difference of a step, bytes; float8 is layerwise casting, int8
+                torchao's, where it is installed
+    memory      size of the result -> the allocator's peak without what earlier parts left there, the plan's, their
+                ratio, and whether it is within 0.1 of 1
     compile     seconds of the first step, of a step, and the ratio to the step that is not compiled
 
 --size tiny does the same with small networks in seconds on any device. The CPU's allocator keeps no peak.
@@ -142,29 +144,32 @@ class Bench:
     def weights_8(self) -> dict[str, Any]:
         unet, adapter, _, _ = self._networks(self.half)
         step = self._step(unet, adapter, 1)
-        before, plain_bytes = step(), weight_bytes(unet)
+        before, plain_gib = step(), weight_bytes(unet) / GIB
         plain_s = min(seconds(step) for _ in range(self.scale.repeats))
-        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.half)
-        step = self._step(unet, adapter, 1)
-        difference = _difference(step(), before)
-        found_s = min(seconds(step) for _ in range(self.scale.repeats))
-        return {
-            "step_s": found_s,
-            "ratio": found_s / plain_s,
-            "difference": difference,
-            "gib": weight_bytes(unet) / GIB,
-            "before_gib": plain_bytes / GIB,
-        }
+        found: dict[str, Any] = {}
+        for name, reduce in (("int8", _to_int8), ("float8", _to_float8)):
+            reduced = reduce(copy.deepcopy(unet))
+            if reduced is None:
+                found[name] = {"left_out": "torchao is not installed"}
+                continue
+            step = self._step(reduced, adapter, 1)
+            difference = _difference(step(), before)
+            step_s = min(seconds(step) for _ in range(self.scale.repeats))
+            found[name] = {"step_s": step_s, "ratio": step_s / plain_s, "difference": difference}
+            found[name] |= {"gib": weight_bytes(reduced) / GIB, "before_gib": plain_gib}
+        return found
 
     def memory(self) -> dict[str, Any]:
         """One step of each size, with CFW; the largest, which takes the longest, is the last."""
         found: dict[str, Any] = {}
+        left = self._forget()
         pipeline = self._pipeline()
         for height, width in self.scale.results:
-            plan = pipeline.plan(height, width, w=0.5, num_inference_steps=1)
             self._forget()
+            plan = pipeline.plan(height, width, w=0.5, num_inference_steps=1)
+            self._forget()  # the plan measures how fast the device is
             took = seconds(partial(pipeline, self._image(height // 4, width // 4), w=0.5, num_inference_steps=1))
-            measured = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            measured = torch.cuda.max_memory_allocated(self.device) - left if self.device.type == "cuda" else None
             ratio = None if measured is None else measured / plan.peak_bytes
             found[f"{height}x{width}"] = {
                 "plan": str(plan),
@@ -184,20 +189,22 @@ class Bench:
         compiled = self._step(pipeline.unet, pipeline.adapter, 1, pipeline.predict)
         first_s = seconds(compiled)
         difference = _difference(compiled(), plain())
-        return {"first_step_s": first_s, "difference": difference, **compare(compiled, plain, self.scale.repeats)}
+        compared = compare(compiled, plain, self.scale.repeats)
+        torch.compiler.reset()  # recorded graphs keep their memory
+        return {"first_step_s": first_s, "difference": difference, **compared}
 
     def _times(self, dtype: torch.dtype) -> dict[str, Any]:
         unet, adapter, vae, cfw = self._networks(dtype)
         side, repeats = self.scale.latent, self.scale.repeats
         x, z = self._noise(2, 4, side, side, dtype=dtype), self._noise(1, 4, side, side, dtype=dtype)
         image = self._noise(1, 3, 8 * side, 8 * side, dtype=dtype)
-        prompt = self._prompt(2, dtype)
+        prompt, at = self._prompt(2, dtype), torch.full((), 500, device=self.device)
         levels = tuple(cfw.config.levels)
         features = encode_with_features(vae, image, levels)[1]
         return {
-            "step": compare(self._step(unet, adapter, 1), lambda: unet(x[:1], 500, prompt[:1]), repeats),
+            "step": compare(self._step(unet, adapter, 1), lambda: unet(x[:1], at, prompt[:1]), repeats),
             "guided_step": compare(
-                lambda: steered_prediction(unet, adapter, z, 500, z, prompt, 4.0), lambda: unet(x, 500, prompt), repeats
+                lambda: steered_prediction(unet, adapter, z, at, z, prompt, 4.0), lambda: unet(x, at, prompt), repeats
             ),
             "encode": compare(lambda: encode_with_features(vae, image, levels), lambda: vae.encode(image), repeats),
             "decode": compare(lambda: decode_with_features(vae, cfw, z, features, 0.5), lambda: vae.decode(z), repeats),
@@ -228,7 +235,8 @@ class Bench:
         torch.manual_seed(1)  # the same inputs for all that are compared
         x, lq = self._noise(tiles, 4, side, side), self._noise(tiles, 4, side, side)
         x, lq, prompt = x.to(unet.dtype), lq.to(unet.dtype), self._prompt(tiles, unet.dtype)
-        at = torch.tensor(500)
+        # where the pipeline has it: its own `predict` takes the number from the CPU, the networks on the device
+        at = torch.full((), 500, device=self.device if predict is steered_prediction else CPU)
         return lambda: predict(unet, adapter, latents=x, timestep=at, lq_latents=lq, prompt_embeds=prompt)
 
     def _networks(self, dtype: torch.dtype, device: torch.device | None = None) -> Networks:
@@ -260,12 +268,15 @@ class Bench:
     def _noise(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
 
-    def _forget(self) -> None:
-        """Let go of what earlier parts held, so that a peak is that of one call."""
+    def _forget(self) -> int:
+        """Let go of what earlier parts held, so that a peak is that of one call; bytes that are still allocated."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
 
 
 PARTS = ("parity", "times", "tiles", "calls", "one_step", "weights_8", "compile", "memory")
@@ -307,6 +318,21 @@ def measured(
             with replacing_file(out) as part:
                 part.write_text(json.dumps(found, indent=1))
     return found
+
+
+def _to_float8(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=unet.dtype)
+    return unet
+
+
+def _to_int8(unet: UNet2DConditionModel) -> UNet2DConditionModel | None:
+    """Its linear layers with integer weights, as TorchAoConfig of diffusers makes them; None without torchao."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        return None
+    quantize_(unet, Int8WeightOnlyConfig())
+    return unet
 
 
 def described(device: torch.device) -> dict[str, Any]:

@@ -442,8 +442,14 @@ def without_values(network: Any, dtype: torch.dtype) -> Any:
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Size of its parameters and buffers."""
-    return sum(one.numel() * one.element_size() for one in (*network.parameters(), *network.buffers()))
+    """Size of its parameters and buffers; of quantised ones, of what they are stored as."""
+    return sum(_stored_bytes(one) for one in (*network.parameters(), *network.buffers()))
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol for tensors that are made of others
+        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from benchmarks.plan import full_size_plan
 from stablesr_kit import Job, Tiling
@@ -24,6 +25,7 @@ from stablesr_kit.tiling.memory import (
     coding_costs,
     measured_rate,
     prediction_cost,
+    weight_bytes,
     whole_coding_costs,
     without_values,
 )
@@ -219,3 +221,12 @@ def test_full_size_networks_restore_24_megapixels_in_eight_gigabytes() -> None:
 
 def test_the_rate_of_the_device_is_measured() -> None:
     assert measured_rate(torch.device("cpu"), F32) > 1e6
+
+
+def test_quantised_weights_count_as_what_they_are_stored_as() -> None:
+    linear = torch.nn.Linear(32, 8, bias=False)
+    stored = TwoTensor(
+        *(torch.zeros(8, 32, dtype=torch.int8) for _ in range(2))
+    )  # as torchao's: a tensor made of two others
+    linear.weight = torch.nn.Parameter(stored, requires_grad=False)
+    assert weight_bytes(linear) == 2 * 8 * 32
