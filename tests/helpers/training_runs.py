@@ -1,13 +1,9 @@
-"""Training programs at a tiny size: in this process, in forked ones that can be killed, and by `accelerate launch`.
-
-`accelerate launch tests/helpers/training_runs.py FILE` runs the programs of FILE, a JSON list of argument lists.
-"""
+"""Training programs at a tiny size: in this process, and in forked ones that can be killed."""
 
 import json
 import os
 import random
 import runpy
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -160,32 +156,10 @@ def _run_there(
     run_programs(calls)
 
 
-def launch_two_processes(calls: list[list[str]]) -> None:
-    """Run the programs by `accelerate launch` in two processes that talk through gloo."""
-    Path("calls.json").write_text(json.dumps(calls))
-    config = str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    finished = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "helpers" / "training_runs.py"), "calls.json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=ENDLESS_S,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-
-
-def assert_a_step_stays_the_same(
-    calls: dict[str, list[str]],
-    results: dict[str, str],
-    launch_two: Callable[[list[list[str]]], None] = launch_two_processes,
-) -> None:
+def assert_a_step_stays_the_same(calls: dict[str, list[str]], results: dict[str, str]) -> None:
     """Weights within 1e-6 of those of whole steps: of accumulated batches with forgotten activations, of two processes.
 
     calls: by name, with the options of their own; results: by the same name, the folder in output_dir to compare.
-    launch_two: runs calls in two processes.
     """
 
     def variants(kind: str, *flags: str) -> list[list[str]]:
@@ -197,7 +171,7 @@ def assert_a_step_stays_the_same(
     run_programs(variants("whole", "--train_batch_size", "4"))
     accumulated = ["--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradient_checkpointing", "true"]
     run_programs(variants("accumulated", *accumulated))
-    launch_two(variants("shared", "--train_batch_size", "2"))
+    ForkedRun(variants("shared", "--train_batch_size", "2"), 2).finish()
     for name, result in results.items():
         for kind in ("accumulated", "shared"):
             worst = worst_difference(f"whole/{name}/{result}", f"{kind}/{name}/{result}")
@@ -269,8 +243,3 @@ def worst_difference(folder: str | Path, other: str | Path) -> float:
 def _keep_process_group() -> None:
     """A group of processes cannot reliably be built again after it is destroyed, so that several programs share one."""
     PartialState.destroy_process_group = lambda self, group=None: None  # noqa: ARG005
-
-
-if __name__ == "__main__":
-    _keep_process_group()
-    run_programs(json.loads(Path(sys.argv[1]).read_text()))

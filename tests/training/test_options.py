@@ -1,8 +1,11 @@
 """A program takes the options it uses, and no others."""
 
 import importlib.util
+import json
 import re
 import runpy
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from stablesr_kit.training.run.command_line import load_config
 from stablesr_kit.training.run.config import ProgramConfig, RunConfig
 from stablesr_kit.training.run.run import TrainingRun
 from stablesr_kit.training.small import build_small_unet
+from tests.helpers.forks import of_two_processes
 from tests.helpers.photo_files import save_photos
-from tests.helpers.training_runs import ROOT, run_program, tiny
+from tests.helpers.training_runs import ENDLESS_S, ROOT, run_program, tiny
 
 PROGRAMS = sorted(file.stem for file in (ROOT / "training").glob("*.py"))
 
@@ -97,3 +101,16 @@ def test_tf32_is_allowed_where_it_is_asked_for(tmp_path: Path) -> None:
         TrainingRun(RunConfig(output_dir=str(tmp_path), max_train_steps=1, allow_tf32=is_allowed))
         assert torch.backends.cuda.matmul.allow_tf32 is (is_allowed or before)
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_accelerate_tells_two_processes_what_forked_ones_are_told_here(tmp_path: Path) -> None:
+    """Starting the programs themselves so would take three imports of torch."""
+    script = tmp_path / "told.py"
+    script.write_text("import json, os\nopen(f\"told{os.environ['RANK']}\", 'w').write(json.dumps(dict(os.environ)))\n")
+    config = ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True, timeout=ENDLESS_S)
+    for rank in range(2):
+        told = json.loads((tmp_path / f"told{rank}").read_text())
+        forked = of_two_processes(rank, int(told["MASTER_PORT"]))
+        assert told.items() >= forked.items(), {name: told.get(name) for name in forked}
