@@ -1,4 +1,4 @@
-"""Checks of the arguments of a call, each with one line: what was given, what is expected, what to do."""
+"""Checks of a call's arguments. Each raises ValueError in one line: what is given, what is expected, what to do."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""OneStepPipeline: restore photographs in one step of a Stable Diffusion that was trained for it, or in a few."""
+"""OneStepPipeline: restore photographs in one step, or a few, of a Stable Diffusion that was trained for it."""
 
 import itertools
 import math
@@ -75,24 +75,24 @@ EXAMPLE_DOC_STRING = """
 
 
 class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
-    """Restores and enlarges photographs with networks that were trained to do it at once: PiSA-SR (Sun et al. 2025),
+    """Restores and enlarges photographs with networks that were trained for one step: PiSA-SR (Sun et al. 2025),
     OSEDiff (Wu et al. 2024), HYPIR (Lin et al. 2025) and, in one to five steps, InvSR (Yue et al. 2025).
 
-    The LQ latent itself is what the UNet denoises; with a noise predictor it is noised first, by what that predicts.
+    The UNet denoises the LQ latent itself. With a noise predictor, the predicted noise is added first.
 
     Args:
         vae: the autoencoder.
         unet: the UNet, its LoRAs merged.
-        scheduler: any with the noise schedule of the base; nothing but its `alphas_cumprod` is used.
-        unet_pix: of PiSA-SR, with the LoRA that removes degradation and without the one that invents detail.
-        noise_predictor: of InvSR.
-        default_prompt: what the UNet attends to where no text is given.
+        scheduler: any with the noise schedule of the base; only its `alphas_cumprod` is used.
+        unet_pix: for PiSA-SR, the UNet with only the LoRA that removes degradation.
+        noise_predictor: for InvSR.
+        default_prompt: text embedding for calls without text.
         text_encoder, tokenizer: needed for texts only.
         prediction: what the UNet predicts, the noise ("epsilon") or the difference to the restored latent ("residual").
-        timesteps: of a call with one step, with two, and so on; descending. None is [[999]].
-        tile_px, overlap_px: side of the tiles in which a picture of more than their area is restored.
-        default_color_fix: if the call names none.
-        tags_format: how tags and prompt make a text; None puts a comma between them.
+        timesteps: descending lists, for each number of steps that a call may ask for. None is [[999]].
+        tile_px, overlap_px: of the tiles, which are used for pictures larger than one tile.
+        default_color_fix: of a call that gives none.
+        tags_format: format string that combines tags and prompt; None joins them with a comma.
         min_size_px: smaller results are restored on a canvas padded to this size.
         margin_px, working_scale: as of `StableSRPipeline`; the margin is a multiple of 8 for models with a noise
             predictor.
@@ -105,8 +105,8 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     _num_timesteps: int
     _interrupt: bool
-    aggregation: Aggregation  # of the running call, like the next one; for lack of memory it may have halved its grid
-    coder: PictureCoder
+    aggregation: Aggregation  # of the running or last call; its grid may have been halved for lack of memory
+    coder: PictureCoder  # likewise, with the tiles of the autoencoder
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return cls(**convert_one_step(checkpoint, base, **kwargs))
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in any pipeline; the licence is written beside the weights."""
+        """As in any pipeline; the licence is saved as LICENCE.txt."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.licence:
             (Path(save_directory) / "LICENCE.txt").write_text(f"{self.config.licence}\n", encoding="utf-8")
@@ -206,7 +206,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
     def texts(
         self, prompt: str | list[str] | None, tags: str | list[str] | Tagger | None, lq: list[Readable]
     ) -> list[str] | None:
-        """The texts to encode, one for all pictures or one each; None is the model's own text.
+        """The texts to encode, one for all pictures or one each; None is the default prompt.
 
         Raises:
             ValueError: prompts or tags are no texts, or their numbers differ.
@@ -233,7 +233,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return ", ".join(filter(None, (tags, prompt)))
 
     def encode_prompt(self, texts: list[str] | None = None) -> Tensor:
-        """Embeddings (len(texts), tokens, channels); None is the model's own text, as one.
+        """Embeddings (len(texts), tokens, channels); for None those (1, tokens, channels) of the default prompt.
 
         Raises:
             ValueError: there is a text but no text encoder and tokenizer.
@@ -254,7 +254,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         )
 
     def get_timesteps(self, num_inference_steps: int | None = None, timesteps: list[int] | None = None) -> list[int]:
-        """Descending timesteps of the model's, for a number of steps, or those given.
+        """Descending timesteps: the model's for a number of steps, or the given ones.
 
         Raises:
             ValueError: the model was not made for that number or those timesteps.
@@ -305,7 +305,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return residual
 
     def compile_prediction(self, **options: Any) -> None:
-        """As that of `StableSRPipeline`; the UNet is compiled, both where there are two."""
+        """As in `StableSRPipeline`; compiles the UNet, or both UNets."""
         for unet in (self.unet, self.unet_pix):
             if unet is not None:
                 unet.compile(**compile_options(self._execution_device, **options))
@@ -319,7 +319,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         grid: TileGrid | None,
         prompt_embeds: Tensor,
     ) -> DiagonalGaussianDistribution:
-        """Posterior of the noise (B, C, h, w) that the LQ latents start with at a timestep, predicted in tiles.
+        """Posterior of the noise (B, C, h, w) to add to the LQ latents at a timestep, predicted in tiles.
 
         The network sees the pictures (3, H, W) at a quarter of the result's height x width: their own size for scale 4.
         The pixels of a latent position are folded into channels, so that pixels and latents have the same tiles.
@@ -385,23 +385,24 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         Args:
             image: the LQ picture or pictures (all of one size), as `StableSRPipeline` takes them.
-            prompt: what the picture shows, one text for all or one per picture; None is the model's own text.
-            tags: the same in keywords, as OSEDiff was trained with them, one text for all or one per picture; or what
-                finds them, a function of the LQ picture. They stand before the prompt.
+            prompt: what the picture shows, one text for all or one per picture; None is the default prompt.
+            tags: keywords, which OSEDiff was trained with, one text for all or one per picture; or a function that
+                returns the tags of an LQ picture. They are put before the prompt.
             scale: size of the result relative to the input, default 4.
             height, width: size of the result, instead of `scale`.
-            num_inference_steps: None is the fewest the model takes; models with a noise predictor take more.
-            timesteps: of each step, descending, for models with a noise predictor.
-            lambda_pix: of PiSA-SR, how much degradation is removed; more is smoother.
-            lambda_sem: of PiSA-SR, how much detail is invented. Where the two differ the UNet runs twice, but for 0.
+            num_inference_steps: None is the smallest number that the model supports.
+            timesteps: descending custom ones, for models with a noise predictor.
+            lambda_pix: PiSA-SR: how much degradation is removed; more is smoother.
+            lambda_sem: PiSA-SR: how much detail is added. If it differs from lambda_pix and is not 0, the UNet runs
+                twice.
             color_fix: "wavelet", "adain", "ycbcr" or "none": where the result's colours come from; None is the model's.
             generator: source of all randomness, or one per picture.
             prompt_embeds: text embeddings instead of texts, one or one per picture.
             output_type: "pil", "np", "pt", "canvas", or "latent" for the undecoded latents.
             return_dict: False returns a tuple.
-            tiling: tiles, memory and room on disk for large pictures; None leaves all to the pipeline. "auto" takes the
-                model's tiles, and pictures of no more than their area whole.
-            job: what a stopped call goes on from, and other processes that take part.
+            tiling: tiles, memory and disk for large pictures; None chooses automatically. "auto" takes the model's own
+                tiles for pictures larger than one tile.
+            job: for calls that are resumed or shared by processes.
             post_stages: called one after the other, after the colour fix, as `stage(images, lq_images) -> images`.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in any pipeline.
 
@@ -564,7 +565,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
         return tiling.leaves_choice(self.grid_of(height, width, tiling), self._execution_device)
 
     def grid_of(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
-        """How a result of height x width pixels is restored if memory does not matter."""
+        """Tiles of latents for a result of height x width pixels if memory does not matter; None: no tiles."""
         canvas = self.padded_size(height, width)
         factor = self.vae_scale_factor
         own = self._with_own_tiles(*canvas, tiling)
@@ -591,7 +592,7 @@ class OneStepPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @property
     def default_steps(self) -> int:
-        """Steps of a call that names no number."""
+        """Steps of a call that gives no number."""
         return len(self.get_timesteps())
 
     @property

@@ -157,8 +157,8 @@ class StableSRPipeline(
     _num_timesteps: int
     _interrupt: bool
     _schedule: ModelSchedule  # of the model, whatever scheduler is in use
-    aggregation: Aggregation  # of the running call, like the next one; for lack of memory it may have halved its grid
-    coder: PictureCoder
+    aggregation: Aggregation  # of the running or last call; its grid may have been halved for lack of memory
+    coder: PictureCoder  # likewise, with the tiles of the autoencoder
     _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
@@ -809,7 +809,7 @@ class StableSRPipeline(
         return tiling.leaves_choice(self.grid_of(height, width, tiling), self._execution_device)
 
     def grid_of(self, height: int, width: int, tiling: Tiling) -> TileGrid | None:
-        """How a result of height x width pixels is sampled if memory does not matter."""
+        """Tiles of latents for a result of height x width pixels if memory does not matter; None: no tiles."""
         height, width = self.padded_size(height, width)
         factor = self.vae_scale_factor
         return tiling.grid(self.unet, height // factor, width // factor, factor, self.config.margin_px // factor)
@@ -859,7 +859,7 @@ class StableSRPipeline(
 
     @property
     def default_steps(self) -> int:
-        """Steps of a call that names no number."""
+        """Steps of a call that gives no number."""
         return int(self.config.default_steps)
 
     @property
