@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -320,6 +321,48 @@ def offload_groups_to_disk(
             network.enable_group_offload(onload_device, *args, offload_to_disk_path=own, **options)
         else:  # of transformers
             apply_group_offloading(network, onload_device, *args, offload_to_disk_path=own, **options)
+
+
+def execution_device(network: nn.Module) -> torch.device:
+    """The device on which the network computes, also if it is offloaded."""
+    for module in network.modules():
+        group = _group_hook(module)
+        if group is not None:
+            return torch.device(group.config.onload_device)
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # accelerate chains them
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(network.parameters()).device
+
+
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[None]:
+    """Context that loads an offloaded network as a call of it would, for calling its layers one by one.
+
+    Groups of blocks are all on the device during it; layers offloaded one by one have their own hooks.
+    """
+    _bring_to_device(network)
+    hooks = [hook for module in network.modules() if (hook := _group_hook(module)) is not None]
+    groups = {id(hook.group): hook.group for hook in hooks if hook.config.offload_type == "block_level"}
+    for group in groups.values():
+        group.onload_()
+    try:
+        yield
+    finally:
+        for group in groups.values():
+            group.offload_()
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
+
+
+@apply_forward_hook
+def _bring_to_device(_network: nn.Module) -> None:
+    """Let the hook of an offloaded network bring it to its device, as a call of it would."""
 
 
 def has_bf16(device: torch.device) -> bool:

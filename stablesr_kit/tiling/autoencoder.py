@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from stablesr_kit.errors import ConfigError, is_out_of_memory
 from stablesr_kit.imaging.canvas import Canvas, Part, Readable, Region, View, assembled, regions
-from stablesr_kit.models.execution import in_float32
+from stablesr_kit.models.execution import execution_device, in_float32, in_use
 from stablesr_kit.models.feature_wrapping import (
     RRDB,
     ControllableFeatureWrapping,
@@ -32,7 +32,7 @@ from stablesr_kit.models.feature_wrapping import (
 )
 from stablesr_kit.tiling.feature_maps import CountingWorkspace, Workspace
 from stablesr_kit.tiling.scratch import Record, Scratch
-from stablesr_kit.tiling.walk import decoded, encoded, execution_device, in_use
+from stablesr_kit.tiling.walk import decoded, encoded
 
 TilingMode = Literal["exact", "approximate"]
 AttentionMode = Literal["global", "windowed"]

@@ -1,9 +1,7 @@
 """The layers of a stock AutoencoderKL and of CFW as feature maps of a whole picture."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,7 +9,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from stablesr_kit.imaging.canvas import Canvas, Readable, Region, regions
@@ -207,45 +204,3 @@ def _window(region: Region, window: int, height: int, width: int) -> Region:
     top = min(max(region.top - window // 4, 0), max(height - window, 0))
     left = min(max(region.left - window // 4, 0), max(width - window, 0))
     return Region(top, left, min(top + window, height), min(left + window, width))
-
-
-def execution_device(network: nn.Module) -> torch.device:
-    """The device on which the network computes, also if it is offloaded."""
-    for module in network.modules():
-        group = _group_hook(module)
-        if group is not None:
-            return torch.device(group.config.onload_device)
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # accelerate chains them
-            device = getattr(one, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    return next(network.parameters()).device
-
-
-@contextmanager
-def in_use(network: nn.Module) -> Iterator[None]:
-    """Context that loads an offloaded network as a call of it would, for calling its layers one by one.
-
-    Groups of blocks are all on the device during it; layers offloaded one by one have their own hooks.
-    """
-    _bring_to_device(network)
-    hooks = [hook for module in network.modules() if (hook := _group_hook(module)) is not None]
-    groups = {id(hook.group): hook.group for hook in hooks if hook.config.offload_type == "block_level"}
-    for group in groups.values():
-        group.onload_()
-    try:
-        yield
-    finally:
-        for group in groups.values():
-            group.offload_()
-
-
-def _group_hook(module: nn.Module) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook("group_offloading")
-
-
-@apply_forward_hook
-def _bring_to_device(_network: nn.Module) -> None:
-    """Let the hook of an offloaded network bring it to its device, as a call of it would."""

@@ -9,8 +9,8 @@ import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import Tensor, nn
 
+from stablesr_kit.models.execution import execution_device
 from stablesr_kit.tiling.autoencoder import TiledAutoencoder
-from stablesr_kit.tiling.walk import execution_device
 from tests.helpers.tiny import tiny_cfw, tiny_vae, unit_noise
 
 CPU = torch.device("cpu")
