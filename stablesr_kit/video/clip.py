@@ -268,7 +268,7 @@ class Clip:
                     if packet.stream.index != stream.index:
                         continue
                     try:
-                        decoded = packet.decode()
+                        decoded = stream.decode(packet)
                     except FFmpegError as error:
                         time = packet.pts if packet.pts is not None else packet.dts
                         self._tell(survey, time, f"cannot be decoded ({what(error)})")
