@@ -370,6 +370,8 @@ def has_bf16(device: torch.device) -> bool:
 
     Others compute it through float32, several times slower than float32 itself.
     """
+    # AVX512-BF16 without AMX, measured, of the time in float32: a step of full size 0.75, encoding 0.42, decoding 0.56,
+    # mini 0.59, its training 0.75; with AVX2 alone a convolution takes 4.7 times as long
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
