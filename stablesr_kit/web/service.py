@@ -770,11 +770,11 @@ class Service:
                     part.write_text(json.dumps(ended.saved()))
             except OutputError as failure:  # the next server does what is not recorded
                 logger.error("%s", self._line(failure))
+            shutil.rmtree(job.folder / "out" / JOBS_FOLDER, ignore_errors=True)
             job.state, job.ended, job.preview, job.eta_s = state, ended.ended, None, None
             job.progress = 1.0 if state == "done" else job.progress
             job.version += 1
             self.counts[state] += 1
-        shutil.rmtree(job.folder / "out" / JOBS_FOLDER, ignore_errors=True)
         if state == "cancelled":
             for name in ("in", "out"):
                 shutil.rmtree(job.folder / name, ignore_errors=True)
