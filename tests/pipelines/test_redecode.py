@@ -25,7 +25,10 @@ def test_decoding_again_gives_the_bits_of_a_whole_call_and_samples_nothing(tilin
     if tiling is None:  # where features lie in memory
         first.register_forward_pre_hook(lambda *_: fused_first.append(None))
     for w in (1.0, 0.0, 0.5, 0.0):
-        assert torch.equal(pipeline.redecode(sampled, w, color_fix="adain", output_type="pt").images, expected[w])
+        again = pipeline.redecode(sampled, w, color_fix="adain", output_type="pt").images
+        # a call with w=0 encodes without features, in tiles of other sizes, which some processors round otherwise
+        atol = 1e-5 if tiling is not None and w == 0 else 0
+        torch.testing.assert_close(again, expected[w], atol=atol, rtol=0)
     assert torch.equal(pipeline.redecode(sampled, output_type="pt").images, run_of(pipeline, sampled, 0.5))
     assert not calls
     assert len(fused_first) == (tiling is None)
