@@ -182,14 +182,15 @@ def kills(undisturbed: Job, killed: Job, count: int, draw: random.Random) -> dic
     while not undisturbed.state.exists() and process.poll() is None:
         time.sleep(POLL_S)
     reading_s = time.perf_counter() - begun
-    finished = [reading_s]
+    finished, made = [reading_s], reading_s
     while process.poll() is None:
         finished += [time.perf_counter() - begun] * (undisturbed.chunks() - len(finished) + 1)
+        made = time.perf_counter() - begun if not undisturbed.target.exists() else made
         time.sleep(POLL_S)
     if process.returncode:
         raise SystemExit(f"the undisturbed job ended with status {process.returncode}")
     chunks = len(finished) - 1
-    chunk_s, making_s = (finished[-1] - reading_s) / chunks, time.perf_counter() - begun - finished[-1]
+    chunk_s, making_s = (finished[-1] - reading_s) / chunks, made - finished[-1]
 
     # One while the clip is read, two while the file is made, the others at chunks from the first to the last
     middle = count - 3
@@ -198,7 +199,7 @@ def kills(undisturbed: Job, killed: Job, count: int, draw: random.Random) -> dic
         is_writing = i % 3 == 2
         more_s = draw.uniform(0, 0.004) if is_writing else draw.uniform(0.1, 0.9) * chunk_s
         moments.append(Moment(round(i * (chunks - 1) / max(middle - 1, 1)), is_writing, more_s))
-    moments += [Moment(chunks, True, draw.uniform(*share) * making_s) for share in ((0.0, 0.1), (0.2, 0.6))]
+    moments += [Moment(chunks, True, draw.uniform(*share) * making_s) for share in ((0.0, 0.3), (0.4, 0.8))]
 
     points = [killed_at(killed, moment, reading_s) for moment in moments]
     killed.run()

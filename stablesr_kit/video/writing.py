@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from stablesr_kit.errors import ConfigError, OutputError
@@ -48,9 +49,9 @@ CRF = {"libx264": 16, "libx265": 18, "libsvtav1": 20, "libvpx-vp9": 20}
 LEAST_OF_X265 = 64
 """Of a side, in pixels: x265 writes beyond its memory in smaller pictures."""
 
-LEAST_OF_MBTREE = 64
-"""Likewise: in smaller ones x264's macroblock tree takes memory into account that nothing was written to, so that the
-same frames give other bytes (seen at 20x28)."""
+X264_WITHOUT_AVX512 = "asm=MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
+"""For x264 where there is AVX-512: with that, its macroblock tree gave other bytes for the same frames in every other run
+(96x96, 38 frames), and up to AVX2 in none."""
 
 _OPTIONS = {"libvpx-vp9": {"b": "0", "row-mt": "1"}, "libx265": {"x265-params": "log-level=none"}}
 _UNTOLD = ("duration", "encoder", "bps", "number_of_", "_statistics", "rotate", "major_brand", "minor_", "compatible_")
@@ -312,8 +313,8 @@ def _add_video(out: "OutputContainer", encoding: Encoding) -> "VideoStream":
     options = dict(_OPTIONS.get(encoding.codec, {}))
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
-    if encoding.codec == "libx264" and min(encoding.height, encoding.width) < LEAST_OF_MBTREE:
-        options["x264-params"] = "mbtree=0"
+    if encoding.codec == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        options["x264-params"] = X264_WITHOUT_AVX512
     video: VideoStream = out.add_stream(encoding.codec, rate=encoding.rate, options=options)  # type: ignore[assignment]
     context = video.codec_context
     context.thread_count = 1  # with more, x264 wrote another frame in one of 75 runs of a clip

@@ -150,15 +150,19 @@ def test_the_same_frames_give_the_same_bytes(full: Path, tmp_path: Path, name: s
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_smallest_frames_of_noise_give_the_same_bytes_too(full: Path, tmp_path: Path) -> None:
-    clip, target = Clip(full), tmp_path / "out.mkv"
-    encoding = choose_encoding(target, clip, 20, 28)
+@pytest.mark.parametrize(("count", "height", "width", "runs"), [(10, 20, 28, 20), (40, 96, 96, 6)])
+def test_frames_of_noise_give_the_same_bytes_in_every_run(
+    count: int, height: int, width: int, runs: int, tmp_path: Path
+) -> None:
+    times = [50 * i + 7 * (i % 3) for i in range(count)]
+    clip = Clip(write_clip(tmp_path / "in.mkv", moving(count), times))
+    encoding = choose_encoding(tmp_path / "out.mkv", clip, height, width)
     random = np.random.default_rng(0)
-    write_segment(tmp_path / "0", random.integers(0, 256, (10, 20, 28, 3), dtype=np.uint8), encoding)
+    write_segment(tmp_path / "0", random.integers(0, 256, (count, height, width, 3), dtype=np.uint8), encoding)
     made = set()
-    for _ in range(30):
-        assemble(target, [tmp_path / "0"], encoding, surveyed(clip).times, clip, Span())
-        made.add(target.read_bytes())
+    for _ in range(runs):
+        assemble(tmp_path / "out.mkv", [tmp_path / "0"], encoding, surveyed(clip).times, clip, Span())
+        made.add((tmp_path / "out.mkv").read_bytes())
     assert len(made) == 1
 
 
