@@ -50,8 +50,8 @@ LEAST_OF_X265 = 64
 """Of a side, in pixels: x265 writes beyond its memory in smaller pictures."""
 
 X264_WITHOUT_AVX512 = "asm=MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
-"""For x264 where there is AVX-512: with that, its macroblock tree gave other bytes for the same frames in every other run
-(96x96, 38 frames), and up to AVX2 in none."""
+"""For x264 where there is AVX-512: with that, its macroblock tree gave other bytes for the same frames in every other
+run (96x96, 38 frames), and up to AVX2 in none."""
 
 _OPTIONS = {"libvpx-vp9": {"b": "0", "row-mt": "1"}, "libx265": {"x265-params": "log-level=none"}}
 _UNTOLD = ("duration", "encoder", "bps", "number_of_", "_statistics", "rotate", "major_brand", "minor_", "compatible_")
