@@ -66,7 +66,7 @@ def test_tiles_that_were_halved_stay_halved(tmp_path: Path) -> None:
 
     def save(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         SamplingState.after(
-            step + 1, tensors["latents"], pipeline.scheduler, None, pipeline.grid, pipeline.vae_tile_px
+            step + 1, tensors["latents"], pipeline.scheduler, None, pipeline.aggregation.grid, pipeline.coder.tile_px
         ).save(tmp_path / f"{step}.pt")
         return tensors
 
