@@ -233,6 +233,8 @@ def killed_at(job: Job, moment: Moment, reading_s: float) -> str | None:
     if process.wait() >= 0:
         return None
     at = f"{time.perf_counter() - begun:.1f} s after its start"
+    if job.target.exists():
+        return f"ending, its file is made, {at}"
     if was_reading:
         return f"reading the clip, {at}"
     return f"{'writing' if is_writing else 'computing'} after {done} chunks, {at}"
