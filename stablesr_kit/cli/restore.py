@@ -52,7 +52,9 @@ def restore(
             "-o", "--output", metavar="OUT", help="A file for one picture or clip, else a folder (of PNG files)."
         ),
     ],
-    model: Annotated[str, typer.Option(help="mini, a pipeline folder, or a Hugging Face repository.")] = "mini",
+    model: Annotated[
+        str, typer.Option(help="mini, mini-preview, a pipeline folder, or a Hugging Face repository.")
+    ] = "mini",
     preset: Annotated[
         Preset | None, typer.Option(help="What the picture is: sets options that are not given, and says which.")
     ] = None,

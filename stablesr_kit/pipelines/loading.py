@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from stablesr_kit.errors import CheckpointError, ConfigError, ModelNotFoundError
 
-EMBEDDED: Mapping[str, str] = {"mini": "mini"}
+EMBEDDED: Mapping[str, str] = {"mini": "mini", "mini-preview": "mini_preview"}
 """Name of a StableSR model in the package -> its folder in the assets."""
 
 EMBEDDED_FACES: Mapping[str, str] = {"mini": "mini_faces"}

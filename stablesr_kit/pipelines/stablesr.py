@@ -199,7 +199,7 @@ class StableSRPipeline(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load "mini" (the embedded default), a folder, or a repository of the Hugging Face hub.
+        """Load "mini" (the embedded default) or "mini-preview", a folder, or a repository of the Hugging Face hub.
 
         Keyword arguments as `DiffusionPipeline.from_pretrained` (dtype, variant, components to replace, ...).
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from stablesr_kit.checkpoints.base import measure_prediction
 from stablesr_kit.checkpoints.detecting import prediction_from_name
 from stablesr_kit.diffusion.spaced import SpacedDDPMScheduler
 from stablesr_kit.errors import CheckpointError
+from stablesr_kit.pipelines.loading import EMBEDDED, resolve_model
 from tests.helpers import official_layout as official
 
 HINTS = Hints(unet_head_channels=8)
@@ -114,9 +114,10 @@ def test_an_extract_on_the_wrong_base_is_refused(tmp_path: Path) -> None:
     assert forced["scheduler"].config.prediction_type == "v_prediction"
 
 
-def test_the_embedded_model_predicts_what_its_scheduler_says() -> None:
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_model_predicts_what_its_scheduler_says(name: str) -> None:
     """A UNet that was really trained."""
-    folder = resources.files("stablesr_kit") / "assets" / "mini"
+    folder = resolve_model(name)
     measured = measure_prediction(UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert measured is not None and measured.type == scheduler["prediction_type"]

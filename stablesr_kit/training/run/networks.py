@@ -144,7 +144,7 @@ def save_small_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             if isinstance(component, nn.Module):
                 component.half()  # to() of diffusers' models warns even if nothing is wrong
         pipeline.save_pretrained(part)
-        for file in part.glob("*/config.json"):
+        for file in (part / "model_index.json", *part.glob("*/config.json")):
             options = json.loads(file.read_text())
             options.pop("_name_or_path", None)
             file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
