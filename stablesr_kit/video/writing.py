@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from stablesr_kit.errors import ConfigError, OutputError
@@ -313,6 +312,8 @@ def _add_video(out: "OutputContainer", encoding: Encoding) -> "VideoStream":
     options = dict(_OPTIONS.get(encoding.codec, {}))
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
+    import torch  # here, so that help stays instant
+
     if encoding.codec == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         options["x264-params"] = X264_WITHOUT_AVX512
     video: VideoStream = out.add_stream(encoding.codec, rate=encoding.rate, options=options)  # type: ignore[assignment]

@@ -187,7 +187,7 @@ def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
 def test_what_cannot_be_read_or_written_is_one_line(source: Path, results: list[Path]) -> None:
     folder = results[0].parent
     (folder / ".stablesr").touch()
-    with pytest.raises(OutputError, match=r"journal\.jsonl: cannot be written \(File exists\); the result is there"):
+    with pytest.raises(OutputError, match=r"journal\.jsonl: cannot be written \(File exists\); the result is complete"):
         Journal(folder, SETTINGS).finish(source, results)
     with pytest.raises(OutputError, match=r"in\.png\.lock: cannot be written"):
         with Journal(folder, SETTINGS).in_progress(results[1], results[0]):

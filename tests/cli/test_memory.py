@@ -23,13 +23,13 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_a_tiled_picture_tells_its_plan_and_a_small_one_says_nothing(model: Path, photo: Path, tmp_path: Path) -> None:
-    call = ("restore", photo, "-o", tmp_path / "out.png", "--model", model, "--steps", 1)
+    call = ("restore", photo, "-o", tmp_path / "out.png", "--model", model, "--steps", 1, "--dtype", "float32")
     assert error_lines(stablesr(*call)) == []
     tiled = stablesr(*call, "--tile", 64, "--max-memory", "5MB")
     assert tiled.exit_code == 0
     (line,) = error_lines(tiled)
     assert line.startswith("plan: tiles of 16 x 16 latents, 1 at once, autoencoder tiles of 64 px, at most ")
-    refused = stablesr(*call, "--max-memory", "1MB", "--dtype", "float32")
+    refused = stablesr(*call, "--max-memory", "1MB")
     (line,) = error_lines(refused)
     assert refused.exit_code == 1
     assert line.startswith(f"error: {photo}: 1.0 MiB of memory are too little, expected at least ")
@@ -39,7 +39,8 @@ def test_a_stopped_picture_goes_on_with_its_plan_whatever_is_free_and_refuses_an
     model: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def restore(name: str, *arguments: object) -> Any:
-        return stablesr("restore", photo, "-o", tmp_path / name, "--model", model, "--tile", 64, *arguments)
+        options = ("--model", model, "--tile", 64, "--dtype", "float32")
+        return stablesr("restore", photo, "-o", tmp_path / name, *options, *arguments)
 
     whole = restore("whole.png")
     plan = error_lines(whole)

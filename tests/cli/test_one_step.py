@@ -33,7 +33,8 @@ def picture(tmp_path: Path) -> Path:
 
 def test_restore_runs_what_the_folder_holds(model: Path, picture: Path, tmp_path: Path) -> None:
     target = tmp_path / "restored.png"
-    result = stablesr("restore", picture, "-o", target, "--model", model, "--scale", 3.5, "--prompt", "cat, grass, ,")
+    options = ("--model", model, "--dtype", "float32", "--scale", 3.5, "--prompt", "cat, grass, ,")
+    result = stablesr("restore", picture, "-o", target, *options)
     assert result.exit_code == 0 and error_lines(result) == []
     pipeline = OneStepPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)

@@ -111,7 +111,7 @@ def test_a_finished_run_is_uploaded_with_its_card(folder: Path, hub: ThreadingHT
     assert f"| 3 | {validation['grid']:.5g} | {validation['psnr']:.5g} | {validation['ssim']:.5g} |" in card.text
     options = yaml.safe_load(card.text.partition("```yaml")[2].partition("```")[0])
     assert options == yaml.safe_load((folder / "results" / "tiny" / "config.yaml").read_text())
-    assert float(card.text.partition(" samples in ")[2].partition(" s,")[0]) > 1000  # of both calls
+    assert float(card.text.partition(" samples in ")[2].partition(" s,")[0]) >= 1000  # of both calls
 
 
 def test_without_a_login_or_a_hub_nothing_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
