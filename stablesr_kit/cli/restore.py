@@ -41,6 +41,13 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 """What suits a kind of picture best; docs/web.md has the measurements."""
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Annotated[
+    Literal["here", "ray"],
+    typer.Option(help="Where pictures are restored: in this process, or on a Ray cluster (RAY_ADDRESS)."),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of workers for --engine ray.", show_default="as the cluster allows")
+]
 
 
 def restore(
@@ -137,13 +144,8 @@ def restore(
     huge: Annotated[
         bool, typer.Option("--huge", help="Allow pictures of more than 100 million pixels; only for files you trust.")
     ] = False,
-    engine: Annotated[
-        Literal["here", "ray"],
-        typer.Option(help="Where pictures are restored: in this process, or on a Ray cluster (RAY_ADDRESS)."),
-    ] = "here",
-    workers: Annotated[
-        int | None, typer.Option(help="Number of workers for --engine ray.", show_default="as the cluster allows")
-    ] = None,
+    engine: Engine = "here",
+    workers: Workers = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also write input and result side by side.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     provenance: Annotated[

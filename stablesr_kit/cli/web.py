@@ -8,13 +8,13 @@ import threading
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from stablesr_kit.cli.messages import failing_in_one_line, quieten_imports, usage_error
-from stablesr_kit.cli.restore import DtypeName
+from stablesr_kit.cli.restore import DtypeName, Engine, Workers
 
 
 def web(
@@ -57,13 +57,8 @@ def web(
             show_default="none",
         ),
     ] = None,
-    engine: Annotated[
-        Literal["here", "ray"],
-        typer.Option(help="Where pictures are restored: in this process, or on a Ray cluster (RAY_ADDRESS)."),
-    ] = "here",
-    workers: Annotated[
-        int | None, typer.Option(help="Number of workers for --engine ray.", show_default="as the cluster allows")
-    ] = None,
+    engine: Engine = "here",
+    workers: Workers = None,
 ) -> None:
     """Serve a page to restore pictures in, and an HTTP API (its description is at /docs).
 
