@@ -169,17 +169,17 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
         self, level: int, encoder_features: Tensor, decoder_features: Tensor, w: float, kept: Kept | None = None
     ) -> Tensor:
         """Wrapped decoder features (b, C, h, w) of one fused level; kept: is filled, and used where it is filled."""
-        if kept is not None and kept.correction is not None:
-            return decoder_features + w * kept.correction
-        layer = dict(zip(self.config.levels, self.fusion_layers.values(), strict=True))[level]
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            correction = self._gradient_checkpointing_func(layer, encoder_features, decoder_features)
-        else:
-            correction = layer(encoder_features, decoder_features)
-        if kept is not None:
-            kept.correction = correction
-            return decoder_features + w * correction
-        return scaled_sum(decoder_features, w, correction)
+        correction = None if kept is None else kept.correction
+        if correction is None:
+            layer = dict(zip(self.config.levels, self.fusion_layers.values(), strict=True))[level]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                correction = self._gradient_checkpointing_func(layer, encoder_features, decoder_features)
+            else:
+                correction = layer(encoder_features, decoder_features)
+        if kept is None:
+            return scaled_sum(decoder_features, w, correction)
+        kept.correction = correction
+        return decoder_features + w * correction  # not in place: the correction is kept
 
 
 def check_autoencoder(vae: AutoencoderKL, cfw: ControllableFeatureWrapping | None) -> None:

@@ -244,7 +244,10 @@ class StableSRVideo:
             noise = self._noise(seed, first, len(given), grains)
 
             # 3. All steps of all frames, each step of a frame after the same step of the frame before
-            plan = plan or (self._plan(size, tiling, options) if state is None else state.plan)
+            if plan is None and state is not None:
+                plan = state.plan
+            elif plan is None and self.pipeline.needs_plan(*size, tiling):
+                plan = self._plan(size, tiling, options)
             memories = [stage.state for stage in remembering]
             while True:
                 mixing = LatentMixing(self, motions, size, canvas, {} if state is None else state.latents)
@@ -308,12 +311,8 @@ class StableSRVideo:
         result = (height, width) if height and width else result_size(*lq, options.get("scale"))
         return tiling.working_size(lq, result, self.pipeline.config.working_scale)
 
-    def _plan(
-        self, size: tuple[int, int], tiling: Tiling, options: dict[str, Any], is_needed: bool = False
-    ) -> Plan | None:
-        """The plan for chunks of frames that are made at a size, if there is something to plan, or it is needed."""
-        if not (is_needed or self.pipeline.needs_plan(*size, tiling)):
-            return None
+    def _plan(self, size: tuple[int, int], tiling: Tiling, options: dict[str, Any]) -> Plan:
+        """The plan for chunks of frames that are made at a size."""
         names = ("w", "num_inference_steps", "guidance_scale")
         planned = {name: options[name] for name in names if options.get(name) is not None}
         return self.pipeline.plan(*size, tiling=tiling, batch_size=self.chunk, **planned)
@@ -327,8 +326,7 @@ class StableSRVideo:
         before, after = grid or TileGrid(tile=(height, width)), self.pipeline.aggregation.grid
         if after == before and self.pipeline.coder.tile_px == vae_tile_px:
             return None
-        begun = plan or self._plan(size, tiling, options, is_needed=True)
-        assert begun is not None  # needed
+        begun = plan or self._plan(size, tiling, options)
         return replace(
             begun,
             grid=grid if after == before else after,
